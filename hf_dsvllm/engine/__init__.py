@@ -1,0 +1,1 @@
+"""The vLLM process: started, watched, fed with weights and asked, never imported."""
