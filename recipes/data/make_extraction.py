@@ -16,8 +16,8 @@ writes `data/train.jsonl` and `data/test.jsonl`.  An answer always has these key
 
 The same arguments give the same files on every machine.  Train and test share no sentence and no pair of recipient and
 product; a third of the test's recipients have names that training never shows, so those must be copied, not recalled.
-`--difficulty` 1: digits, two date forms, nothing misleading.  2: all spellings, null values, a misleading detail in about
-every second sentence.  3: one or two misleading details in most sentences.
+`--difficulty` 1: digits, two date forms, nothing misleading.  2: all spellings, null values, a misleading detail in
+about every second sentence.  3: one or two misleading details in most sentences.
 """
 
 from __future__ import annotations
@@ -32,31 +32,36 @@ from pathlib import Path
 
 SYSTEM = "Order to JSON."
 
-FIRST_NAMES = (
+
+def words(text: str, separator: str | None = None) -> tuple[str, ...]:
+    """The parts of `text`, split at white space or at `separator`."""
+    return tuple(text.split(separator))
+
+
+FIRST_NAMES = words(
     "Anna Ben Carla David Elena Felix Grace Henry Irene Jonas Karin Leo Maria Nils Olga Paul Rosa Simon Tara Victor "
     "Wendy Adam Bella Colin Diana Erik Fiona Greta Hugo Ines"
-).split()
-LAST_NAMES = (
+)
+LAST_NAMES = words(
     "Berg Costa Dale Evans Fischer Grant Hansen Iversen Jensen Keller Lopez Meyer Novak Owens Peters Quinn Rossi Silva "
     "Turner Weber Young Adler Brooks Cole Duarte"
-).split()
-TEST_ONLY_FIRST_NAMES = (
-    "Amir Birgit Chen Dmitri Esra Farah Goran Hanne Imran Jelena Kofi Leila Mateo Noor Priya".split()
 )
-TEST_ONLY_LAST_NAMES = (
-    "Abara Bianchi Okafor Demir Haddad Ito Kaya Larsen Moreau Nguyen Petrov Sato Tanaka Yilmaz".split()
+TEST_ONLY_FIRST_NAMES = words("Amir Birgit Chen Dmitri Esra Farah Goran Hanne Imran Jelena Kofi Leila Mateo Noor Priya")
+TEST_ONLY_LAST_NAMES = words(
+    "Abara Bianchi Okafor Demir Haddad Ito Kaya Larsen Moreau Nguyen Petrov Sato Tanaka Yilmaz"
 )
 COLOURS = ("red", "blue", "green", "black", "white", "grey")
-PRODUCTS = (
+PRODUCTS = words(
     "kettle|desk lamp|office chair|backpack|blanket|teapot|notebook|wall clock|rain jacket|water bottle|keyboard|"
-    "bookshelf|mirror|candle|garden hose|toolbox|coffee mug|pillow|bike helmet|suitcase|rug|vase|headset|scarf|umbrella"
-).split("|")
-CITIES = (
+    "bookshelf|mirror|candle|garden hose|toolbox|coffee mug|pillow|bike helmet|suitcase|rug|vase|headset|scarf|umbrella",
+    "|",
+)
+CITIES = words(
     "Lisbon Oslo Madrid Vienna Dublin Prague Zurich Athens Warsaw Porto Lyon Bergen Seville Turin Ghent Leeds Bremen "
     "Krakow Malmo Basel Nice Cork Graz Utrecht"
-).split()
-MONTHS = ("January February March April May June July August September October November December").split()
-NUMBER_WORDS = "zero one two three four five six seven eight nine ten eleven twelve".split()
+)
+MONTHS = words("January February March April May June July August September October November December")
+NUMBER_WORDS = words("zero one two three four five six seven eight nine ten eleven twelve")
 CURRENCIES = {"EUR": ("€", "euros"), "USD": ("$", "dollars"), "GBP": ("£", "pounds")}
 QUANTITIES = (1, 2, 3, 4, 5, 6, 7, 8, 9, 10, 11, 12, 15, 18, 20, 24, 30, 36, 40, 48)
 DISTRACTION_RATE = {1: 0.0, 2: 0.17, 3: 0.5}  # for each of three places in a sentence

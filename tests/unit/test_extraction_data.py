@@ -26,7 +26,7 @@ def recipe() -> ModuleType:
 def write(recipe: ModuleType, folder: Path, *extra: str) -> tuple[list[dict], list[dict]]:
     recipe.main(["--out", str(folder), "--train", "300", "--test", "80", *extra])
     return tuple(
-        [json.loads(line) for line in (folder / name).read_text("utf-8").splitlines()]
+        [json.loads(line) for line in (folder / name).read_text(encoding="utf-8").splitlines()]
         for name in ("train.jsonl", "test.jsonl")
     )
 
@@ -55,7 +55,7 @@ def test_another_seed_gives_other_sentences(recipe, tmp_path):
 @pytest.mark.parametrize("difficulty", ["1", "2", "3"])
 def test_train_and_test_share_no_sentence_and_no_pair_of_recipient_and_product(recipe, tmp_path, difficulty):
     train, test = write(recipe, tmp_path, "--difficulty", difficulty)
-    assert len(train) == 300 and len(test) == 80
+    assert (len(train), len(test)) == (300, 80)
     texts = [sentence(row) for row in train + test]
     assert len(set(texts)) == len(texts)
     seen = {(answer(row)["who"], answer(row)["item"]) for row in train}
@@ -67,14 +67,15 @@ def test_train_and_test_share_no_sentence_and_no_pair_of_recipient_and_product(r
 
 @pytest.mark.parametrize("difficulty", ["1", "2", "3"])
 def test_every_answer_is_compact_json_in_key_order_and_copied_parts_stand_in_the_sentence(recipe, tmp_path, difficulty):
-    for row in sum(write(recipe, tmp_path, "--difficulty", difficulty), []):
+    train, test = write(recipe, tmp_path, "--difficulty", difficulty)
+    for row in train + test:
         raw = row["messages"][2]["content"]
         fields = json.loads(raw)
         assert list(fields) == KEYS
         assert raw == json.dumps(fields, separators=(",", ":"))
         assert fields["who"] in sentence(row)
         assert fields["city"] is None or fields["city"] in sentence(row)
-        assert isinstance(fields["qty"], int) and isinstance(fields["gift"], bool)
+        assert (type(fields["qty"]), type(fields["gift"])) == (int, bool)
 
 
 def test_sentences_stay_short(recipe, tmp_path):
@@ -87,7 +88,8 @@ def test_only_difficulty_one_has_neither_nulls_nor_misleading_details(recipe, tm
     easy, _ = write(recipe, tmp_path / "1", "--difficulty", "1")
     hard, _ = write(recipe, tmp_path / "3", "--difficulty", "3")
     assert not any(None in answer(row).values() for row in easy)
-    assert any(answer(row)["city"] is None for row in hard) and any(answer(row)["price"] is None for row in hard)
+    assert any(answer(row)["city"] is None for row in hard)
+    assert any(answer(row)["price"] is None for row in hard)
     assert not any("cancelled" in sentence(row) for row in easy)
     assert any("cancelled" in sentence(row) for row in hard)
 
