@@ -53,7 +53,8 @@ TEST_ONLY_LAST_NAMES = words(
 COLOURS = ("red", "blue", "green", "black", "white", "grey")
 PRODUCTS = words(
     "kettle|desk lamp|office chair|backpack|blanket|teapot|notebook|wall clock|rain jacket|water bottle|keyboard|"
-    "bookshelf|mirror|candle|garden hose|toolbox|coffee mug|pillow|bike helmet|suitcase|rug|vase|headset|scarf|umbrella",
+    "bookshelf|mirror|candle|garden hose|toolbox|coffee mug|pillow|bike helmet|suitcase|rug|vase|headset|scarf|"
+    "umbrella",
     "|",
 )
 CITIES = words(
