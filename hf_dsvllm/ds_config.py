@@ -1,0 +1,106 @@
+"""`Preset` + `RunShape` → the DeepSpeed JSON.
+
+The dictionary leaves to the Trainer what the Trainer knows (`"auto"` for batch sizes, clipping, precision, bucket sizes
+that follow the hidden size) and fixes everything else, so that the JSON can be saved and used without this package.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from typing import Any, Literal
+
+from hf_dsvllm.presets import Preset
+
+__all__ = ["RunShape", "build", "get_key", "set_key", "zero_stage"]
+
+# Elements of the largest parameter when the model is not known: a 152k x 8192 embedding has 1.25e9.
+_NVME_BUFFER_ELEMENTS_UNKNOWN_MODEL = 1_300_000_000
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class RunShape:
+    """What a DeepSpeed configuration depends on besides its preset.
+
+    `largest_parameter` is in elements (for NVMe swap buffers), None when the model is not known yet.
+    """
+
+    world_size: int = 1
+    gpus_per_node: int = 1
+    device: Literal["cuda", "cpu"] = "cuda"
+    nvme_path: Path | None = None
+    largest_parameter: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.world_size < 1 or self.gpus_per_node < 1:
+            raise ValueError(f"world_size={self.world_size} and gpus_per_node={self.gpus_per_node} must be at least 1")
+
+
+def build(preset: Preset, shape: RunShape) -> dict[str, Any] | None:
+    """The DeepSpeed configuration of `preset` on `shape`, or None where the preset does without DeepSpeed."""
+    if preset.zero_stage is None:
+        return None
+    config: dict[str, Any] = {
+        "bf16": {"enabled": "auto"},
+        "fp16": {"enabled": "auto"},
+        "train_micro_batch_size_per_gpu": "auto",
+        "gradient_accumulation_steps": "auto",
+        "train_batch_size": "auto",
+        # Omitted, DeepSpeed clips at 1.0 whatever max_grad_norm says.
+        "gradient_clipping": "auto",
+        "zero_optimization": {"stage": preset.zero_stage},
+    }
+    for setting in preset.deepspeed:
+        value = shape.gpus_per_node if setting.value == "gpus_per_node" else setting.value
+        set_key(config, setting.key, value)
+    _add_offload(config, preset, shape)
+    if shape.device == "cpu":
+        _adapt_to_cpu(config)
+    return config
+
+
+def _add_offload(config: dict[str, Any], preset: Preset, shape: RunShape) -> None:
+    # Pinned host memory needs a CUDA driver; on a CPU-only machine it would only cost memory.
+    pin = shape.device == "cuda"
+    for name, device in (("offload_optimizer", preset.offload_optimizer), ("offload_param", preset.offload_param)):
+        if device == "none":
+            continue
+        offload: dict[str, Any] = {"device": device, "pin_memory": pin}
+        if device == "nvme":
+            offload["nvme_path"] = str(shape.nvme_path)
+            if name == "offload_param":
+                elements = shape.largest_parameter or _NVME_BUFFER_ELEMENTS_UNKNOWN_MODEL
+                # A partition larger than the buffer is an assertion deep inside DeepSpeed's swapper.
+                offload["buffer_size"] = max(100_000_000, -(-elements // shape.world_size) + 1024)
+                offload["buffer_count"] = 5
+        config["zero_optimization"][name] = offload
+
+
+def _adapt_to_cpu(config: dict[str, Any]) -> None:
+    """gloo has no streams to overlap with."""
+    if "overlap_comm" in config["zero_optimization"]:
+        config["zero_optimization"]["overlap_comm"] = False
+
+
+def set_key(config: dict[str, Any], dotted: str, value: Any) -> None:
+    """Set `a.b.c` in nested dictionaries, making the missing ones."""
+    *parents, last = dotted.split(".")
+    for parent in parents:
+        config = config.setdefault(parent, {})
+    config[last] = value
+
+
+def get_key(config: dict[str, Any], dotted: str, default: Any = None) -> Any:
+    """The value at `a.b.c`, or `default` where a level is missing."""
+    value: Any = config
+    for key in dotted.split("."):
+        if not isinstance(value, dict) or key not in value:
+            return default
+        value = value[key]
+    return value
+
+
+def zero_stage(config: dict[str, Any] | None) -> int:
+    """The ZeRO stage of a DeepSpeed dictionary; 0 where none is named."""
+    stage = get_key(config or {}, "zero_optimization.stage", 0)
+    return stage if isinstance(stage, int) else 0

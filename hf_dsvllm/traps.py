@@ -1,0 +1,287 @@
+"""Configurations that go wrong late or silently, found before a model is loaded.
+
+Each trap is a function from a `Request` to the problems it sees; `find_problems` runs them all and returns every problem
+at once.  What can be corrected without changing the meaning is a `Fix` instead and is printed with its reason.
+Sources: DeepSpeed 0.19.8, transformers 5.19 and accelerate 1.15, read and run; docs/troubleshooting.md tells each story.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import difflib
+import shutil
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+from hf_dsvllm.ds_config import get_key, set_key, zero_stage
+from hf_dsvllm.ds_keys import (
+    AIO_KEYS,
+    DATA_TYPE_KEYS,
+    FILLED_AUTO,
+    FILLED_AUTO_STAGE3,
+    OFFLOAD_KEYS,
+    REMOVED_OPTIMIZERS,
+    REMOVED_TOP_LEVEL,
+    REMOVED_ZERO,
+    TOP_LEVEL_KEYS,
+    ZERO_KEYS,
+)
+from hf_dsvllm.errors import Problem
+
+__all__ = ["Fix", "Request", "correct", "find_problems"]
+
+# Optimizers that stay themselves when DeepSpeed moves the optimizer to the host: DeepSpeedCPUAdam is AdamW.
+_ADAMW_NAMES = frozenset({"adamw_torch", "adamw_torch_fused", "adamw_hf", "adamw_torch_xla", "adamw_apex_fused"})
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """The part of a run's arguments the traps look at; `config` is the DeepSpeed dictionary in force, if any."""
+
+    config: dict[str, Any] | None
+    world_size: int
+    device: str
+    optim: str = "adamw_torch_fused"
+    optim_is_default: bool = True
+    max_grad_norm: float = 1.0
+    micro_batch_size: int = 8
+    gradient_accumulation_steps: int = 1
+    auto_find_batch_size: bool = False
+    torch_compile: bool = False
+    model_already_loaded: bool = False
+    device_map: object = None
+    quant_storage: str | None = None
+    training_dtype: str = "bfloat16"
+    accelerate_environment: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    onebit_available: bool = False
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Fix:
+    """One value changed for the user, and why."""
+
+    key: str
+    before: Any
+    after: Any
+    why: str
+
+    def __str__(self) -> str:
+        return f"{self.key}: {self.before} → {self.after} ({self.why})"
+
+
+def correct(config: dict[str, Any]) -> tuple[dict[str, Any], list[Fix]]:
+    """A copy of the user's DeepSpeed dictionary with the omissions filled whose silent default nobody wants."""
+    config = copy.deepcopy(config)
+    fixes: list[Fix] = []
+    for key in ("gradient_clipping", "train_micro_batch_size_per_gpu", "gradient_accumulation_steps"):
+        if key not in config and not (key != "gradient_clipping" and "train_batch_size" in config):
+            config[key] = "auto"
+            why = "omitted, DeepSpeed takes its own default and ignores the Trainer's value"
+            fixes.append(Fix(f"deepspeed.{key}", "(omitted)", "auto", why))
+    if zero_stage(config) == 3 and "stage3_gather_16bit_weights_on_model_save" not in config["zero_optimization"]:
+        set_key(config, "zero_optimization.stage3_gather_16bit_weights_on_model_save", True)
+        why = "without it a ZeRO-3 save writes shards and no usable safetensors"
+        name = "deepspeed.zero_optimization.stage3_gather_16bit_weights_on_model_save"
+        fixes.append(Fix(name, "(omitted)", True, why))
+    return config, fixes
+
+
+def find_problems(request: Request) -> list[Problem]:
+    """Every trap this request would fall into, in reading order."""
+    return [problem for trap in _TRAPS for problem in trap(request)]
+
+
+def _unknown_keys(request: Request) -> Iterator[Problem]:
+    """DeepSpeed ignores unknown top-level keys: a typo in `zero_optimization` trains at stage 0."""
+    config = request.config or {}
+    levels = (
+        ("", TOP_LEVEL_KEYS | frozenset(REMOVED_TOP_LEVEL)),
+        ("zero_optimization", ZERO_KEYS | frozenset(REMOVED_ZERO)),
+        ("zero_optimization.offload_optimizer", OFFLOAD_KEYS),
+        ("zero_optimization.offload_param", OFFLOAD_KEYS),
+        ("aio", AIO_KEYS),
+        ("data_types", DATA_TYPE_KEYS),
+    )
+    for level, known in levels:
+        block = get_key(config, level) if level else config
+        if not isinstance(block, dict):
+            continue
+        for key in block:
+            if key in known:
+                continue
+            near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+            where = f"{level}.{key}" if level else key
+            fix = f"write {near[0]!r}" if near else "remove it"
+            yield Problem(f"DeepSpeed does not know the key {where!r} and would ignore it silently", fix)
+
+
+def _removed_keys(request: Request) -> Iterator[Problem]:
+    config = request.config or {}
+    for key, reason in REMOVED_TOP_LEVEL.items():
+        if key in config:
+            yield Problem(f"DeepSpeed removed {key!r}: {reason}", f"delete {key!r} from the DeepSpeed configuration")
+    for key, reason in REMOVED_ZERO.items():
+        if key in (get_key(config, "zero_optimization") or {}):
+            yield Problem(f"DeepSpeed removed 'zero_optimization.{key}': {reason}", "delete the key")
+
+
+def _removed_optimizers(request: Request) -> Iterator[Problem]:
+    """The configuration still parses; the failure comes after the model is loaded."""
+    name = get_key(request.config or {}, "optimizer.type")
+    if isinstance(name, str) and name.lower() in REMOVED_OPTIMIZERS and not request.onebit_available:
+        yield Problem(
+            f"optimizer.type={name!r} is not in the installed DeepSpeed (removed in 0.19.7)",
+            'pip install "deepspeed<=0.19.6", or remove the optimizer block and use --optim',
+        )
+
+
+def _dead_auto(request: Request) -> Iterator[Problem]:
+    """The Trainer fills a fixed list of "auto" values; any other silently becomes DeepSpeed's default."""
+    filled = FILLED_AUTO | (FILLED_AUTO_STAGE3 if zero_stage(request.config) == 3 else frozenset())
+    for dotted, value in _leaves(request.config or {}):
+        if value == "auto" and dotted not in filled:
+            yield Problem(
+                f'{dotted}="auto" is filled in by nobody and would become DeepSpeed\'s default silently',
+                f"give {dotted} a value or remove it",
+            )
+
+
+def _batch_mismatch(request: Request) -> Iterator[Problem]:
+    """The Trainer raises these only in train(), after loading and tokenising."""
+    config = request.config or {}
+    micro, accumulation = request.micro_batch_size, request.gradient_accumulation_steps
+    expected: dict[str, tuple[float, str]] = {
+        "train_micro_batch_size_per_gpu": (micro, "per_device_train_batch_size"),
+        "gradient_accumulation_steps": (accumulation, "gradient_accumulation_steps"),
+        "train_batch_size": (micro * accumulation * request.world_size, "micro batch x accumulation x processes"),
+        "gradient_clipping": (request.max_grad_norm, "max_grad_norm"),
+    }
+    for key, (value, source) in expected.items():
+        given = config.get(key, "auto")
+        if given != "auto" and given != value:
+            yield Problem(f"deepspeed {key}={given} but {source}={value}", f'set {key} to "auto"')
+
+
+def _replaced_optimizer(request: Request) -> Iterator[Problem]:
+    """Offload swaps the optimizer for DeepSpeedCPUAdam: 8-bit AdamW, Adafactor and SGD all become AdamW."""
+    device = get_key(request.config or {}, "zero_optimization.offload_optimizer.device", "none")
+    if device not in ("cpu", "nvme") or get_key(request.config or {}, "optimizer.type") is not None:
+        return
+    if request.optim not in _ADAMW_NAMES:
+        yield Problem(
+            f"optim={request.optim} would be replaced silently by AdamW on the CPU: the optimizer is offloaded to {device}",
+            f"--optim adamw_torch, or a preset without optimizer offload to keep {request.optim}",
+        )
+
+
+def _optimizer_block(request: Request) -> Iterator[Problem]:
+    """An `optimizer` block wins over --optim, and needs a CUDA compiler for FusedAdam."""
+    name = get_key(request.config or {}, "optimizer.type")
+    if not isinstance(name, str):
+        return
+    if not request.optim_is_default:
+        yield Problem(
+            f"optim={request.optim} would be ignored: the DeepSpeed configuration has optimizer.type={name!r}",
+            "remove the optimizer block (the Trainer then builds the optimizer) or drop --optim",
+        )
+    offloaded = get_key(request.config or {}, "zero_optimization.offload_optimizer.device", "none") != "none"
+    if name.lower() in ("adam", "adamw") and request.device == "cuda" and not offloaded and not shutil.which("nvcc"):
+        yield Problem(
+            f"optimizer.type={name!r} compiles DeepSpeed's FusedAdam, and no nvcc is on the PATH",
+            "remove the optimizer block: --optim adamw_torch_fused needs no compiler",
+        )
+
+
+def _nvme_path(request: Request) -> Iterator[Problem]:
+    for block in ("offload_optimizer", "offload_param"):
+        offload = get_key(request.config or {}, f"zero_optimization.{block}") or {}
+        if offload.get("device") == "nvme" and str(offload.get("nvme_path", "none")).lower() in ("none", ""):
+            yield Problem(
+                f"zero_optimization.{block} goes to NVMe but nvme_path is not set",
+                "--nvme_path FOLDER on a local NVMe disk",
+            )
+
+
+def _two_sources(request: Request) -> Iterator[Problem]:
+    """accelerate's YAML (also the default_config.yaml it picks up unasked) and a DeepSpeed configuration."""
+    env = request.accelerate_environment
+    if request.config is not None and env.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
+        yield Problem(
+            "accelerate launch brings a DeepSpeed configuration of its own (from --config_file or default_config.yaml)",
+            "start with torchrun, or with an accelerate config whose distributed_type is MULTI_GPU",
+        )
+    if request.config is not None and env.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
+        yield Problem(
+            "accelerate launch asks for FSDP (from --config_file or default_config.yaml) and DeepSpeed is asked for too",
+            "start with torchrun, or with an accelerate config whose distributed_type is MULTI_GPU",
+        )
+
+
+def _model_before_arguments(request: Request) -> Iterator[Problem]:
+    """ZeRO-3 shards a model while it loads, and only if the arguments exist by then."""
+    if zero_stage(request.config) == 3 and request.model_already_loaded:
+        yield Problem(
+            "a model was loaded before the training arguments: under ZeRO-3 each process then holds all of it",
+            "create the training arguments first, call from_pretrained after",
+        )
+    if zero_stage(request.config) == 3 and request.device_map is not None:
+        yield Problem(
+            f"device_map={request.device_map!r} places whole weights, ZeRO-3 shards them: they exclude each other",
+            "remove device_map",
+        )
+
+
+def _quant_storage(request: Request) -> Iterator[Problem]:
+    """16-bit storage of another type than the engine's corrupts 4-bit weights silently; fp32 crashes."""
+    if request.quant_storage in (None, "uint8"):
+        if request.quant_storage == "uint8" and zero_stage(request.config) == 3:
+            yield Problem(
+                "bnb_4bit_quant_storage=uint8 under ZeRO-3: integer tensors cannot be partitioned",
+                f"bnb_4bit_quant_storage={request.training_dtype}",
+            )
+        return
+    if request.quant_storage != request.training_dtype:
+        yield Problem(
+            f"bnb_4bit_quant_storage={request.quant_storage} while training in {request.training_dtype}: "
+            "DeepSpeed casts the packed 4-bit bytes and corrupts the weights silently",
+            f"bnb_4bit_quant_storage={request.training_dtype} (or uint8 below ZeRO-3)",
+        )
+
+
+def _auto_batch(request: Request) -> Iterator[Problem]:
+    if request.auto_find_batch_size and zero_stage(request.config) == 3:
+        yield Problem(
+            "auto_find_batch_size cannot restart a ZeRO-3 engine: the Trainer refuses it after loading",
+            "set --per_device_train_batch_size, and gradient checkpointing if it does not fit",
+        )
+
+
+def _deepcompile(request: Request) -> Iterator[Problem]:
+    if get_key(request.config or {}, "compile.deepcompile") and not request.torch_compile:
+        yield Problem("compile.deepcompile only logs unless the engine is compiled", "--torch_compile")
+
+
+def _leaves(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
+
+
+_TRAPS: tuple[Callable[[Request], Iterator[Problem]], ...] = (
+    _unknown_keys,
+    _removed_keys,
+    _removed_optimizers,
+    _dead_auto,
+    _batch_mismatch,
+    _replaced_optimizer,
+    _optimizer_block,
+    _nvme_path,
+    _two_sources,
+    _model_before_arguments,
+    _quant_storage,
+    _auto_batch,
+    _deepcompile,
+)
