@@ -31,7 +31,7 @@ test-all:  ## lint and every test, as continuous integration runs them
 	@bash .ci/test --all $(ARGS)
 
 lint: setup  ## ruff and the import contracts
-	@ruff check . && ruff format --check . && lint-imports
+	@ruff check . && ruff format --check . && lint-imports --no-logo
 
 format: setup  ## let ruff rewrite what it can
 	@ruff check --fix . && ruff format .
