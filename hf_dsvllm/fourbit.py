@@ -1,0 +1,104 @@
+"""The base model as a QLoRA trainer holds it: every quantised weight taken to 4 bit and back.
+
+Merging an adapter into the original 16-bit base gives a model that nobody trained; measured, that error is as large as
+the adapter's own effect.  So the base is quantised again, exactly as transformers does, and dequantised once.
+"""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hf_dsvllm.errors import ExportError, MissingDependencyError
+from hf_dsvllm.files import atomic_folder, write_json
+from hf_dsvllm.weights import TensorFolder, TensorPlan, check_free_disk, write_shards
+
+__all__ = ["dequantised_base", "quantised_weights", "round_trip"]
+
+GIB = 1 << 30
+
+
+def quantised_weights(base: Path, quantization: Mapping[str, Any]) -> frozenset[str]:
+    """Names of the weights that transformers' bitsandbytes quantiser turns to 4 bit for the model in `base`.
+
+    The quantiser itself is run on a model without memory (meta device), so its own skip rules decide: output head,
+    tied weights, the last module, `llm_int8_skip_modules`, modules kept in fp32.
+    """
+    from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
+    from transformers.quantizers import AutoHfQuantizer
+
+    bitsandbytes = _bitsandbytes()
+    known = {key: value for key, value in quantization.items() if key.startswith(("bnb_4bit_", "llm_int8_"))}
+    quantizer = AutoHfQuantizer.from_config(BitsAndBytesConfig(load_in_4bit=True, **known))
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base))
+    quantizer.preprocess_model(model=model)
+    linear4bit = bitsandbytes.nn.Linear4bit
+    return frozenset(f"{name}.weight" for name, module in model.named_modules() if isinstance(module, linear4bit))
+
+
+def round_trip(weight: torch.Tensor, quantization: Mapping[str, Any]) -> torch.Tensor:
+    """`weight` (2-D, in the dtype the trainer loaded it in) through 4 bit and back; same shape, dtype, device.
+
+    Blocks of 64 (transformers offers no other), fp4 or nf4, statistics quantised again if `bnb_4bit_use_double_quant`.
+    """
+    functional = _bitsandbytes().functional
+    packed, state = functional.quantize_4bit(
+        weight.contiguous(),
+        blocksize=64,
+        compress_statistics=bool(quantization.get("bnb_4bit_use_double_quant", False)),
+        quant_type=quantization.get("bnb_4bit_quant_type", "fp4"),
+    )
+    return functional.dequantize_4bit(packed, state)
+
+
+def dequantised_base(
+    base: Path, quantization: Mapping[str, Any], out: Path, *, dtype: torch.dtype = torch.bfloat16
+) -> Path:
+    """Write the model in `base` with 4-bit round-tripped weights to the new folder `out`, for serving adapters on it.
+
+    `dtype` is the one the trainer loads the base in.  Everything else in the folder (configuration, tokenizer) is
+    copied.  Raises ExportError if `out` exists, the disk is full, or a quantised weight is not in the base's files.
+    """
+    if out.exists():
+        raise ExportError(f"{out} exists already; name another folder or remove it.")
+    with TensorFolder(base) as tensors:
+        quantised = quantised_weights(base, quantization)
+        unknown = sorted(quantised - set(tensors.names))
+        if unknown:
+            raise ExportError(f"{len(unknown)} quantised weights are not in {base} under that name: {unknown[:3]}.")
+        plan = [TensorPlan(name=name, shape=tensors.shape(name), dtype=dtype) for name in tensors.names]
+        check_free_disk(out, sum(planned.size_bytes for planned in plan))
+
+        def produce(name: str) -> torch.Tensor:
+            weight = tensors.get(name).to(dtype)
+            return round_trip(weight, quantization) if name in quantised else weight
+
+        with atomic_folder(out) as folder:
+            write_shards(folder, plan, produce, max_shard_size_bytes=5 * GIB)
+            _copy_rest(base, folder, dtype)
+    return out
+
+
+def _copy_rest(base: Path, folder: Path, dtype: torch.dtype) -> None:
+    import json
+
+    config = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    config.pop("torch_dtype", None)
+    write_json(folder / "config.json", config | {"dtype": str(dtype).removeprefix("torch.")})
+    for file in base.iterdir():
+        weights = file.suffix in {".safetensors", ".bin", ".gguf", ".pth"} or file.name.endswith(".index.json")
+        if file.is_file() and not weights and file.name != "config.json" and not file.name.startswith("."):
+            shutil.copyfile(file, folder / file.name)
+
+
+def _bitsandbytes() -> Any:
+    try:
+        import bitsandbytes
+    except ImportError as error:
+        raise MissingDependencyError("A QLoRA run needs bitsandbytes: pip install bitsandbytes") from error
+    return bitsandbytes

@@ -1,0 +1,186 @@
+"""What an export is made from: a run folder, a Trainer checkpoint or an adapter, and the base model it belongs to."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+from hf_dsvllm.errors import ExportError
+
+__all__ = [
+    "RunRecord",
+    "Source",
+    "Which",
+    "find_record",
+    "find_source",
+    "find_tokenizer",
+    "has_chat_template",
+    "local_base",
+    "tokenizer_files",
+]
+
+Which = Literal["best", "latest", "final"]
+RECORD = "run.json"
+SNAPSHOTS = "snapshots"
+TOKENIZER_FILES = (
+    "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
+    "vocab.json", "vocab.txt", "merges.txt", "spiece.model", "chat_template.jinja", "chat_template.json",
+    "processor_config.json", "preprocessor_config.json",
+)  # fmt: skip
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class RunRecord:
+    """The part of RUN/run.json that an export needs; `folder` is RUN."""
+
+    folder: Path
+    base_model: str
+    adapter: str | None
+    quantization: Mapping[str, Any] | None
+    dtype: str
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Source:
+    """The folder with the trained weights, what kind they are, and the run they came from (if it is recorded)."""
+
+    model_dir: Path
+    kind: Literal["adapter", "full", "zero"]
+    step: int | None
+    record: RunRecord | None
+
+
+def find_source(path: Path, which: Which) -> Source:
+    """Find the weights meant by `path`: its best, latest or final ones if it is a run, itself otherwise.
+
+    `latest` is the newest snapshot, else the newest Trainer checkpoint; `final` is what the Trainer saved in the run
+    folder itself at the end, else the latest.  Raises ExportError if there is nothing to export.
+    """
+    if which not in ("best", "latest", "final"):
+        raise ExportError(f"which={which!r} is not one of best, latest, final.")
+    if not path.is_dir():
+        near = sorted(item.name for item in path.parent.iterdir() if item.is_dir()) if path.parent.is_dir() else []
+        beside = f" Beside it: {', '.join(near[:8])}." if near else ""
+        raise ExportError(f"{path} is no folder: name a run, a checkpoint or an adapter folder.{beside}")
+    record = find_record(path)
+    if which == "best":
+        return _snapshot(path, "best.json", record)
+    if which == "latest" and (path / SNAPSHOTS / "latest.json").is_file():
+        return _snapshot(path, "latest.json", record)
+    kind = _kind(path)
+    if which == "latest" or kind is None:
+        checkpoints = sorted(path.glob("checkpoint-*"), key=_step_of)
+        if checkpoints and _kind(checkpoints[-1]):
+            return _source(checkpoints[-1], _kind(checkpoints[-1]), _step_of(checkpoints[-1]), record)
+    if kind is not None:
+        return _source(path, kind, _step_of(path) if path.name.startswith(("checkpoint-", "step-")) else None, record)
+    if (path / SNAPSHOTS / "latest.json").is_file():
+        return _snapshot(path, "latest.json", record)
+    raise ExportError(
+        f"Nothing to export in {path}: it has no {SNAPSHOTS}/latest.json, no checkpoint-*, no adapter_config.json, no "
+        "model.safetensors with config.json and no DeepSpeed global_step* folder. Did the run save anything?"
+    )
+
+
+def find_record(path: Path) -> RunRecord | None:
+    """RUN/run.json, if `path` is RUN or up to two folders below it (RUN/snapshots/step-40, RUN/checkpoint-40)."""
+    for folder in (path, *path.absolute().parents[:2]):
+        if (folder / RECORD).is_file():
+            return _read_record(folder)
+    return None
+
+
+def local_base(name: str) -> Path:
+    """The folder of a base model given by path or hub id (the hub's cache is used; downloads only what is needed)."""
+    folder = Path(name).expanduser()
+    if folder.is_dir():
+        return folder
+    if folder.is_absolute() or name.startswith((".", "~")):
+        raise ExportError(f"The base model {name} is no folder any more; say where it is with --base PATH.")
+    from huggingface_hub import snapshot_download
+
+    try:
+        return Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]))
+    except Exception as error:  # whatever the hub client raises, the user can do the same thing about it
+        raise ExportError(
+            f"The base model {name!r} is neither a folder nor reachable on the hub ({type(error).__name__}): "
+            "say where it is with --base PATH."
+        ) from error
+
+
+def find_tokenizer(source: Source, base: Path | None) -> Path | None:
+    """The tokenizer as trained: the run's, the checkpoint's, else the base's.  A lost chat template is an error."""
+    run = [] if source.record is None else [source.record.folder / "tokenizer"]
+    places = [*run, source.model_dir, *([] if base is None else [base])]
+    folder = next((place for place in places if (place / "tokenizer_config.json").is_file()), None)
+    if folder is not None and base is not None and has_chat_template(base) and not has_chat_template(folder):
+        raise ExportError(
+            f"The base {base} has a chat template and the trained tokenizer in {folder} has none: it was lost when the "
+            f"tokenizer was saved. Copy chat_template.jinja into {folder}."
+        )
+    return folder
+
+
+def has_chat_template(folder: Path) -> bool:
+    if (folder / "chat_template.jinja").is_file() or (folder / "chat_template.json").is_file():
+        return True
+    config = folder / "tokenizer_config.json"
+    return config.is_file() and bool(json.loads(config.read_text(encoding="utf-8")).get("chat_template"))
+
+
+def tokenizer_files(folder: Path) -> list[Path]:
+    return [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
+
+
+def _read_record(folder: Path) -> RunRecord:
+    try:
+        values = json.loads((folder / RECORD).read_text(encoding="utf-8"))
+        return RunRecord(
+            folder=folder,
+            base_model=str(values["base_model"]),
+            adapter=values["adapter"],
+            quantization=values["quantization"],
+            dtype=str(values["dtype"]).removeprefix("torch."),
+        )
+    except (ValueError, KeyError, TypeError) as error:
+        raise ExportError(f"{folder / RECORD} is not a run record ({type(error).__name__}: {error}).") from error
+
+
+def _snapshot(path: Path, pointer: str, record: RunRecord | None) -> Source:
+    file = path / SNAPSHOTS / pointer
+    if not file.is_file():
+        raise ExportError(f"{file} does not exist: this run recorded no {file.stem} snapshot; try --which latest.")
+    values = json.loads(file.read_text(encoding="utf-8"))
+    folder = path / SNAPSHOTS / values["path"]
+    kind = _kind(folder) if folder.is_dir() else None
+    if kind is None:
+        raise ExportError(
+            f"{file} names {folder}, which holds no weights: the snapshot was removed or is not complete."
+        )
+    return _source(folder, kind, int(values["step"]), record)
+
+
+def _source(
+    folder: Path, kind: Literal["adapter", "full", "zero"] | None, step: int | None, record: RunRecord | None
+) -> Source:
+    assert kind is not None
+    return Source(model_dir=folder, kind=kind, step=step, record=record)
+
+
+def _kind(folder: Path) -> Literal["adapter", "full", "zero"] | None:
+    if (folder / "adapter_config.json").is_file():
+        return "adapter"
+    if (folder / "config.json").is_file() and any(folder.glob("model*.safetensors*")):
+        return "full"
+    if any(folder.glob("global_step*")):
+        return "zero"
+    return None
+
+
+def _step_of(folder: Path) -> int:
+    """`checkpoint-40` or `step-40` -> 40; -1 for other names."""
+    digits = folder.name.rpartition("-")[2]
+    return int(digits) if digits.isdigit() else -1
