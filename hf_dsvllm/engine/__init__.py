@@ -16,7 +16,7 @@ __all__ = [
     "command",
     "environment",
     "find_vllm",
-    "lora_rank_bound",
     "list_engines",
+    "lora_rank_bound",
     "reap",
 ]

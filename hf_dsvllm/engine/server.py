@@ -1,7 +1,7 @@
 """The life of the vLLM process as the trainer sees it: start at once, wait for readiness, restart, stop.
 
-`EngineSpec` says what to serve, `command` and `environment` turn it into a process (pure functions), `EngineServer` runs
-it under the supervisor.  vLLM is never imported; it may live in another environment (`EngineSpec.python`).
+`EngineSpec` says what to serve, `command` and `environment` turn it into a process (pure functions), `EngineServer`
+runs it under the supervisor.  vLLM is never imported; it may live in another environment (`EngineSpec.python`).
 """
 
 from __future__ import annotations
@@ -106,8 +106,8 @@ def command(spec: EngineSpec, uds: Path) -> list[str]:
     utilization = spec.gpu_memory_utilization
     if spec.device == "cuda" and spec.kv_cache_bytes is not None:
         line += ["--kv-cache-memory-bytes", str(spec.kv_cache_bytes)]
-        # The start-up check `free >= total * utilization` stays on beside it, with 0.92 by default, and beside a trainer
-        # that fails although the cache would fit.
+        # The start-up check `free >= total * utilization` stays on beside it, with 0.92 by default, and beside a
+        # trainer that fails although the cache would fit.
         utilization = 0.05 if utilization is None else utilization
     if utilization is not None:
         line += ["--gpu-memory-utilization", str(utilization)]

@@ -7,12 +7,13 @@
 * The trainer holds the only write end of a pipe.  End of file on it, however the trainer died, ends the engine at once.
   A forked child of the trainer (a dataloader worker) may still hold a copy; so the supervisor also looks twice a second
   whether its parent is still the trainer.  The engine inherits neither end.
-* SIGTERM, SIGINT, SIGHUP, or the API server leaving by itself end the engine too; the API server's exit code is passed on.
-* A SIGKILLed supervisor is followed by its guard, a fork in another session that does nothing until then; the API server
-  also asks the kernel for SIGTERM in that case (PR_SET_PDEATHSIG).  This covers the one combination nobody else can
-  see: supervisor and API server killed together, which orphans EngineCore and its memory (vllm-project/vllm#55510).
-* Ending means SIGTERM to every process of the engine, up to `grace_s` seconds, then SIGKILL until none is left.  A process
-  belongs to the engine when it is in the API server's session or process group, or carries its mark in the environment.
+* SIGTERM, SIGINT, SIGHUP, or the API server leaving by itself end the engine too; its exit code is passed on.
+* A SIGKILLed supervisor is followed by its guard, a fork in another session that does nothing until then; the API
+  server also asks the kernel for SIGTERM in that case (PR_SET_PDEATHSIG).  This covers the one combination nobody else
+  can see: supervisor and API server killed together, which orphans EngineCore and its memory (vllm-project/vllm#55510).
+* Ending means SIGTERM to every process of the engine, up to `grace_s` seconds, then SIGKILL until none is left.  A
+  process belongs to the engine when it is in the API server's session or process group, or carries its mark in the
+  environment.
 
 It runs by its path with `python -I -S` and needs nothing but the standard library and /proc, so that it starts in a few
 hundredths of a second and stays small beside a training run.
@@ -85,7 +86,7 @@ def engine_processes(engine_id: str, leader: int | None) -> list[int]:
 
 
 def end_engine(engine_id: str, leader: int | None, grace_s: float = GRACE_S) -> list[int]:
-    """End every process of the engine: SIGTERM, up to `grace_s` seconds, SIGKILL; returns what is left (normally [])."""
+    """End every process of the engine: SIGTERM, up to `grace_s` seconds, SIGKILL; returns what is left (usually [])."""
     left = engine_processes(engine_id, leader)
     send(left, signal.SIGTERM)
     for number, limit_s in ((None, grace_s), (signal.SIGKILL, KILL_S)):
