@@ -15,15 +15,15 @@ import pytest
 
 from hf_dsvllm.engine import registry, supervisor
 
-# The API server ignores nothing; its child EngineCore does not notice when the API server is killed, as vLLM's does not,
-# and the API server leaves when EngineCore dies, as vLLM's does.  "stubborn" processes ignore SIGTERM.
+# Like vLLM's, its EngineCore does not notice when the API server is killed, and its API server leaves when EngineCore
+# dies.  "stubborn" processes ignore SIGTERM.
 FAKE_ENGINE = """
 import os, signal, subprocess, sys, time
 from pathlib import Path
 folder, kind = Path(sys.argv[1]), sys.argv[2]
 if kind == "stubborn":
     signal.signal(signal.SIGTERM, signal.SIG_IGN)
-core = subprocess.Popen([sys.executable, "-S", "-c", "import sys, time; time.sleep(300)"])
+core = subprocess.Popen([sys.executable, "-S", "-c", "import time; time.sleep(300)"])
 for name, pid in (("core", core.pid), ("api", os.getpid())):
     (folder / f".{name}").write_text(str(pid))
     os.rename(folder / f".{name}", folder / name)
