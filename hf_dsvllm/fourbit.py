@@ -36,7 +36,7 @@ def quantised_weights(base: Path, quantization: Mapping[str, Any]) -> frozenset[
     quantizer = AutoHfQuantizer.from_config(BitsAndBytesConfig(load_in_4bit=True, **known))
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base))
-    quantizer.preprocess_model(model=model)
+    quantizer.preprocess_model(model=model, device_map=None)
     linear4bit = bitsandbytes.nn.Linear4bit
     return frozenset(f"{name}.weight" for name, module in model.named_modules() if isinstance(module, linear4bit))
 
