@@ -22,7 +22,7 @@ __all__ = ["Verification", "adapter_reference", "compare_logits", "full_referenc
 
 # Mean |difference| allowed, as a share of the reference logits' standard deviation.  Rounding weights to bf16 (8
 # significant bits) moves SmolLM2-135M's logits by 0.003 of their spread (measured); another base by a tenth and up.
-MEAN_LIMIT = {torch.bfloat16: 0.015, torch.float16: 0.003, torch.float32: 1e-4}
+MEAN_LIMIT = {torch.bfloat16: 0.03, torch.float16: 0.003, torch.float32: 1e-4}
 # How much of the adapter's effect on the logits must be in the export: 0 for a lost delta, 2 for one applied twice.
 SHARE_SLACK = 0.2
 # A token counts as different only if the reference itself preferred its own by more than this share of the spread.
