@@ -155,9 +155,16 @@ class EngineClient:
         self._call("POST", "/v1/unload_lora_adapter", {"lora_name": name})
 
     def reload_weights(self, path: Path) -> None:
-        """Replace the base weights by the safetensors in the folder `path`; `reset_prefix_cache` has to follow."""
+        """Replace the base weights by the safetensors in the folder `path`.
+
+        `reset_prefix_cache` has to follow, on CPU `repack_shared_weights` before it; `WeightSync.push` does all that.
+        """
         body = {"method": "reload_weights", "kwargs": {"weights_path": str(path.absolute())}}
         self._call("POST", "/collective_rpc", body)
+
+    def repack_shared_weights(self) -> None:
+        """On CPU, after `reload_weights`: pack a tied output head again (see inside_vllm/dsvllm_worker.py)."""
+        self._call("POST", "/collective_rpc", {"method": "dsvllm_repack_shared_weights"})
 
     def reset_prefix_cache(self) -> None:
         """Forget cached prefixes, which belong to the old weights; repeated until the server says it did.

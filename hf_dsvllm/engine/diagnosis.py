@@ -11,7 +11,9 @@ __all__ = ["explain_log", "likely_fix", "telling_lines"]
 MAX_LINES = 6
 READ_BYTES = 512 * 1024  # from the end; a failing start writes far less
 ERROR_LINE = re.compile(
-    r"^(\w+\.)*(\w*(Error|Exception|Interrupt|Refused)\b|Killed|CUDA error|\S*: error:|hf-dsvllm supervisor: cannot)"
+    r"^(Value error, "  # pydantic's second line, the telling one
+    r"|(\w+\.)*(\w*(Error|Exception|Interrupt|Refused)\b|Killed|CUDA error|\S*: error:)"
+    r"|hf-dsvllm supervisor: cannot)"
 )
 PREFIX = re.compile(r"^(\([^)]*pid=\d+\)\s*)?((ERROR|WARNING|INFO|DEBUG|CRITICAL) [\d-]+ [\d:.]+ \[[^\]]*\]\s?)?")
 COLOUR = re.compile(r"\x1b\[[0-9;]*m")

@@ -33,6 +33,7 @@ GIB = 2**30
 UDS_LIMIT_BYTES = 107  # sun_path in sockaddr_un, less its final zero
 VLLM_SOCKET_NAME_BYTES = 40  # vLLM puts sockets named by a UUID into VLLM_RPC_BASE_PATH
 STOP_MARGIN_S = 5.0
+INSIDE_VLLM = Path(__file__).with_name("inside_vllm")
 
 # Left by torchrun, accelerate and deepspeed: with them vLLM would join the trainer's process group or use its threads.
 SCRUBBED = {
@@ -111,6 +112,8 @@ def command(spec: EngineSpec, uds: Path) -> list[str]:
         utilization = 0.05 if utilization is None else utilization
     if utilization is not None:
         line += ["--gpu-memory-utilization", str(utilization)]
+    if spec.device == "cpu":
+        line += ["--worker-extension-cls", "dsvllm_worker.DsvllmWorker"]
     return [*line, *spec.extra_args]
 
 
@@ -133,6 +136,7 @@ def environment(spec: EngineSpec, base_env: Mapping[str, str]) -> dict[str, str]
     if spec.device == "cpu":
         kv_cache_bytes = GIB if spec.kv_cache_bytes is None else spec.kv_cache_bytes
         env["VLLM_CPU_KVCACHE_SPACE"] = str(-(-kv_cache_bytes // GIB))
+        env["PYTHONPATH"] = os.pathsep.join(filter(None, (str(INSIDE_VLLM), base_env.get("PYTHONPATH"))))
         env["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"  # pinning would put both of us on the same cores
     if spec.cpu_threads is not None:
         env["OMP_NUM_THREADS"] = str(spec.cpu_threads)

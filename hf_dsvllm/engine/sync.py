@@ -82,6 +82,8 @@ class WeightSync:
         served_name = self.server.spec.served_name
         try:
             self.client.reload_weights(folder)
+            if self.server.spec.device == "cpu":
+                self.client.repack_shared_weights()
             self.client.reset_prefix_cache()
         except EngineError as error:
             self._restart(folder)

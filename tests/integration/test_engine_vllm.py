@@ -255,5 +255,5 @@ def test_a_folder_without_a_model_is_a_clear_error_from_the_log(tmp_path: Path) 
     finally:
         server.stop()
     assert str(server.log) in str(caught.value)
-    assert "config.json" in str(caught.value)
+    assert str(empty) in str(caught.value)
     assert not folder.exists()

@@ -91,6 +91,15 @@ def test_on_cpu_the_cache_is_whole_gib_and_threads_are_not_pinned() -> None:
     assert environment(CPU, {})["VLLM_CPU_KVCACHE_SPACE"] == "1"
 
 
+def test_only_the_cpu_engine_loads_our_worker_extension_and_keeps_the_users_pythonpath() -> None:
+    folder, kept = environment(CPU, {"PYTHONPATH": "/own"})["PYTHONPATH"].split(os.pathsep)
+    assert kept == "/own"
+    assert [file.name for file in Path(folder).glob("*.py")] == ["dsvllm_worker.py"]
+    assert "--worker-extension-cls" in command(CPU, SOCKET)
+    assert "--worker-extension-cls" not in command(GPU, SOCKET)
+    assert "PYTHONPATH" not in environment(GPU, {})
+
+
 def test_visible_devices_are_passed_on_only_when_named() -> None:
     assert environment(dataclasses.replace(GPU, visible_devices="2,3"), {})["CUDA_VISIBLE_DEVICES"] == "2,3"
     assert environment(GPU, {"CUDA_VISIBLE_DEVICES": "1"})["CUDA_VISIBLE_DEVICES"] == "1"
@@ -208,6 +217,14 @@ def test_a_long_temporary_folder_is_not_used_for_sockets(tmp_path: Path, monkeyp
 """,
             "torch.OutOfMemoryError",
             "too little memory",
+        ),
+        (
+            """
+pydantic_core._pydantic_core.ValidationError: 1 validation error for ModelConfig
+  Value error, Invalid repository ID or local directory specified: '/m'.
+""",
+            "Invalid repository ID",
+            "the model was not found",
         ),
         (
             "ValueError: Free memory on device (1.2/80.0 GiB) on startup is less than desired GPU memory utilization\n",
