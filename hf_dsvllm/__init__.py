@@ -13,6 +13,7 @@ __version__ = "0.1.0"
 
 if TYPE_CHECKING:
     from hf_dsvllm.arguments import DsvllmSFTConfig, DsvllmTrainingArguments, with_presets
+    from hf_dsvllm.console import friendly
     from hf_dsvllm.errors import (
         ConfigError,
         DsvllmError,
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
         WiringError,
     )
     from hf_dsvllm.export import ExportReport, export_model
+    from hf_dsvllm.session import Session, prepare
     from hf_dsvllm.tasks import EvalTask, load_task
 
 # Name -> module that defines it.  The same names, in the same modules, as in the block above: kept equal by a test.
@@ -45,9 +47,12 @@ _EXPORTS = {
     "ModelShapeError": "errors",
     "PresetError": "errors",
     "Problem": "errors",
+    "Session": "session",
     "WiringError": "errors",
     "export_model": "export",
+    "friendly": "console",
     "load_task": "tasks",
+    "prepare": "session",
     "with_presets": "arguments",
 }
 
@@ -66,10 +71,13 @@ __all__ = [
     "ModelShapeError",
     "PresetError",
     "Problem",
+    "Session",
     "WiringError",
     "__version__",
     "export_model",
+    "friendly",
     "load_task",
+    "prepare",
     "with_presets",
 ]
 

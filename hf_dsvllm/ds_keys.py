@@ -1,7 +1,8 @@
+# ruff: noqa: SIM905 - word lists are read more easily than quoted lists
 """The names DeepSpeed 0.19.8 understands in its JSON, and those it has removed.
 
-DeepSpeed checks names only inside `zero_optimization`, and late.  tests/unit/test_ds_keys.py compares these sets with the
-installed DeepSpeed's own classes, so that a new release shows up as a failing test.
+DeepSpeed checks names only inside `zero_optimization`, and late.  tests/unit/test_ds_keys.py compares these sets
+with the installed DeepSpeed's own classes, so that a new release shows up as a failing test.
 """
 
 from __future__ import annotations

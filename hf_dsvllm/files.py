@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import base64
 import contextlib
 import json
 import os
@@ -11,7 +12,9 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-__all__ = ["atomic_folder", "write_json", "write_text"]
+from hf_dsvllm.errors import Problem
+
+__all__ = ["atomic_folder", "read_json_or_problem", "write_json", "write_text"]
 
 
 def write_text(path: Path, text: str) -> None:
@@ -63,3 +66,22 @@ def fsync_path(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def read_json_or_problem(given: str) -> tuple[dict[str, Any] | None, Problem | None]:
+    """A DeepSpeed configuration given as a path, a `{json}` string or base64, or what is wrong with it."""
+    text = given.strip()
+    try:
+        if not text.startswith("{"):
+            path = Path(text).expanduser()
+            text = path.read_text(encoding="utf-8") if path.exists() else base64.urlsafe_b64decode(text).decode()
+        config = json.loads(text)
+    except json.JSONDecodeError as error:
+        return None, Problem(f"--deepspeed {given}: line {error.lineno}: {error.msg}", "correct the JSON")
+    except (OSError, ValueError):
+        return None, Problem(f"--deepspeed {given}: no such file", "give the path of a JSON file")
+    if not isinstance(config, dict):
+        return None, Problem(
+            f"--deepspeed {given} holds a {type(config).__name__}, not an object", "write a JSON object"
+        )
+    return config, None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 import socket
 from collections.abc import Mapping, MutableMapping, Sequence
@@ -64,7 +65,7 @@ def processes_asked_for(command: Sequence[str]) -> int | None:
     words = [word for argument in command for word in argument.split("=", 1)]
     if not any(os.path.basename(word) in ("accelerate", "accelerate-launch") or "accelerate" in word for word in words):
         return None
-    for flag, value in zip(words, words[1:], strict=False):
+    for flag, value in itertools.pairwise(words):
         if flag in ("--num_processes", "--num-processes", "-n") and value.isdigit():
             return int(value)
     return None

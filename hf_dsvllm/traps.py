@@ -1,8 +1,8 @@
 """Configurations that go wrong late or silently, found before a model is loaded.
 
-Each trap is a function from a `Request` to the problems it sees; `find_problems` runs them all and returns every problem
-at once.  What can be corrected without changing the meaning is a `Fix` instead and is printed with its reason.
-Sources: DeepSpeed 0.19.8, transformers 5.19 and accelerate 1.15, read and run; docs/troubleshooting.md tells each story.
+Each trap is a function from a `Request` to the problems it sees; `find_problems` runs them all and returns every
+problem at once.  What can be corrected without changing the meaning is a `Fix` instead and is printed with its reason.
+Sources: DeepSpeed 0.19.8, transformers 5.19 and accelerate 1.15, read and run; more in docs/troubleshooting.md.
 """
 
 from __future__ import annotations
@@ -170,7 +170,7 @@ def _replaced_optimizer(request: Request) -> Iterator[Problem]:
         return
     if request.optim not in _ADAMW_NAMES:
         yield Problem(
-            f"optim={request.optim} would be replaced silently by AdamW on the CPU: the optimizer is offloaded to {device}",
+            f"optim={request.optim} would silently become AdamW: the optimizer is offloaded to {device}",
             f"--optim adamw_torch, or a preset without optimizer offload to keep {request.optim}",
         )
 
@@ -213,7 +213,7 @@ def _two_sources(request: Request) -> Iterator[Problem]:
         )
     if request.config is not None and env.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
         yield Problem(
-            "accelerate launch asks for FSDP (from --config_file or default_config.yaml) and DeepSpeed is asked for too",
+            "accelerate launch asks for FSDP (--config_file or default_config.yaml), these arguments for DeepSpeed",
             "start with torchrun, or with an accelerate config whose distributed_type is MULTI_GPU",
         )
 

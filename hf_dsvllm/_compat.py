@@ -1,0 +1,42 @@
+"""Workarounds for upstream, each with its reason and the condition for its removal."""
+
+from __future__ import annotations
+
+from typing import Any
+
+__all__ = ["keep_4bit_weights_packed", "log_through_trainer", "note_best"]
+
+
+def keep_4bit_weights_packed(model: Any) -> int:
+    """Stop bitsandbytes from repacking 4-bit weights in a CPU evaluation forward; returns the layers touched.
+
+    On CPUs with AVX512-BF16 `Linear4bit.forward` repacks its weight in place the first time it runs without gradients;
+    training afterwards has wrong gradients (cosine 0.38) and a merge gives garbage.  Only an autograd warning shows it.
+    Remove when bitsandbytes unpacks before training (read in 0.50.2, nn/modules.py).
+    """
+    touched = 0
+    for module in model.modules():
+        if getattr(module, "support_avx512bf16_for_cpu", None):
+            module.support_avx512bf16_for_cpu = False
+            touched += 1
+    return touched
+
+
+def log_through_trainer(trainer: Any, values: dict[str, float]) -> None:
+    """Log with the Trainer's step, history and `report_to` backends.
+
+    The base class's method on purpose: TRL's overrides add and clear their running training averages.
+    Remove when TRL separates the two (read in 1.16, SFTTrainer.log).
+    """
+    from transformers import Trainer
+
+    Trainer.log(trainer, dict(values))
+
+
+def note_best(trainer: Any, metrics: dict[str, float]) -> bool:
+    """Let the Trainer compare `metrics[metric_for_best_model]` with its best; True if it is the new best.
+
+    The method is private but has no public counterpart.  Remove when callbacks can report a metric (asked for in
+    transformers#38829).
+    """
+    return bool(trainer._determine_best_metric(metrics=metrics, trial=None))

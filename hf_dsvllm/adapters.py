@@ -1,0 +1,135 @@
+"""LoRA and QLoRA: the quantisation and adapter configuration of a preset, in TRL's own words.
+
+The values are written into TRL's `ModelConfig`, whose `get_peft_config` and `get_quantization_config` the recipes then
+call, so that every flag TRL documents (`--lora_r`, `--lora_target_modules`, …) keeps its meaning.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import importlib.util
+from typing import Any
+
+from hf_dsvllm.ds_config import zero_stage
+from hf_dsvllm.errors import Problem
+from hf_dsvllm.presets import Preset
+from hf_dsvllm.traps import Fix
+
+__all__ = ["adapter_problems", "apply_to_model_config", "quant_storage", "quantization_record", "wrap"]
+
+ALL_LINEAR = ["all-linear"]
+# vLLM's choices for --max-lora-rank (vllm/config/lora.py).
+VLLM_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
+
+
+def quant_storage(zero_stage: int | None, training_dtype: str) -> str:
+    """The dtype 4-bit weights are packed into.
+
+    ZeRO-3 partitions floating-point tensors only, so they are stored as the training dtype there; any other 16-bit
+    type would be cast by the engine, which corrupts them.  Below ZeRO-3 uint8 is never touched.
+    """
+    return training_dtype if zero_stage == 3 else "uint8"
+
+
+def apply_to_model_config(config: Any, preset: Preset, *, device: str, full_dtype: str) -> list[Fix]:
+    """Set the adapter, quantisation and dtype fields of a TRL `ModelConfig`; returns what was changed and why.
+
+    Fields the user set are kept, but for `dtype`: TRL's default of float32 would become the 4-bit compute dtype and
+    twice the memory of a frozen model.
+    """
+    fixes: list[Fix] = []
+
+    def change(field: str, value: Any, why: str) -> None:
+        before = getattr(config, field)
+        if before != value:
+            setattr(config, field, value)
+            fixes.append(Fix(field, before, value, why))
+
+    defaults = {field.name: field.default for field in dataclasses.fields(config)}
+    if config.dtype == defaults["dtype"] and config.dtype != full_dtype:
+        change("dtype", full_dtype, _dtype_reason(preset, device))
+    if preset.adapter is None:
+        return fixes
+    change("use_peft", True, f"preset {preset.name} trains adapters")
+    if config.lora_target_modules is None and getattr(config, "lora_target_parameters", None) is None:
+        change("lora_target_modules", list(ALL_LINEAR), "adapters on every linear layer (QLoRA paper, section 4)")
+    if preset.adapter == "qlora":
+        change("load_in_4bit", True, f"preset {preset.name} trains on a 4-bit model")
+        change("load_in_8bit", False, "4-bit and 8-bit exclude each other")
+        change("use_bnb_nested_quant", True, "double quantisation: 0.37 bits less per weight (QLoRA paper, section 3)")
+        if config.bnb_4bit_quant_storage is None:
+            storage = quant_storage(preset.zero_stage, config.dtype)
+            change("bnb_4bit_quant_storage", storage, "the only storage this ZeRO stage leaves intact")
+    return fixes
+
+
+def adapter_problems(config: Any, preset: Preset | None, *, evaluated: bool) -> list[Problem]:
+    """What this adapter cannot do: run without bitsandbytes, or be served by vLLM while it trains."""
+    problems = []
+    four_bit = (preset is not None and preset.adapter == "qlora") or getattr(config, "load_in_4bit", False)
+    if four_bit and importlib.util.find_spec("bitsandbytes") is None:
+        problems.append(
+            Problem("4-bit training needs bitsandbytes, which is not installed", "pip install bitsandbytes")
+        )
+    if not (evaluated and getattr(config, "use_peft", False)):
+        return problems
+    if config.lora_r > VLLM_LORA_RANKS[-1]:
+        problems.append(
+            Problem(
+                f"lora_r={config.lora_r} is above vLLM's largest rank, {VLLM_LORA_RANKS[-1]}", "--lora_r 512 or less"
+            )
+        )
+    for field, what in (("use_dora", "DoRA"), ("lora_modules_to_save", "modules_to_save")):
+        if getattr(config, field, None):
+            problems.append(
+                Problem(
+                    f"vLLM refuses adapters with {what}, so generation evaluation could not load them",
+                    f"train without --{field}, or without --gen_eval_file (the export merges {what} correctly)",
+                )
+            )
+    return problems
+
+
+def wrap(model: Any, peft_config: Any, args: Any) -> Any:
+    """`model` with fresh adapters, ready for a plain Trainer; TRL's trainers do this themselves.
+
+    Under ZeRO-3 adapters keep the frozen model's dtype (its gathers need one dtype) and checkpointing is reentrant; a
+    4-bit model trains its adapters in bf16 (QLoRA paper, section 3) where it computes in bf16.
+    """
+    import torch
+    from peft import get_peft_model
+
+    four_bit = bool(getattr(model, "is_loaded_in_4bit", False))
+    stage = zero_stage(args.deepspeed if isinstance(args.deepspeed, dict) else None)
+    model = get_peft_model(model, peft_config, autocast_adapter_dtype=not (stage == 3 and not four_bit))
+    if args.gradient_checkpointing:
+        model.enable_input_require_grads()
+        if stage == 3:
+            args.gradient_checkpointing_kwargs = {**(args.gradient_checkpointing_kwargs or {}), "use_reentrant": True}
+    if four_bit and args.bf16:
+        for name, parameter in model.named_parameters():
+            if parameter.requires_grad and "lora_magnitude_vector" not in name:
+                parameter.data = parameter.data.to(torch.bfloat16)
+    return model
+
+
+def quantization_record(model: Any) -> dict[str, Any] | None:
+    """The 4-bit settings a live model was loaded with, as the run record keeps them; None for other models."""
+    config = getattr(getattr(model, "config", None), "quantization_config", None)
+    if config is None or not getattr(config, "load_in_4bit", False):
+        return None
+    return {
+        "bnb_4bit_quant_type": config.bnb_4bit_quant_type,
+        "bnb_4bit_use_double_quant": config.bnb_4bit_use_double_quant,
+        "bnb_4bit_compute_dtype": str(config.bnb_4bit_compute_dtype).removeprefix("torch."),
+        "bnb_4bit_quant_storage": str(config.bnb_4bit_quant_storage).removeprefix("torch."),
+        "llm_int8_skip_modules": config.llm_int8_skip_modules,
+    }
+
+
+def _dtype_reason(preset: Preset, device: str) -> str:
+    if device == "cpu":
+        return "CPUs train in float32"
+    if preset.adapter:
+        return "frozen weights need no fp32 copy; it is the 4-bit compute dtype too"
+    return "DeepSpeed keeps the fp32 master weights itself"

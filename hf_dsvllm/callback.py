@@ -1,0 +1,173 @@
+"""The TrainerCallback that ties snapshots, engine and scores to the Trainer's log, best checkpoint and early stop."""
+
+from __future__ import annotations
+
+import logging
+import math
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import torch
+from transformers import TrainerCallback
+
+from hf_dsvllm._compat import log_through_trainer, note_best
+from hf_dsvllm.console import is_main_process, say
+from hf_dsvllm.errors import DsvllmError
+from hf_dsvllm.files import write_json
+from hf_dsvllm.measure import RunMeasure
+from hf_dsvllm.snapshot import SNAPSHOTS, Snapshot, prune, publish
+from hf_dsvllm.wiring import check_wiring, read_wiring
+
+if TYPE_CHECKING:
+    from hf_dsvllm.session import Session
+
+__all__ = ["SessionCallback"]
+
+logger = logging.getLogger(__name__)
+FAILURES_BEFORE_GIVING_UP = 3
+
+
+class SessionCallback(TrainerCallback):
+    """Checks the wiring at the start, evaluates by generation on the way, exports at the end.
+
+    Every hook runs on every rank; what only rank 0 does is followed by a broadcast, so that no rank goes on alone.
+    """
+
+    def __init__(self, session: Session, trainer: Any) -> None:
+        self.session = session
+        self.trainer = trainer
+        self.measure = RunMeasure()
+        self._evaluated: dict[int, dict[str, float]] = {}
+        self._failures = 0
+        self._forwarding = False
+
+    # -- hooks -----------------------------------------------------------------------------------------------------
+
+    def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        wiring = read_wiring(self.trainer)
+        check_wiring(wiring, self.session.preset, self.session.ds_config)
+        say(f"running: {wiring.line()}")
+        self.session.start_record(self.trainer, wiring)
+        if self.session.evaluates and args.gen_eval_on_start:
+            # The engine started from the very model a fresh run starts from; a resumed run must publish its own.
+            self._evaluate(publish_first=state.global_step > 0)
+        self.measure.start()
+
+    def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.measure.step_begins()
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.measure.step_ends()
+        every = args.gen_eval_steps
+        if not self.session.evaluates or every is None or state.global_step % every:
+            return
+        scores = self._evaluate()
+        if scores and self._steers(args) and not control.should_evaluate:
+            self._forward(args, state, control, scores)
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
+        if self._forwarding or not self.session.evaluates or metrics is None:
+            return
+        if args.gen_eval_steps is None or self._steers(args):
+            # The Trainer reads this very dictionary for metric_for_best_model and early stopping.
+            metrics.update(self._evaluated.get(state.global_step) or self._evaluate())
+
+    def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
+        grad_norm = (logs or {}).get("grad_norm")
+        if isinstance(grad_norm, int | float) and not math.isfinite(grad_norm):
+            self.measure.skipped_steps += 1
+            say(
+                f"step {state.global_step}: the gradient norm is {grad_norm}; DeepSpeed skips such a step without a "
+                f"word ({self.measure.skipped_steps} seen so far). Lower the learning rate or check the data."
+            )
+
+    def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self.measure.stop(state)
+        if self.session.evaluates and state.global_step not in self._evaluated:
+            self._evaluate()
+        snapshot = self._publish()
+        self.session.stop_engine()
+        self.session.finish(self.measure, snapshot)
+
+    # -- steps -----------------------------------------------------------------------------------------------------
+
+    def _steers(self, args: Any) -> bool:
+        return "gen_" in (args.metric_for_best_model or "")
+
+    def _forward(self, args: Any, state: Any, control: Any, scores: dict[str, float]) -> None:
+        """Give early stopping and the best checkpoint a score that came between the Trainer's own evaluations."""
+        self._forwarding = True
+        try:
+            self.trainer.callback_handler.on_evaluate(args, state, control, scores)
+        finally:
+            self._forwarding = False
+        if note_best(self.trainer, scores) and args.save_strategy == "best":
+            control.should_save = True
+
+    def _publish(self) -> Snapshot:
+        return publish(
+            self.trainer.model,
+            self.session.run_dir,
+            step=self.trainer.state.global_step,
+            dtype=self.session.snapshot_dtype,
+            tokenizer=self.trainer.processing_class,
+        )
+
+    def _evaluate(self, *, publish_first: bool = True) -> dict[str, float]:
+        """One evaluation on all ranks; {} when it failed, which is said and never stops training."""
+        step = self.trainer.state.global_step
+        if self._failures >= FAILURES_BEFORE_GIVING_UP:
+            return {}
+        scores: dict[str, float] = {}
+        error: str | None = None
+        training = self.trainer.model.training
+        try:
+            snapshot = self._publish() if publish_first else None
+            if is_main_process():
+                result = self.session.evaluator.evaluate(step, snapshot)
+                scores = dict(result.scores)
+                self.measure.evaluations.append(result)
+                say(result.line())
+        except (DsvllmError, OSError) as problem:
+            error = f"{type(problem).__name__}: {problem}"
+        self.trainer.model.train(training)
+        scores, error = broadcast((scores, error))
+        if error is not None:
+            self._failures += 1
+            given_up = "; giving up on it" if self._failures >= FAILURES_BEFORE_GIVING_UP else ""
+            say(f"step {step}: generation evaluation failed and is skipped{given_up}. {error}")
+            return {}
+        self._failures = 0
+        self._evaluated[step] = scores
+        log_through_trainer(self.trainer, scores)
+        if publish_first:
+            self._keep_best(scores, step)
+        return scores
+
+    def _keep_best(self, scores: dict[str, float], step: int) -> None:
+        """Point snapshots/best.json to the best step by the steering metric, or by the first one logged."""
+        if not is_main_process():
+            return
+        args = self.trainer.args
+        wanted = args.metric_for_best_model if self._steers(args) else next(iter(scores))
+        key = wanted if wanted in scores else f"eval_{wanted}"
+        if key not in scores:
+            return
+        better = args.greater_is_better is not False or not self._steers(args)
+        value = scores[key] if better else -scores[key]
+        if self.session.best_score is None or value > self.session.best_score:
+            self.session.best_score = value
+            folder = self.session.run_dir / SNAPSHOTS
+            kind = "adapter" if hasattr(self.trainer.model, "peft_config") else "full"
+            best = {"path": f"step-{step}", "step": step, "kind": kind, "metric": key, "score": scores[key]}
+            write_json(folder / "best.json", best)
+        prune(self.session.run_dir, keep=[Path(f"step-{step}")])
+
+
+def broadcast(value: Any) -> Any:
+    """Rank 0's `value` on every rank."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return value
+    box = [value]
+    torch.distributed.broadcast_object_list(box, src=0)
+    return box[0]

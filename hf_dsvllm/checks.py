@@ -1,0 +1,186 @@
+"""What can be told about a run before minutes are spent: model there, template there, memory and disk enough."""
+
+from __future__ import annotations
+
+import difflib
+import os
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hf_dsvllm import memory
+from hf_dsvllm.ds_config import get_key, zero_stage
+from hf_dsvllm.errors import DsvllmError, EvalFileError, Problem
+from hf_dsvllm.hardware import detect
+from hf_dsvllm.launch import read_launch
+from hf_dsvllm.model_shape import ModelShape, load_shape
+from hf_dsvllm.presets import Preset
+from hf_dsvllm.tasks import EvalTask, render_prompt
+
+__all__ = ["check_before_loading", "load_tokenizer"]
+
+GIB = 1 << 30
+# DeepSpeed 0.19.8 marks these itself (zero/leaf_module_config.py); others can hang when ranks use other experts.
+MOE_WITH_LEAF_MODULES = frozenset({"mixtral", "qwen2_moe", "qwen3_moe"})
+# A full checkpoint: bf16 weights, fp32 master weights and Adam's two moments.
+CHECKPOINT_BYTES_PER_PARAMETER = 14
+
+
+def check_before_loading(
+    args: Any, model_args: Any, preset: Preset | None, device: str, tasks: Sequence[EvalTask]
+) -> list[Problem]:
+    """Problems of this model on this machine with these tasks, as far as can be told without loading weights."""
+    missing = _model_problems(model_args)
+    if missing:
+        return missing
+    problems = _template_problems(args, model_args, tasks)
+    problems += _output_problems(Path(args.output_dir))
+    try:
+        shape = load_shape(model_args.model_name_or_path)
+    except DsvllmError:
+        return problems  # an architecture the formulas do not know: nothing can be said cheaply
+    problems += _moe_problems(args, model_args)
+    problems += _memory_problems(args, model_args, preset, device, shape)
+    problems += _disk_problems(args, model_args, shape)
+    return problems
+
+
+def load_tokenizer(args: Any, model_args: Any) -> Any:
+    """The tokenizer training will use, `--chat_template_path` applied when it names a template file."""
+    from transformers import AutoTokenizer
+
+    tokenizer = AutoTokenizer.from_pretrained(
+        model_args.model_name_or_path,
+        revision=model_args.model_revision,
+        trust_remote_code=getattr(model_args, "trust_remote_code", False),
+    )
+    template = getattr(args, "chat_template_path", None)
+    if template and Path(template).is_file():
+        tokenizer.chat_template = Path(template).read_text(encoding="utf-8")
+    elif template:
+        tokenizer.chat_template = AutoTokenizer.from_pretrained(template).chat_template
+    return tokenizer
+
+
+def _model_problems(model_args: Any) -> list[Problem]:
+    name = model_args.model_name_or_path
+    if not name:
+        return [Problem("no model is named", "--model_name_or_path FOLDER or hub id")]
+    path = Path(name).expanduser()
+    if path.is_dir():
+        if not (path / "config.json").is_file():
+            return [Problem(f"{name} has no config.json", "give a folder written by save_pretrained")]
+        return []
+    if path.is_absolute() or name.startswith(".") or name.count("/") > 1:
+        near = _nearest(path)
+        return [Problem(f"model folder {name} does not exist", f"did you mean {near}?" if near else "check the path")]
+    try:
+        from transformers import AutoConfig
+
+        AutoConfig.from_pretrained(
+            name, revision=model_args.model_revision, trust_remote_code=getattr(model_args, "trust_remote_code", False)
+        )
+    except (OSError, ValueError) as error:
+        first = str(error).strip().splitlines()[0]
+        return [Problem(f"model {name!r} is neither a folder nor to be had from the hub: {first}",
+                        "check the name, log in with `hf auth login` for gated models, or give a folder")]  # fmt: skip
+    return []
+
+
+def _nearest(path: Path) -> str | None:
+    beside = [item.name for item in path.parent.iterdir() if item.is_dir()] if path.parent.is_dir() else []
+    near = difflib.get_close_matches(path.name, beside, n=1, cutoff=0.5)
+    return str(path.parent / near[0]) if near else None
+
+
+def _template_problems(args: Any, model_args: Any, tasks: Sequence[EvalTask]) -> list[Problem]:
+    """A chat template that is missing or refuses the first prompt of a task."""
+    if not tasks:
+        return []
+    tokenizer = load_tokenizer(args, model_args)
+    problems = []
+    for task in tasks:
+        try:
+            render_prompt(task.samples[0], tokenizer)
+        except EvalFileError as error:
+            problems.append(Problem(f"task {task.name}: {error}", "--chat_template_path FILE.jinja"))
+    return problems
+
+
+def _output_problems(folder: Path) -> list[Problem]:
+    existing = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
+    if not existing.is_dir():
+        return [Problem(f"output_dir {folder}: {existing} is a file", "--output_dir NEW_FOLDER")]
+    if not os.access(existing, os.W_OK):
+        return [Problem(f"output_dir {folder} cannot be written", "--output_dir a folder you own")]
+    return []
+
+
+def _moe_problems(args: Any, model_args: Any) -> list[Problem]:
+    from hf_dsvllm.placement import load_config
+
+    config = args.deepspeed if isinstance(args.deepspeed, dict) else None
+    model = load_config(model_args).get_text_config()
+    experts = getattr(model, "num_experts", None) or getattr(model, "num_local_experts", None)
+    if zero_stage(config) != 3 or not experts or model.model_type in MOE_WITH_LEAF_MODULES:
+        return []
+    if get_key(config or {}, "zero_optimization.leaf_module"):
+        return []
+    return [
+        Problem(
+            f"model_type={model.model_type} is a mixture of experts DeepSpeed does not know: under ZeRO-3 ranks that "
+            "choose different experts wait for each other for ever (DeepSpeed #7461)",
+            'ZeRO-2, or --deepspeed with zero_optimization.leaf_module={"classes": [the expert block\'s class]}',
+        )
+    ]
+
+
+def _memory_problems(
+    args: Any, model_args: Any, preset: Preset | None, device: str, shape: ModelShape
+) -> list[Problem]:
+    """A lower bound of what the run needs against what the machine has; silent unless it surely cannot fit."""
+    if preset is None:
+        return []
+    launch = read_launch()
+    estimate = memory.estimate(
+        shape,
+        zero_stage=preset.zero_stage,
+        offload_optimizer=preset.offload_optimizer,
+        offload_param=preset.offload_param,
+        adapter=_adapter(model_args),
+        lora_r=model_args.lora_r,
+        world_size=launch.world_size,
+        micro_batch_size=args.per_device_train_batch_size,
+        seq_len=getattr(args, "max_length", None) or 512,
+        gradient_checkpointing=args.gradient_checkpointing,
+        device="cuda" if device == "cuda" else "cpu",
+    )
+    return memory.fits(estimate, detect())
+
+
+def _adapter(model_args: Any) -> str | None:
+    if not model_args.use_peft:
+        return None
+    return "qlora" if model_args.load_in_4bit else "lora"
+
+
+def _disk_problems(args: Any, model_args: Any, shape: ModelShape) -> list[Problem]:
+    """Room for one checkpoint and the export, where the run writes them."""
+    weights = 2 * shape.parameters
+    saving = str(getattr(args.save_strategy, "value", args.save_strategy)) != "no"
+    full = saving and not model_args.use_peft and not args.save_only_model
+    needed = (CHECKPOINT_BYTES_PER_PARAMETER * shape.parameters if full else 0) + (
+        0 if args.export_to == "none" else weights
+    )
+    folder = Path(args.output_dir).absolute()
+    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    free = shutil.disk_usage(existing).free
+    if needed <= free:
+        return []
+    return [
+        Problem(
+            f"{existing} has {free / GIB:.1f} GiB free; one checkpoint and the export need {needed / GIB:.1f} GiB",
+            "--output_dir on a larger disk, --save_strategy no, or --save_only_model true",
+        )
+    ]

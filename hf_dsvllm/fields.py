@@ -1,0 +1,77 @@
+"""The arguments this package adds to a TrainingArguments class; the whole list, frozen by a test."""
+
+from __future__ import annotations
+
+import dataclasses
+
+__all__ = ["PresetFields", "added_fields"]
+
+
+@dataclasses.dataclass
+class PresetFields:
+    """Mixin of the added fields; `hf_dsvllm.arguments.with_presets` joins it to a TrainingArguments class."""
+
+    ds_preset: str | None = dataclasses.field(
+        default=None,
+        metadata={"help": "Preset of DeepSpeed, LoRA or QLoRA settings, e.g. zero3_offload, qlora or zero3+lora. "
+                  "`hf-dsvllm presets` lists them."},
+    )  # fmt: skip
+    nvme_path: str | None = dataclasses.field(
+        default=None,
+        metadata={"help": "Folder on a local NVMe disk for presets that offload to NVMe."},
+    )
+    gen_eval_file: list[str] | None = dataclasses.field(
+        default=None,
+        metadata={"help": "JSONL files of prompts with references (messages, prompt/completion or prompt/reference); "
+                  "vLLM answers them during training. The file name is the task name."},
+    )  # fmt: skip
+    gen_eval_metrics: list[str] | None = dataclasses.field(
+        default=None,
+        metadata={"help": "Metrics for the answers: exact_match (default), normalized_match, contains, regex, "
+                  "json_equal, number_match, or your own package.module:function or file.py:function."},
+    )  # fmt: skip
+    gen_eval_steps: int | None = dataclasses.field(
+        default=None,
+        metadata={"help": "Evaluate by generation every so many optimizer steps. Default: whenever the Trainer "
+                  "evaluates, and always once at the end."},
+    )  # fmt: skip
+    gen_eval_on_start: bool = dataclasses.field(
+        default=True,
+        metadata={"help": "Evaluate by generation before the first step, for the score of the untrained model."},
+    )
+    gen_eval_max_new_tokens: int = dataclasses.field(
+        default=256,
+        metadata={"help": "Longest answer in tokens."},
+    )
+    gen_eval_limit: int | None = dataclasses.field(
+        default=None,
+        metadata={"help": "Use only the first so many prompts of each file."},
+    )
+    gen_eval_temperature: float = dataclasses.field(
+        default=0.0,
+        metadata={"help": "Sampling temperature; 0 is greedy and repeatable."},
+    )
+    gen_eval_timeout: float = dataclasses.field(
+        default=900.0,
+        metadata={
+            "help": "Seconds one evaluation may take, server start included, before it is skipped with a warning."
+        },
+    )
+    vllm_python: str | None = dataclasses.field(
+        default=None,
+        metadata={"help": "Python interpreter of another environment that has vLLM. Default: this one."},
+    )
+    vllm_args: str | None = dataclasses.field(
+        default=None,
+        metadata={"help": "More arguments for the vLLM server, as one quoted string."},
+    )
+    export_to: str | None = dataclasses.field(
+        default=None,
+        metadata={"help": "Folder for the merged and verified model at the end of training. Default: "
+                  "OUTPUT_DIR/export; 'none' exports nothing."},
+    )  # fmt: skip
+
+
+def added_fields() -> tuple[str, ...]:
+    """Names of the added arguments, in order."""
+    return tuple(field.name for field in dataclasses.fields(PresetFields))

@@ -1,0 +1,70 @@
+"""What a run took: seconds in training steps, tokens per second, peak memory; read from the process itself."""
+
+from __future__ import annotations
+
+import dataclasses
+import resource
+import time
+from typing import Any
+
+import torch
+
+__all__ = ["RunMeasure"]
+
+GIB = 1 << 30
+
+
+@dataclasses.dataclass(slots=True)
+class RunMeasure:
+    """Stopwatch and memory gauge of one process.  Evaluation and start-up are left out of `step_seconds`."""
+
+    step_seconds: float = 0.0
+    steps: int = 0
+    tokens: int = 0
+    skipped_steps: int = 0
+    evaluations: list[Any] = dataclasses.field(default_factory=list)
+    _begun: float | None = None
+
+    def start(self) -> None:
+        """Forget the peaks of loading."""
+        if torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+
+    def step_begins(self) -> None:
+        self._begun = time.monotonic()
+
+    def step_ends(self) -> None:
+        if self._begun is not None:
+            if torch.cuda.is_available():
+                torch.cuda.synchronize()
+            self.step_seconds += time.monotonic() - self._begun
+            self.steps += 1
+            self._begun = None
+
+    def stop(self, state: Any) -> None:
+        """Read the number of tokens trained on: TRL logs it, the plain Trainer counts it if told to."""
+        logged = [row["num_tokens"] for row in state.log_history if "num_tokens" in row]
+        self.tokens = int(logged[-1]) if logged else int(state.num_input_tokens_seen or 0)
+
+    @property
+    def tokens_per_second(self) -> float | None:
+        """Tokens of all processes per second of training steps, None where nobody counted tokens."""
+        return self.tokens / self.step_seconds if self.tokens and self.step_seconds else None
+
+    def as_record(self) -> dict[str, Any]:
+        """The figures as they stand in measured.json; memory in GiB, of this process."""
+        memory: dict[str, Any] = {"host_peak_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)}
+        if torch.cuda.is_available():
+            memory |= {
+                "gpu": torch.cuda.get_device_name(),
+                "gpu_peak_allocated_gib": round(torch.cuda.max_memory_allocated() / GIB, 2),
+                "gpu_peak_reserved_gib": round(torch.cuda.max_memory_reserved() / GIB, 2),
+            }
+        return {
+            "steps": self.steps,
+            "step_seconds": round(self.step_seconds, 3),
+            "tokens": self.tokens,
+            "tokens_per_second": self.tokens_per_second and round(self.tokens_per_second, 1),
+            "skipped_steps": self.skipped_steps,
+            **memory,
+        }

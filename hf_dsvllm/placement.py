@@ -1,0 +1,91 @@
+"""Where vLLM runs beside the trainer, and how much it may take."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from collections.abc import Sequence
+from typing import Any
+
+from hf_dsvllm.launch import read_launch
+from hf_dsvllm.tasks import EvalTask, render_prompt
+
+__all__ = ["Placement", "kv_bytes_per_token", "place_engine"]
+
+GIB = 1 << 30
+# Sequences the cache should hold at once: enough to keep a GPU busy, small beside a trainer.
+CONCURRENT_SEQUENCES = 64
+MAX_KV_CACHE_BYTES = 8 * GIB
+# The chat template may still change between the check and the run (TRL can clone one): room for its extra tokens.
+TEMPLATE_SLACK_TOKENS = 64
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Placement:
+    """`visible_devices` is the engine's CUDA_VISIBLE_DEVICES (None on CPU); lengths in tokens, sizes in bytes."""
+
+    visible_devices: str | None
+    cpu_threads: int | None
+    max_model_len: int
+    kv_cache_bytes: int
+    reason: str
+
+
+def place_engine(device: str, args: Any, model_args: Any, tasks: Sequence[EvalTask], tokenizer: Any) -> Placement:
+    """A GPU the trainer leaves free if there is one, else the main process's GPU, else the CPU."""
+    longest = max(len(render_prompt(sample, tokenizer)) for task in tasks for sample in task.samples)
+    length = longest + args.gen_eval_max_new_tokens + TEMPLATE_SLACK_TOKENS
+    per_token = kv_bytes_per_token(load_config(model_args), element_bytes=4 if device == "cpu" else 2)
+    cache = min(max(CONCURRENT_SEQUENCES * length * per_token, GIB), MAX_KV_CACHE_BYTES)
+    size = f"sequences up to {length} tokens, {cache / GIB:.1f} GiB of KV cache"
+    if device == "cpu":
+        threads = os.cpu_count() or 1
+        reason = f"vLLM evaluates on the CPU with {threads} threads while training waits; {size}"
+        return Placement(
+            visible_devices=None, cpu_threads=threads, max_model_len=length, kv_cache_bytes=cache, reason=reason
+        )
+    visible, reason = choose_gpu(visible_gpus(), read_launch().local_world_size)
+    return Placement(
+        visible_devices=visible,
+        cpu_threads=None,
+        max_model_len=length,
+        kv_cache_bytes=cache,
+        reason=f"vLLM evaluates on {reason}; {size}",
+    )
+
+
+def choose_gpu(visible: Sequence[str], training: int) -> tuple[str, str]:
+    """The first GPU beyond those that train, or the main process's own; the device id and the reason."""
+    if len(visible) > training:
+        return visible[training], f"GPU {visible[training]}, which the trainer does not use"
+    return visible[0], f"GPU {visible[0]}, shared with the trainer's main process"
+
+
+def visible_gpus() -> list[str]:
+    """The ids this process may use, as CUDA_VISIBLE_DEVICES names them."""
+    named = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if named:
+        return [part.strip() for part in named.split(",") if part.strip()]
+    import torch
+
+    return [str(index) for index in range(torch.cuda.device_count())]
+
+
+def kv_bytes_per_token(config: Any, *, element_bytes: int) -> int:
+    """kv_bytes = 2 (key, value) * layers * kv_heads * head_dim * element_bytes  (vLLM's full-attention layout)."""
+    text = config.get_text_config()
+    heads = text.num_attention_heads
+    kv_heads = getattr(text, "num_key_value_heads", None) or heads
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
+    return 2 * text.num_hidden_layers * kv_heads * head_dim * element_bytes
+
+
+def load_config(model_args: Any) -> Any:
+    """The model's configuration, without its weights."""
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(
+        model_args.model_name_or_path,
+        revision=model_args.model_revision,
+        trust_remote_code=getattr(model_args, "trust_remote_code", False),
+    )

@@ -1,0 +1,293 @@
+"""One run from the script's side: `prepare` before the model is loaded, `attach` once the trainer exists.
+
+session = prepare(args, model_args)          # checks everything, starts vLLM while the model loads
+trainer = SFTTrainer(model=model_args.model_name_or_path, args=args, …,
+                     peft_config=session.peft_config, quantization_config=session.quantization_config)
+session.attach(trainer)
+trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
+"""
+
+from __future__ import annotations
+
+import importlib.metadata
+import shlex
+import shutil
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hf_dsvllm import adapters
+from hf_dsvllm._compat import keep_4bit_weights_packed
+from hf_dsvllm.arguments import full_dtype, resolve_preset, training_device
+from hf_dsvllm.callback import SessionCallback, broadcast
+from hf_dsvllm.checks import check_before_loading
+from hf_dsvllm.console import is_main_process, say
+from hf_dsvllm.engine.server import EngineServer, EngineSpec, find_vllm
+from hf_dsvllm.errors import ConfigError, DsvllmError, ExportError, WiringError
+from hf_dsvllm.evaluation import Evaluator, Sampling
+from hf_dsvllm.files import write_json
+from hf_dsvllm.measure import RunMeasure
+from hf_dsvllm.placement import Placement, place_engine
+from hf_dsvllm.snapshot import Snapshot
+from hf_dsvllm.tasks import EvalTask, load_task
+from hf_dsvllm.wiring import Wiring
+
+__all__ = ["Session", "prepare"]
+
+PACKAGES = ("hf-dsvllm", "torch", "transformers", "accelerate", "deepspeed", "peft", "bitsandbytes", "trl")
+
+
+def prepare(args: Any, model_args: Any) -> Session:
+    """Check a run before its model is loaded, settle adapters and dtype, start vLLM; collective, call on every rank.
+
+    `args` come from `with_presets(…)`; `model_args` is TRL's `ModelConfig` (or a subclass), changed in place where the
+    preset asks for it, each change printed.  Raises ConfigError with every problem found.
+    """
+    preset = resolve_preset(args)
+    device = training_device(args)
+    if preset is not None:
+        dtype = full_dtype(preset, device)
+        for fix in adapters.apply_to_model_config(model_args, preset, device=device, full_dtype=dtype):
+            say(str(fix))
+    session = Session(args, model_args, preset, device)
+    problems = adapters.adapter_problems(model_args, preset, evaluated=session.evaluates)
+    problems += check_before_loading(args, model_args, preset, device, session.tasks)
+    if problems:
+        raise ConfigError(problems)
+    if session.evaluates:
+        session.start_engine()
+    return session
+
+
+class Session:
+    """The live parts of one run; made by `prepare`."""
+
+    def __init__(self, args: Any, model_args: Any, preset: Any, device: str) -> None:
+        self.args = args
+        self.model_args = model_args
+        self.preset = preset
+        self.device = device
+        self.run_dir = Path(args.output_dir)
+        self.best_score: float | None = None
+        self.tasks = _load_tasks(args)
+        self.server: EngineServer | None = None
+        self._evaluator: Evaluator | None = None
+        self._base_for_engine: Path | None = None
+        self.export_path: Path | None = None
+
+    @property
+    def evaluates(self) -> bool:
+        """Whether this run evaluates by generation."""
+        return bool(self.tasks)
+
+    @property
+    def ds_config(self) -> dict[str, Any] | None:
+        """The DeepSpeed dictionary in force."""
+        return self.args.deepspeed if isinstance(self.args.deepspeed, dict) else None
+
+    @property
+    def peft_config(self) -> Any:
+        """TRL's adapter configuration of this run, None for a full fine-tune."""
+        from trl import get_peft_config
+
+        return get_peft_config(self.model_args)
+
+    @property
+    def quantization_config(self) -> Any:
+        """TRL's 4-bit configuration of this run, None for 16-bit weights."""
+        from trl import get_quantization_config
+
+        return get_quantization_config(self.model_args)
+
+    @property
+    def snapshot_dtype(self) -> torch.dtype:
+        """bf16 as it will ship; float32 on CPUs, where the engine runs in float32 and greedy answers then agree."""
+        return torch.float32 if self.device == "cpu" else torch.bfloat16
+
+    @property
+    def evaluator(self) -> Evaluator:
+        """Rank 0's evaluator."""
+        if self._evaluator is None:
+            raise WiringError("no evaluator: call session.attach(trainer) after making the trainer")
+        return self._evaluator
+
+    def model_init_kwargs(self) -> dict[str, Any]:
+        """Arguments for `from_pretrained`: dtype, attention, revision, and no splitting over GPUs by accident."""
+        kwargs: dict[str, Any] = {
+            "dtype": self.model_args.dtype,
+            "revision": self.model_args.model_revision,
+            "attn_implementation": self.model_args.attn_implementation,
+        }
+        if self.preset is not None and self.preset.name == "none" and torch.cuda.is_available():
+            kwargs["device_map"] = {"": 0}
+        return kwargs
+
+    def load_model(self) -> Any:
+        """The model with 4-bit weights and adapters as the preset says, for a plain Trainer (TRL loads its own)."""
+        from transformers import AutoModelForCausalLM
+
+        quantization = self.quantization_config
+        model = AutoModelForCausalLM.from_pretrained(
+            self.model_args.model_name_or_path,
+            quantization_config=quantization,
+            trust_remote_code=getattr(self.model_args, "trust_remote_code", False),
+            **self.model_init_kwargs(),
+        )
+        return adapters.wrap(model, self.peft_config, self.args) if self.peft_config is not None else model
+
+    def start_engine(self) -> None:
+        """Start vLLM on rank 0 and return at once: it loads while the trainer's model does."""
+        if not is_main_process():
+            return
+        placement = place_engine(self.device, self.args, self.model_args, self.tasks, self._tokenizer())
+        say(placement.reason)
+        model: Path | str = self.model_args.model_name_or_path
+        if self.model_args.load_in_4bit:
+            model = self._dequantised_base()
+        self.server = EngineServer.start(self._engine_spec(model, placement), self.run_dir)
+
+    def attach(self, trainer: Any) -> None:
+        """Add the callback to `trainer`; it checks the wiring when training begins and evaluates on the way."""
+        touched = keep_4bit_weights_packed(trainer.model)
+        if touched:
+            say(f"{touched} 4-bit layers: repacking in evaluation disabled (it corrupts training on AVX512-BF16 CPUs)")
+        if self.server is not None:
+            self._evaluator = Evaluator(
+                server=self.server,
+                tasks=self.tasks,
+                tokenizer=trainer.processing_class,
+                sampling=self._sampling(trainer),
+                run_dir=self.run_dir,
+            )
+        trainer.add_callback(SessionCallback(self, trainer))
+        # Early stopping and best-model selection read the scores this callback adds, so it comes first.
+        callbacks = trainer.callback_handler.callbacks
+        callbacks.insert(0, callbacks.pop())
+
+    def start_record(self, trainer: Any, wiring: Wiring) -> None:
+        """Write run.json, ds_config.json and the tokenizer as trained; rank 0."""
+        if not is_main_process():
+            return
+        record = {
+            "base_model": str(self.model_args.model_name_or_path),
+            "preset": self.args.ds_preset,
+            "adapter": _adapter_name(self.model_args),
+            "quantization": adapters.quantization_record(trainer.model),
+            "dtype": str(self.model_args.dtype),
+            "device": self.device,
+            "world_size": wiring.world_size,
+            "zero_stage": wiring.zero_stage,
+            "trainable_parameters": wiring.trainable_parameters,
+            "versions": _versions(),
+        }
+        write_json(self.run_dir / "run.json", record)
+        if self.ds_config is not None:
+            write_json(self.run_dir / "ds_config.json", self.ds_config)
+        if trainer.processing_class is not None:
+            trainer.processing_class.save_pretrained(self.run_dir / "tokenizer")
+
+    def stop_engine(self) -> None:
+        """Stop vLLM and free its memory; safe to call twice."""
+        if self._evaluator is not None:
+            self._evaluator.close()
+            self._evaluator = None
+        elif self.server is not None:
+            self.server.stop()
+        self.server = None
+
+    def finish(self, measure: RunMeasure, snapshot: Snapshot) -> None:
+        """Write measured.json, export the last snapshot; an export that fails is an error on every rank."""
+        error: str | None = None
+        if is_main_process():
+            write_json(self.run_dir / "measured.json", measure.as_record())
+            try:
+                self._export(snapshot)
+            except DsvllmError as problem:
+                error = str(problem)
+        error = broadcast(error)
+        if error is not None:
+            say(f"training is complete and its weights are in {snapshot.path}, but the export failed: {error}")
+            raise ExportError(error)
+
+    def _export(self, snapshot: Snapshot) -> None:
+        if self.args.export_to == "none":
+            return
+        from hf_dsvllm.export import export_model
+
+        out = Path(self.args.export_to) if self.args.export_to else self.run_dir / "export"
+        report = export_model(self.run_dir, out, which="latest", overwrite=True)
+        self.export_path = out
+        say(f"exported {snapshot.kind} of step {snapshot.step} to {out} ({report.weights_bytes / 2**30:.2f} GiB). "
+            f"Serve it: hf-dsvllm serve {out}")  # fmt: skip
+
+    def _sampling(self, trainer: Any) -> Sampling:
+        return Sampling(
+            max_new_tokens=self.args.gen_eval_max_new_tokens,
+            temperature=self.args.gen_eval_temperature,
+            seed=self.args.seed,
+            timeout_s=self.args.gen_eval_timeout,
+            stop_token_ids=stop_tokens(trainer.model, trainer.processing_class),
+        )
+
+    def _engine_spec(self, model: Path | str, placement: Placement) -> EngineSpec:
+        python = find_vllm(Path(self.args.vllm_python) if self.args.vllm_python else None)
+        adapter = self.model_args.use_peft
+        return EngineSpec(
+            model=model,
+            python=python,
+            device="cuda" if self.device == "cuda" else "cpu",
+            dtype="float32" if self.device == "cpu" else "bfloat16",
+            max_model_len=placement.max_model_len,
+            max_lora_rank=self.model_args.lora_r if adapter else None,
+            kv_cache_bytes=placement.kv_cache_bytes,
+            seed=self.args.seed,
+            extra_args=tuple(shlex.split(self.args.vllm_args or "")),
+            visible_devices=placement.visible_devices,
+            cpu_threads=placement.cpu_threads,
+        )
+
+    def _dequantised_base(self) -> Path:
+        """The base as a QLoRA trainer holds it, in 16 bit, for the engine to put adapters on."""
+        from hf_dsvllm.fourbit import dequantised_base
+        from hf_dsvllm.source import local_base
+
+        out = self.run_dir / "engine" / "base"
+        shutil.rmtree(out, ignore_errors=True)
+        config = self.quantization_config.to_dict()
+        dtype = getattr(torch, self.model_args.dtype)
+        return dequantised_base(local_base(self.model_args.model_name_or_path), config, out, dtype=dtype)
+
+    def _tokenizer(self) -> Any:
+        from hf_dsvllm.checks import load_tokenizer
+
+        return load_tokenizer(self.args, self.model_args)
+
+
+def stop_tokens(model: Any, tokenizer: Any) -> tuple[int, ...]:
+    """Every token that ends an answer: the generation config's end tokens and the tokenizer's."""
+    listed = getattr(model.generation_config, "eos_token_id", None)
+    tokens = listed if isinstance(listed, list) else [listed]
+    return tuple(dict.fromkeys(t for t in [*tokens, tokenizer.eos_token_id] if t is not None))
+
+
+def _load_tasks(args: Any) -> tuple[EvalTask, ...]:
+    chosen = tuple(args.gen_eval_metrics or ("exact_match",))
+    files = args.gen_eval_file or ()
+    return tuple(load_task(Path(path), metrics=chosen, limit=args.gen_eval_limit) for path in files)
+
+
+def _adapter_name(model_args: Any) -> str | None:
+    if not model_args.use_peft:
+        return None
+    return "qlora" if model_args.load_in_4bit else "lora"
+
+
+def _versions() -> dict[str, str]:
+    found = {}
+    for package in PACKAGES:
+        try:
+            found[package] = importlib.metadata.version(package)
+        except importlib.metadata.PackageNotFoundError:
+            continue
+    return found

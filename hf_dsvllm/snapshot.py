@@ -1,0 +1,166 @@
+"""Live weights → a folder: an adapter as PEFT writes it, or a full model as transformers writes it.
+
+Under ZeRO-3 every parameter is a shard; a plain `save_pretrained` writes empty tensors then.  Here they are gathered,
+for adapters only the adapter's tensors.  `publish` is collective: every rank calls it, rank 0 writes.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import shutil
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from hf_dsvllm.console import is_main_process
+from hf_dsvllm.errors import ExportError
+from hf_dsvllm.files import atomic_folder, write_json
+
+__all__ = ["Snapshot", "prune", "publish"]
+
+SNAPSHOTS = "snapshots"
+# Gathered at once under ZeRO-3: bounds the extra device memory while a full model is published.
+_GATHER_BYTES = 1 << 30
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Snapshot:
+    """Weights of one optimizer step on disk; `path` exists on every rank's node-local view of the run folder."""
+
+    path: Path
+    kind: Literal["adapter", "full"]
+    step: int
+
+
+def publish(model: Any, run_dir: Path, *, step: int, dtype: torch.dtype, tokenizer: Any = None) -> Snapshot:
+    """Write the weights of `model` (as the Trainer holds it, not the engine) to RUN/snapshots/step-<n>, atomically.
+
+    Full models are written in `dtype`, adapters in the dtype they are trained in.  A folder of the same step is
+    replaced.  RUN/snapshots/latest.json points to the newest.  Raises ExportError if a gathered tensor is empty.
+    """
+    adapter = hasattr(model, "peft_config")
+    kind: Literal["adapter", "full"] = "adapter" if adapter else "full"
+    target = run_dir / SNAPSHOTS / f"step-{step}"
+    state = _adapter_state(model) if adapter else _full_state(model, dtype)
+    if is_main_process():
+        empty = [name for name, tensor in state.items() if tensor.numel() == 0]
+        if empty:
+            raise ExportError(f"snapshot of step {step}: {len(empty)} tensors are empty after gathering: {empty[:3]}")
+        if target.exists():
+            shutil.rmtree(target)
+        with atomic_folder(target) as folder:
+            if adapter:
+                _write_adapter(model, state, folder)
+            else:
+                _write_full(model, state, folder, dtype, tokenizer)
+        write_json(run_dir / SNAPSHOTS / "latest.json", {"path": target.name, "step": step, "kind": kind})
+    return Snapshot(path=target, kind=kind, step=step)
+
+
+def prune(run_dir: Path, keep: Sequence[Path]) -> None:
+    """Delete the snapshots that are neither in `keep` nor pointed to by latest.json or best.json; rank 0 only."""
+    folder = run_dir / SNAPSHOTS
+    if not is_main_process() or not folder.is_dir():
+        return
+    kept = {path.name for path in keep}
+    for pointer in ("latest.json", "best.json"):
+        with contextlib.suppress(OSError, ValueError):
+            kept.add(json.loads((folder / pointer).read_text(encoding="utf-8"))["path"])
+    for old in folder.glob("step-*"):
+        if old.name not in kept:
+            shutil.rmtree(old, ignore_errors=True)
+
+
+def _adapter_state(model: Any) -> dict[str, torch.Tensor]:
+    """The adapter's tensors on the CPU of rank 0, under the names PEFT's own state dict uses; empty on other ranks.
+
+    The names to keep are PEFT's choice: its filter is run on the names alone, before anything is gathered.
+    """
+    from peft import get_peft_model_state_dict
+
+    parameters = dict(model.named_parameters())
+    names = {name: torch.tensor(position) for position, name in enumerate(parameters)}
+    kept = get_peft_model_state_dict(model, state_dict=names, save_embedding_layers=False)
+    ordered = list(parameters)
+    sources = {saved: ordered[int(position)] for saved, position in kept.items()}
+    gathered = dict(_gathered({source: parameters[source] for source in sources.values()}))
+    return {saved: gathered[source] for saved, source in sources.items()} if is_main_process() else {}
+
+
+def _full_state(model: Any, dtype: torch.dtype) -> dict[str, torch.Tensor]:
+    """Parameters and persistent buffers on the CPU of rank 0 in `dtype`; tied names share one tensor."""
+    parameters = dict(model.named_parameters(remove_duplicate=False))
+    unique: dict[str, torch.nn.Parameter] = {}
+    first_name: dict[int, str] = {}
+    for name, parameter in parameters.items():
+        if id(parameter) not in first_name:
+            first_name[id(parameter)] = name
+            unique[name] = parameter
+    state = {name: _cast(tensor, dtype) for name, tensor in _gathered(unique)}
+    if not is_main_process():
+        return {}
+    persistent = set(model.state_dict().keys()) - set(parameters)
+    buffers = {name: b.detach().cpu().clone() for name, b in model.named_buffers() if name in persistent}
+    return {name: state[first_name[id(parameter)]] for name, parameter in parameters.items()} | buffers
+
+
+def _gathered(parameters: dict[str, torch.nn.Parameter]) -> Iterator[tuple[str, torch.Tensor]]:
+    """(name, whole tensor on the CPU) for each parameter on rank 0; other ranks take part and yield nothing."""
+    for batch in _batches(parameters):
+        sharded = [parameter for parameter in batch.values() if hasattr(parameter, "ds_id")]
+        with _whole(sharded):
+            if is_main_process():
+                for name, parameter in batch.items():
+                    yield name, parameter.detach().cpu().clone()
+
+
+def _batches(parameters: dict[str, torch.nn.Parameter]) -> Iterator[dict[str, torch.nn.Parameter]]:
+    batch: dict[str, torch.nn.Parameter] = {}
+    size = 0
+    for name, parameter in parameters.items():
+        size += getattr(parameter, "ds_numel", parameter.numel()) * parameter.element_size()
+        batch[name] = parameter
+        if size >= _GATHER_BYTES:
+            yield batch
+            batch, size = {}, 0
+    if batch:
+        yield batch
+
+
+def _whole(sharded: list[torch.nn.Parameter]) -> contextlib.AbstractContextManager[Any]:
+    if not sharded:
+        return contextlib.nullcontext()
+    import deepspeed
+
+    return deepspeed.zero.GatheredParameters(sharded, modifier_rank=None)
+
+
+def _cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+
+def _write_adapter(model: Any, state: dict[str, torch.Tensor], folder: Path) -> None:
+    from safetensors.torch import save_file
+
+    save_file({n: t.contiguous() for n, t in state.items()}, folder / "adapter_model.safetensors", {"format": "pt"})
+    config = model.peft_config[model.active_adapter if isinstance(model.active_adapter, str) else "default"]
+    inference = config.inference_mode
+    config.inference_mode = True
+    try:
+        config.save_pretrained(str(folder))
+    finally:
+        config.inference_mode = inference
+
+
+def _write_full(model: Any, state: dict[str, torch.Tensor], folder: Path, dtype: torch.dtype, tokenizer: Any) -> None:
+    model.save_pretrained(folder, state_dict=state, max_shard_size="5GB")
+    # The live model's dtype is the trainer's; the files hold `dtype`.
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config.pop("torch_dtype", None)
+    write_json(folder / "config.json", config | {"dtype": str(dtype).removeprefix("torch."), "use_cache": True})
+    if tokenizer is not None:
+        tokenizer.save_pretrained(folder)

@@ -1,0 +1,71 @@
+"""Whether the live Trainer is what was asked for: engine, ZeRO stage, world size, adapters, read off the objects."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from typing import Any
+
+from hf_dsvllm.errors import WiringError
+from hf_dsvllm.presets import Preset
+
+__all__ = ["Wiring", "check_wiring", "read_wiring"]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Wiring:
+    """What a started Trainer really runs.  `zero_stage` is None without a DeepSpeed engine."""
+
+    engine: str
+    zero_stage: int | None
+    world_size: int
+    adapter_modules: int
+    four_bit_modules: int
+    trainable_parameters: int
+
+    def line(self) -> str:
+        """One line for the console."""
+        stage = "" if self.zero_stage is None else f", ZeRO stage {self.zero_stage}"
+        processes = "1 process" if self.world_size == 1 else f"{self.world_size} processes"
+        adapters = f", adapters in {self.adapter_modules} layers" if self.adapter_modules else ""
+        bits = f", {self.four_bit_modules} layers in 4 bit" if self.four_bit_modules else ""
+        return f"{self.engine}{stage}, {processes}, {self.trainable_parameters:,} trainable parameters{adapters}{bits}"
+
+
+def read_wiring(trainer: Any) -> Wiring:
+    """Read the engine, stage, world size and adapters of `trainer` once training has begun."""
+    import torch.distributed as dist
+
+    wrapped = trainer.model_wrapped
+    stage_of = getattr(wrapped, "zero_optimization_stage", None)
+    modules = list(trainer.model.modules())
+    return Wiring(
+        engine=type(wrapped).__name__,
+        zero_stage=int(stage_of()) if callable(stage_of) else None,
+        world_size=dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1,
+        adapter_modules=sum(1 for module in modules if hasattr(module, "lora_A")),
+        four_bit_modules=sum(1 for module in modules if type(module).__name__ == "Linear4bit"),
+        trainable_parameters=sum(
+            getattr(p, "ds_numel", p.numel()) for p in trainer.model.parameters() if p.requires_grad
+        ),
+    )
+
+
+def check_wiring(wiring: Wiring, preset: Preset | None, config: dict[str, Any] | None) -> None:
+    """Raise WiringError when a run fell back to something plainer than asked for."""
+    wrong = []
+    if config is not None:
+        asked = int((config.get("zero_optimization") or {}).get("stage", 0))
+        if wiring.zero_stage is None:
+            wrong.append(f"DeepSpeed ZeRO stage {asked} was asked for, the engine is {wiring.engine}")
+        elif wiring.zero_stage != asked:
+            wrong.append(f"ZeRO stage {asked} was asked for, the engine runs stage {wiring.zero_stage}")
+    expected = int(os.environ.get("WORLD_SIZE", "1"))
+    if wiring.world_size != expected:
+        wrong.append(f"{expected} processes were started, {wiring.world_size} train together")
+    if preset is not None and preset.adapter and not wiring.adapter_modules:
+        wrong.append(f"preset {preset.name} trains adapters, the model has none (pass peft_config to the trainer)")
+    if preset is not None and preset.adapter == "qlora" and not wiring.four_bit_modules:
+        wrong.append(f"preset {preset.name} trains on a 4-bit model, no layer is in 4 bit (pass quantization_config)")
+    if wrong:
+        raise WiringError("the run is not what was asked for: " + "; ".join(wrong) + ". Nothing was trained.")
