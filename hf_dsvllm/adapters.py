@@ -15,9 +15,17 @@ from hf_dsvllm.errors import Problem
 from hf_dsvllm.presets import Preset
 from hf_dsvllm.traps import Fix
 
-__all__ = ["adapter_problems", "apply_to_model_config", "quant_storage", "quantization_record", "wrap"]
+__all__ = [
+    "adapter_problems",
+    "apply_to_model_config",
+    "full_dtype",
+    "quant_storage",
+    "quantization_record",
+    "trl_flags",
+    "wrap",
+]
 
-ALL_LINEAR = ["all-linear"]
+ALL_LINEAR = "all-linear"  # PEFT reads the word as a string only
 # vLLM's choices for --max-lora-rank (vllm/config/lora.py).
 VLLM_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
@@ -29,6 +37,32 @@ def quant_storage(zero_stage: int | None, training_dtype: str) -> str:
     type would be cast by the engine, which corrupts them.  Below ZeRO-3 uint8 is never touched.
     """
     return training_dtype if zero_stage == 3 else "uint8"
+
+
+def full_dtype(preset: Preset, device: str) -> str:
+    """The dtype to load the model in.
+
+    Without DeepSpeed a fully trained model needs fp32 master weights under autocast; DeepSpeed makes them itself, and
+    frozen weights need none.  CPUs train in float32: bf16 is emulated where AVX512-BF16 is missing.
+    """
+    if device == "cpu":
+        return "float32"
+    return "bfloat16" if preset.adapter or preset.uses_deepspeed else "float32"
+
+
+def trl_flags(preset: Preset, device: str) -> list[str]:
+    """The flags of TRL's own scripts that mean the same as `preset`'s adapter; [] for presets without one.
+
+    Equal to what `apply_to_model_config` sets (kept so by a test), without importing TRL.
+    """
+    if preset.adapter is None:
+        return []
+    dtype = full_dtype(preset, device)
+    flags = ["--dtype", dtype, "--use_peft", "--lora_target_modules", ALL_LINEAR]
+    if preset.adapter == "qlora":
+        storage = quant_storage(preset.zero_stage, dtype)
+        flags += ["--load_in_4bit", "--use_bnb_nested_quant", "--bnb_4bit_quant_storage", storage]
+    return flags
 
 
 def apply_to_model_config(config: Any, preset: Preset, *, device: str, full_dtype: str) -> list[Fix]:
@@ -52,7 +86,7 @@ def apply_to_model_config(config: Any, preset: Preset, *, device: str, full_dtyp
         return fixes
     change("use_peft", True, f"preset {preset.name} trains adapters")
     if config.lora_target_modules is None and getattr(config, "lora_target_parameters", None) is None:
-        change("lora_target_modules", list(ALL_LINEAR), "adapters on every linear layer (QLoRA paper, section 4)")
+        change("lora_target_modules", ALL_LINEAR, "adapters on every linear layer (QLoRA paper, section 4)")
     if preset.adapter == "qlora":
         change("load_in_4bit", True, f"preset {preset.name} trains on a 4-bit model")
         change("load_in_8bit", False, "4-bit and 8-bit exclude each other")

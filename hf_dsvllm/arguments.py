@@ -20,6 +20,7 @@ from typing import Any, TypeVar
 from transformers import TrainingArguments
 
 from hf_dsvllm import traps
+from hf_dsvllm.adapters import full_dtype
 from hf_dsvllm.console import say
 from hf_dsvllm.ds_config import RunShape, build, zero_stage
 from hf_dsvllm.errors import ConfigError, DsvllmError, Problem
@@ -84,17 +85,6 @@ def training_device(args: Any) -> str:
     import torch
 
     return "cuda" if torch.cuda.is_available() and not args.use_cpu else "cpu"
-
-
-def full_dtype(preset: Preset, device: str) -> str:
-    """The dtype to load the model in.
-
-    Without DeepSpeed a fully trained model needs fp32 master weights under autocast; DeepSpeed makes them itself, and
-    frozen weights need none.  CPUs train in float32: bf16 is emulated where AVX512-BF16 is missing.
-    """
-    if device == "cpu":
-        return "float32"
-    return "bfloat16" if preset.adapter or preset.uses_deepspeed else "float32"
 
 
 def _before(args: Any) -> None:

@@ -1,0 +1,257 @@
+"""The `hf-dsvllm` command: presets, export, serve, doctor.  It parses and prints; the work is elsewhere.
+
+Results go to stdout and can be redirected to a file, everything said about them to stderr.  No framework is imported
+before a command needs it.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import shlex
+from pathlib import Path
+from typing import Annotated, Any
+
+import typer
+from rich.console import Console
+from rich.table import Table
+
+from hf_dsvllm import __version__
+from hf_dsvllm.console import friendly_errors, say
+from hf_dsvllm.errors import ExportError
+from hf_dsvllm.presets import Preset, available_presets, get_preset
+from hf_dsvllm.source import Which
+
+__all__ = ["app", "main"]
+
+# --num-processes is read as --num_processes, for every option of every command.
+_SETTINGS = {
+    "help_option_names": ["-h", "--help"],
+    "token_normalize_func": lambda name: name.replace("-", "_"),
+}
+_SIZES = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+
+app = typer.Typer(
+    name="hf-dsvllm",
+    help="DeepSpeed and QLoRA presets, vLLM evaluation and verified export for the Hugging Face Trainer.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+    rich_markup_mode=None,
+    context_settings=_SETTINGS,
+)
+presets_app = typer.Typer(help="List the presets of --ds_preset, or show one exactly.", rich_markup_mode=None)
+app.add_typer(presets_app, name="presets")
+
+
+def main() -> None:
+    """The console command: our errors as their message and exit code 2, without a traceback."""
+    with friendly_errors():
+        app()
+
+
+def _print_version(wanted: bool) -> None:
+    if wanted:
+        print(f"hf-dsvllm {__version__}")
+        raise typer.Exit
+
+
+@app.callback()
+def _root(
+    version: Annotated[
+        bool, typer.Option("--version", callback=_print_version, is_eager=True, help="Print the version and exit.")
+    ] = False,
+) -> None:
+    del version
+
+
+@presets_app.callback(invoke_without_command=True)
+def list_presets(
+    context: typer.Context,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the list as JSON.")] = False,
+) -> None:
+    """List the presets of --ds_preset that the installed DeepSpeed can run."""
+    if context.invoked_subcommand is not None:
+        return
+    rows = [preset_row(preset) for preset in available_presets()]
+    if as_json:
+        print(json.dumps(rows, indent=2, ensure_ascii=False))
+        return
+    table = Table(title="--ds_preset NAME   (P trainable parameters, N GPUs, bytes)", show_lines=True)
+    for heading in ("name", "shards", "where it lives", "constraints"):
+        table.add_column(heading, overflow="fold", no_wrap=heading == "name")
+    for row in rows:
+        name = f"{row['name']}\nexperimental" if row["experimental"] else row["name"]
+        table.add_row(name, row["shards"], row["lives"], "; ".join(row["constraints"]))
+    Console().print(table, markup=False)
+    say("add adapters to a full preset with +, as in zero3+lora; `hf-dsvllm presets show NAME` prints one exactly")
+
+
+def preset_row(preset: Preset) -> dict[str, Any]:
+    """What the list and `--json` say about one preset."""
+    return {
+        "name": preset.name,
+        "summary": preset.summary,
+        "shards": preset.shards,
+        "lives": preset.lives,
+        "constraints": list(preset.constraints),
+        "experimental": preset.experimental,
+        "adapter": preset.adapter,
+        "min_processes": preset.min_processes,
+    }
+
+
+@presets_app.command("show")
+def show_preset(
+    name: Annotated[str, typer.Argument(help="A preset, or one joined with lora or qlora: zero3+lora.")],
+    num_processes: Annotated[
+        int | None, typer.Option(min=1, help="Processes the run will have. Default: the fewest the preset takes.")
+    ] = None,
+    nvme_path: Annotated[
+        Path | None, typer.Option(help="Folder on a local NVMe disk, for presets that offload to it.")
+    ] = None,
+    cpu: Annotated[bool, typer.Option("--cpu", help="For a machine without GPU.")] = False,
+) -> None:
+    """Print the exact DeepSpeed JSON on stdout, and the argument defaults with their reasons on stderr.
+
+    The JSON is `null` for presets that do without DeepSpeed.
+    """
+    from hf_dsvllm.ds_config import RunShape, build
+    from hf_dsvllm.errors import PresetError
+
+    preset = get_preset(name)
+    if preset.needs_nvme and nvme_path is None:
+        raise PresetError(f"preset {preset.name} writes to an NVMe disk; name a folder on it: --nvme_path FOLDER")
+    processes = num_processes or preset.min_processes
+    if processes < preset.min_processes:
+        raise PresetError(
+            f"preset {preset.name} needs {preset.min_processes} processes or more, not {processes}; "
+            f"--num_processes {preset.min_processes}"
+        )
+    shape = RunShape(
+        world_size=processes,
+        gpus_per_node=processes,
+        device="cpu" if cpu else "cuda",
+        nvme_path=nvme_path.absolute() if nvme_path else None,
+    )
+    print(json.dumps(build(preset, shape), indent=2))
+    _explain(preset, processes, "cpu" if cpu else "cuda")
+
+
+def _explain(preset: Preset, processes: int, device: str) -> None:
+    from hf_dsvllm.adapters import trl_flags
+
+    console = Console(stderr=True, highlight=False, soft_wrap=True)
+
+    def line(text: str) -> None:
+        console.print(text, markup=False)
+
+    line(f"\n{preset.name}: {preset.summary}")
+    for constraint in preset.constraints:
+        line(f"  needs or knows: {constraint}")
+    if not preset.uses_deepspeed:
+        line("  no DeepSpeed: leave --deepspeed out")
+    for setting in preset.deepspeed:
+        line(f"  {setting.key} = {setting.value}: {setting.why}")
+    precision = "--bf16 false" if device == "cpu" else "--bf16 true"
+    line(f"\nArgument defaults (kept as you set them otherwise)\n  {precision}: "
+         + ("CPUs train in float32" if device == "cpu" else "unless --fp16 is set"))  # fmt: skip
+    for setting in preset.arguments:
+        line(f"  --{setting.key} {setting.value}: {setting.why}")
+    if preset.sequence_parallel:
+        line(
+            "  parallelism_config=ParallelismConfig(sp_size="
+            f'{processes}, sp_backend="deepspeed", dp_replicate_size=1): in Python; a slice of each sequence per rank'
+        )
+    if preset.adapter:
+        line(f"\nThe same adapter with TRL's own flags\n  {shlex.join(trl_flags(preset, device))}")
+
+
+@app.command()
+def export(
+    source: Annotated[Path, typer.Argument(help="A run folder, a checkpoint, a snapshot or an adapter.")],
+    out: Annotated[Path, typer.Option(help="Folder to write; it must not exist, or be an export of the same.")],
+    which: Annotated[Which, typer.Option(help="Which weights of a run.")] = "latest",
+    dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
+    base: Annotated[str | None, typer.Option(help="Base model, instead of the recorded one.")] = None,
+    max_shard_size: Annotated[str, typer.Option(help="Largest safetensors file.")] = "5GB",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace another export at --out.")] = False,
+) -> None:
+    """Merge, check and write a trained model as one folder that transformers and vLLM load."""
+    size = parse_size(max_shard_size)
+    from hf_dsvllm.export import export_model
+
+    report = export_model(
+        source, out, which=which, dtype=dtype, base=base, max_shard_size_bytes=size, overwrite=overwrite
+    )
+    gib = report.weights_bytes / 2**30
+    say(f"{'already there' if report.reused else 'written'}: {report.parameters:,} parameters, {gib:.2f} GiB")
+    if report.verification_skipped:
+        say(f"not compared with what was trained: {report.verification_skipped}")
+    for note in report.notes:
+        say(note)
+    print(report.out)
+    say(f"serve it: hf-dsvllm serve {shlex.quote(report.out)}")
+
+
+def parse_size(text: str) -> int:
+    """`5GB` → 5,000,000,000 bytes, as `save_pretrained` reads it; ExportError for anything else."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMG]I?B|)", text.strip().upper())
+    size = int(float(found[1]) * _SIZES[found[2]]) if found else 0
+    if size < 1:
+        raise ExportError(f"--max_shard_size {text} is not a size; write it like 5GB or 500MB.")
+    return size
+
+
+@app.command()
+def serve(
+    path: Annotated[Path, typer.Argument(help="An export, or an adapter folder.")],
+    vllm_args: Annotated[list[str] | None, typer.Argument(help="After --, arguments for vLLM as they are.")] = None,
+    port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 8000,
+    host: Annotated[str, typer.Option(help="Address to listen on; a public one needs VLLM_API_KEY.")] = "127.0.0.1",
+    name: Annotated[str | None, typer.Option(help="Model name in the API. Default: the folder's.")] = None,
+    max_model_len: Annotated[int | None, typer.Option(min=1, help="Longest prompt and answer, in tokens.")] = None,
+    print_only: Annotated[bool, typer.Option("--print", help="Print vLLM's command line and start nothing.")] = False,
+    vllm_python: Annotated[
+        Path | None, typer.Option(help="Interpreter of another environment that has vLLM. Default: this one.")
+    ] = None,
+) -> None:
+    """Serve a model over vLLM's OpenAI API until Ctrl-C, and print a curl command that asks it."""
+    from hf_dsvllm.serve import serve as run
+
+    code = run(
+        path,
+        python=vllm_python,
+        host=host,
+        port=port,
+        name=name,
+        max_model_len=max_model_len,
+        extra=vllm_args or (),
+        print_only=print_only,
+    )
+    raise typer.Exit(code)
+
+
+@app.command()
+def doctor(
+    reap: Annotated[bool, typer.Option("--reap", help="End engines that earlier runs left behind.")] = False,
+    vllm_python: Annotated[Path | None, typer.Option(help="Look for vLLM in this interpreter.")] = None,
+) -> None:
+    """Say what is installed, what this machine has, and which engines are running or were left behind."""
+    from hf_dsvllm import doctor as examination
+    from hf_dsvllm.engine import list_engines
+
+    table = Table(show_header=False, box=None)
+    for finding in examination.examine(vllm_python):
+        table.add_row({"ok": "ok", "note": "-", "missing": "!"}[finding.status], finding.subject, finding.value)
+    Console(highlight=False).print(table, markup=False)
+    engines = list_engines()
+    print("\n".join(examination.describe_engine(record) for record in engines) or "no engine is on record")
+    if not reap:
+        if any(record.state in ("orphaned", "gone") for record in engines):
+            say("`hf-dsvllm doctor --reap` ends what has no owner any more")
+        return
+    done, failed = examination.reap_orphans()
+    print("\n".join([*done, *failed]) or "nothing to end")
+    if failed:
+        raise typer.Exit(1)
