@@ -23,7 +23,7 @@ from hf_dsvllm.layout import Layout, cast_layout, merged_layout
 from hf_dsvllm.merge import Adapter, read_adapter
 from hf_dsvllm.source import Source, Which, find_source, find_tokenizer, has_chat_template, local_base, tokenizer_files
 from hf_dsvllm.verify import Verification, adapter_reference, compare_logits, full_reference, memory_shortfall
-from hf_dsvllm.weights import TensorFolder, check_free_disk, sha256_of, torch_dtype, write_shards
+from hf_dsvllm.weights import TensorFolder, TensorPlan, check_free_disk, sha256_of, torch_dtype, write_shards
 
 __all__ = ["REPORT", "ExportReport", "export_model"]
 
@@ -190,17 +190,31 @@ def _weights_dir(source: Source, base: Path | None, stack: contextlib.ExitStack)
         return base
     if source.kind == "full":
         return source.model_dir
-    from deepspeed.utils.zero_to_fp32 import convert_zero_checkpoint_to_fp32_state_dict
-
     if not (source.model_dir / "config.json").is_file():
         raise ExportError(f"{source.model_dir} has no config.json beside its DeepSpeed shards; copy the base's there.")
-    shards_bytes = sum(file.stat().st_size for file in source.model_dir.glob("global_step*/*"))
-    folder = Path(
-        stack.enter_context(tempfile.TemporaryDirectory(prefix="hf-dsvllm-zero-", dir=source.model_dir.parent))
-    )
-    check_free_disk(folder, shards_bytes // 3)  # fp32 masters without the two Adam moments
-    with contextlib.redirect_stdout(None):
-        convert_zero_checkpoint_to_fp32_state_dict(str(source.model_dir), str(folder), safe_serialization=True)
+    temporary = tempfile.TemporaryDirectory(prefix=".hf-dsvllm-zero-", dir=source.model_dir.parent)
+    return _gather(source.model_dir, Path(stack.enter_context(temporary)))
+
+
+def _gather(checkpoint: Path, folder: Path) -> Path:
+    """Write a partitioned ZeRO checkpoint's fp32 parameters to `folder`, tied ones once; returns it.
+
+    DeepSpeed's own writer is not used: it fails on tied weights with safetensors.
+    """
+    from deepspeed.utils.zero_to_fp32 import get_fp32_state_dict_from_zero_checkpoint
+
+    try:
+        with contextlib.redirect_stdout(None):
+            lazy = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint), lazy_mode=True)
+    except (ValueError, OSError) as error:
+        raise ExportError(f"The DeepSpeed checkpoint in {checkpoint} cannot be gathered: {error}.") from error
+    once = {id(tensor): name for name, tensor in reversed(lazy.items()) if tensor.dtype.is_floating_point}
+    plan = [TensorPlan(name=name, shape=tuple(lazy[name].shape), dtype=torch.float32) for name in once.values()]
+    check_free_disk(folder, sum(planned.size_bytes for planned in plan))
+    write_shards(folder, plan, lambda name: lazy[name].contiguous().float(), max_shard_size_bytes=5 * GIB)
+    for name in ("config.json", "generation_config.json"):
+        if (checkpoint / name).is_file():
+            shutil.copyfile(checkpoint / name, folder / name)
     return folder
 
 
@@ -345,7 +359,7 @@ def _verify(folder: Path, job: _Job, layout: Layout) -> tuple[Verification | Non
 
     def reference() -> Any:
         if job.adapter is None:
-            return full_reference(job.source.model_dir, job.tensors.path)
+            return full_reference(job.tensors.path)
         assert job.base is not None
         return adapter_reference(
             job.base,

@@ -106,12 +106,11 @@ def adapter_reference(
     return PeftModel.from_pretrained(model, adapter)
 
 
-def full_reference(folder: Path, weights: Path) -> Any:
-    """A fully trained model in fp32: configuration from `folder`, tensors from `weights` (its own, or gathered)."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+def full_reference(folder: Path) -> Any:
+    """A fully trained model as it was saved, in fp32."""
+    from transformers import AutoModelForCausalLM
 
-    config = AutoConfig.from_pretrained(folder)
-    return AutoModelForCausalLM.from_pretrained(weights, config=config, dtype=torch.float32)
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
 
 
 def compare_logits(build_reference: Callable[[], Any], export: Path, dtype: torch.dtype) -> Verification:
