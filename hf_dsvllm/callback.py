@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import math
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -122,9 +123,11 @@ class SessionCallback(TrainerCallback):
         error: str | None = None
         training = self.trainer.model.training
         try:
+            started = time.monotonic()
             snapshot = self._publish() if publish_first else None
+            published = time.monotonic() - started
             if is_main_process():
-                result = self.session.evaluator.evaluate(step, snapshot)
+                result = self.session.evaluator.evaluate(step, snapshot, published)
                 scores = dict(result.scores)
                 self.measure.evaluations.append(result)
                 say(result.line())

@@ -39,7 +39,7 @@ class Sampling:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class EvalResult:
-    """One evaluation: `scores` by metric key, and where the seconds went."""
+    """One evaluation: `scores` by metric key, and where the seconds went (`publish`: live weights to disk)."""
 
     step: int
     scores: Mapping[str, float]
@@ -48,6 +48,7 @@ class EvalResult:
     generated_tokens: int
     weights_path: str
     weights_why: str
+    publish_seconds: float
     wait_seconds: float
     sync_seconds: float
     generate_seconds: float
@@ -90,7 +91,7 @@ class Evaluator:
         self.run_dir = run_dir
         self.prompts = {task.name: [render_prompt(sample, tokenizer) for sample in task.samples] for task in tasks}
 
-    def evaluate(self, step: int, snapshot: Snapshot | None) -> EvalResult:
+    def evaluate(self, step: int, snapshot: Snapshot | None, publish_seconds: float = 0.0) -> EvalResult:
         """Answer every task with the weights of `snapshot`, or with the base model the engine started from if None.
 
         Raises EngineError when the engine cannot be brought to answer within the deadline.
@@ -112,10 +113,11 @@ class Evaluator:
             generated_tokens=sum(len(c.token_ids) for completions in answers.values() for c in completions),
             weights_path=sync.path_used,
             weights_why=sync.why,
+            publish_seconds=publish_seconds,
             wait_seconds=waited,
             sync_seconds=sync.seconds,
             generate_seconds=generated,
-            total_seconds=time.monotonic() - started,
+            total_seconds=publish_seconds + time.monotonic() - started,
         )
         self._append(result)
         return result

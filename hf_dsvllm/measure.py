@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import resource
+import statistics
 import time
 from typing import Any
 
@@ -16,10 +17,9 @@ GIB = 1 << 30
 
 @dataclasses.dataclass(slots=True)
 class RunMeasure:
-    """Stopwatch and memory gauge of one process.  Evaluation and start-up are left out of `step_seconds`."""
+    """Stopwatch and memory gauge of one process.  `durations`: seconds of each step, without evaluation and start-up."""
 
-    step_seconds: float = 0.0
-    steps: int = 0
+    durations: list[float] = dataclasses.field(default_factory=list)
     tokens: int = 0
     skipped_steps: int = 0
     evaluations: list[Any] = dataclasses.field(default_factory=list)
@@ -37,14 +37,21 @@ class RunMeasure:
         if self._begun is not None:
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
-            self.step_seconds += time.monotonic() - self._begun
-            self.steps += 1
+            self.durations.append(time.monotonic() - self._begun)
             self._begun = None
 
     def stop(self, state: Any) -> None:
         """Read the number of tokens trained on: TRL logs it, the plain Trainer counts it if told to."""
         logged = [row["num_tokens"] for row in state.log_history if "num_tokens" in row]
         self.tokens = int(logged[-1]) if logged else int(state.num_input_tokens_seen or 0)
+
+    @property
+    def steps(self) -> int:
+        return len(self.durations)
+
+    @property
+    def step_seconds(self) -> float:
+        return sum(self.durations)
 
     @property
     def tokens_per_second(self) -> float | None:
@@ -63,6 +70,8 @@ class RunMeasure:
         return {
             "steps": self.steps,
             "step_seconds": round(self.step_seconds, 3),
+            # The first steps load kernels and buffers; the median tells the steady speed of a short run.
+            "median_step_seconds": round(statistics.median(self.durations), 4) if self.durations else None,
             "tokens": self.tokens,
             "tokens_per_second": self.tokens_per_second and round(self.tokens_per_second, 1),
             "skipped_steps": self.skipped_steps,
