@@ -36,7 +36,7 @@ LIGHT = (
 MAX_LINES = 400
 TEXT_SUFFIXES = {".py", ".md", ".toml", ".sh", ".yaml", ".yml", ".json", ".jsonl", ".jinja", ""}
 # An absolute path below someone's home or work folder: it exists on the writer's machine alone.
-MACHINE_PATH = re.compile(r"(?<![\w.}/])/(?:home|root|Users|work|workspace|opt)/\w")
+MACHINE_PATH = re.compile(r"(?<![\w.}/])/(?:home|root|Users|work|workspace)/\w")
 
 
 def python_files() -> list[Path]:
