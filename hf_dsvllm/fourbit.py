@@ -47,13 +47,15 @@ def round_trip(weight: torch.Tensor, quantization: Mapping[str, Any]) -> torch.T
     Blocks of 64 (transformers offers no other), fp4 or nf4, statistics quantised again if `bnb_4bit_use_double_quant`.
     """
     functional = _bitsandbytes().functional
+    # On the GPU where there is one: that is where the trainer quantises, and it takes seconds instead of minutes.
+    device = "cuda" if torch.cuda.is_available() else weight.device
     packed, state = functional.quantize_4bit(
-        weight.contiguous(),
+        weight.to(device).contiguous(),
         blocksize=64,
         compress_statistics=bool(quantization.get("bnb_4bit_use_double_quant", False)),
         quant_type=quantization.get("bnb_4bit_quant_type", "fp4"),
     )
-    return functional.dequantize_4bit(packed, state)
+    return functional.dequantize_4bit(packed, state).to(weight.device)
 
 
 def dequantised_base(

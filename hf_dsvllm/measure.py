@@ -17,7 +17,7 @@ GIB = 1 << 30
 
 @dataclasses.dataclass(slots=True)
 class RunMeasure:
-    """Stopwatch and memory gauge of one process.  `durations`: seconds of each step, without evaluation and start-up."""
+    """Stopwatch and memory gauge of one process.  `durations`: seconds of each step, evaluation left out."""
 
     durations: list[float] = dataclasses.field(default_factory=list)
     tokens: int = 0
