@@ -13,7 +13,7 @@ from typing import Any
 from hf_dsvllm.ds_config import zero_stage
 from hf_dsvllm.errors import Problem
 from hf_dsvllm.presets import Preset
-from hf_dsvllm.traps import Fix
+from hf_dsvllm.traps import Fix, quant_storage_problems
 
 __all__ = [
     "adapter_problems",
@@ -105,6 +105,9 @@ def adapter_problems(config: Any, preset: Preset | None, *, evaluated: bool) -> 
         problems.append(
             Problem("4-bit training needs bitsandbytes, which is not installed", "pip install bitsandbytes")
         )
+    if four_bit and preset is not None and preset.zero_stage is not None:
+        storage = str(config.bnb_4bit_quant_storage or "uint8")
+        problems += quant_storage_problems(storage, config.dtype, preset.zero_stage)
     if not (evaluated and getattr(config, "use_peft", False)):
         return problems
     if config.lora_r > VLLM_LORA_RANKS[-1]:

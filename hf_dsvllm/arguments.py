@@ -10,8 +10,6 @@ are raised as one `ConfigError`, and every value changed is printed with its rea
 from __future__ import annotations
 
 import dataclasses
-import gc
-import importlib.util
 import os
 import sys
 from pathlib import Path
@@ -22,13 +20,18 @@ from transformers import TrainingArguments
 from hf_dsvllm import traps
 from hf_dsvllm.adapters import full_dtype
 from hf_dsvllm.console import say
-from hf_dsvllm.ds_config import RunShape, build, zero_stage
+from hf_dsvllm.ds_config import RunShape, build, get_key
 from hf_dsvllm.errors import ConfigError, DsvllmError, Problem
 from hf_dsvllm.fields import PresetFields
-from hf_dsvllm.files import read_json_or_problem
 from hf_dsvllm.launch import Launch, become_single_process, read_launch
+from hf_dsvllm.preflight import (
+    evaluation_problems,
+    left_at_default,
+    preset_problems,
+    read_user_config,
+    trap_problems,
+)
 from hf_dsvllm.presets import Preset, get_preset
-from hf_dsvllm.tasks import load_task
 from hf_dsvllm.traps import Fix
 
 __all__ = [
@@ -66,6 +69,8 @@ def with_presets(cls: type[Args]) -> type[Args]:
             cls.__post_init__(self)
 
         def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
+            if type(self) is not WithPresets:  # a user's subclass, which pickle finds by its own name
+                return super().__reduce_ex__(protocol)
             return _empty_instance, (cls,), self.__dict__
 
     WithPresets.__name__ = WithPresets.__qualname__ = f"Dsvllm{cls.__name__}"
@@ -91,24 +96,30 @@ def _before(args: Any) -> None:
     """Everything that must be settled before TrainingArguments derives state from its fields."""
     launch = read_launch()
     device = training_device(args)
-    problems = list(launch.problems()) + _evaluation_problems(args)
+    problems = [*launch.problems(), *evaluation_problems(args, launch, device)]
+    user_config, unreadable = read_user_config(args)
+    problems += unreadable
+    preset: Preset | None = None
     try:
         preset = resolve_preset(args)
     except DsvllmError as error:
-        raise ConfigError([*problems, Problem(str(error), "--ds_preset with one of those names")]) from None
+        problems.append(Problem(str(error), "--ds_preset with one of those names"))
+    own_config = None if preset is None else build(preset, _run_shape(args, launch, device))
+    if own_config == user_config:
+        # Arguments made from others (dataclasses.replace, to_dict) carry the preset's configuration: no rival.
+        user_config = None
     fixes: list[Fix] = []
-    user_config = _user_config(args, problems)
     if preset is not None:
-        problems += _preset_problems(args, preset, launch, device, has_config=user_config is not None)
+        problems += preset_problems(args, preset, launch, device, user_config)
         fixes += _argument_defaults(args, preset)
-    fixes += _precision(args, preset, device)
-    config = user_config
+    fixes += _precision(args, preset, user_config, device)
+    config = own_config
     if user_config is not None:
         config, corrections = traps.correct(user_config)
         fixes += corrections
-    elif preset is not None and not problems:
-        config = build(preset, _run_shape(args, launch, device))
-    problems += traps.find_problems(_request(args, config, launch, device))
+    problems += trap_problems(args, config, launch, device)
+    if config is not None:
+        problems += _accelerator_problems(device)
     if problems:
         raise ConfigError(problems)
     fixes += _saving(args, config)
@@ -119,130 +130,51 @@ def _before(args: Any) -> None:
         args.deepspeed = config
     if preset is not None and preset.sequence_parallel:
         _sequence_parallel(args, launch)
-    for fix in fixes:
-        say(str(fix))
-    if preset is not None and preset.zero_stage in (1, 2) and launch.world_size == 1:
-        say(_nothing_sharded(preset))
-
-
-def _preset_problems(args: Any, preset: Preset, launch: Launch, device: str, *, has_config: bool) -> list[Problem]:
-    problems = []
-    if has_config and preset.uses_deepspeed:
-        problems.append(
-            Problem(
-                f"--deepspeed and --ds_preset {preset.name} both bring a DeepSpeed configuration",
-                "drop one: `hf-dsvllm presets show NAME` prints a preset's JSON, to edit and pass as --deepspeed",
-            )
-        )
-    if preset.name == "none" and launch.world_size > 1:
-        problems.append(
-            Problem(f"preset none is for one process and {launch.world_size} were started", "--ds_preset ddp or zero2")
-        )
-    if launch.world_size < preset.min_processes:
-        problems.append(
-            Problem(
-                f"preset {preset.name} needs {preset.min_processes} processes or more, {launch.world_size} was started",
-                f"torchrun --nproc_per_node {preset.min_processes} SCRIPT …",
-            )
-        )
-    if preset.needs_onebit and device != "cuda":
-        problems.append(Problem(f"preset {preset.name} needs CUDA GPUs and NCCL, none is here", "--ds_preset zero2"))
-    if preset.experimental:
-        say(f"preset {preset.name} is experimental: {'; '.join(preset.constraints)}")
-    if preset.uses_deepspeed and importlib.util.find_spec("deepspeed") is None:
-        problems.append(
-            Problem(f"preset {preset.name} needs DeepSpeed, which is not installed", "pip install deepspeed")
-        )
-    if preset.adapter == "qlora" and importlib.util.find_spec("bitsandbytes") is None:
-        problems.append(Problem(f"preset {preset.name} needs bitsandbytes, not installed", "pip install bitsandbytes"))
-    if getattr(args, "fsdp", None) and preset.uses_deepspeed:
-        problems.append(Problem(f"--fsdp and preset {preset.name} both shard the model", "drop --fsdp"))
-    if preset.needs_nvme:
-        problems += _nvme_problems(args.nvme_path, preset.name)
-    return problems
-
-
-def _nvme_problems(path: str | None, preset: str) -> list[Problem]:
-    if not path or path.lower() == "none":
-        return [Problem(f"preset {preset} needs a folder on an NVMe disk", "--nvme_path FOLDER")]
-    folder = Path(path)
-    if not folder.is_dir():
-        return [Problem(f"nvme_path={path} is not a folder", f"mkdir -p {path}")]
-    if not os.access(folder, os.W_OK):
-        return [Problem(f"nvme_path={path} cannot be written", "choose a folder you own")]
-    if not os.path.exists("/usr/include/libaio.h") and not os.environ.get("CPATH"):
-        return [
-            Problem(
-                f"preset {preset} needs libaio's header to build DeepSpeed's async_io", "apt-get install libaio-dev"
-            )
-        ]
-    return []
-
-
-def _evaluation_problems(args: Any) -> list[Problem]:
-    """Broken evaluation files and metrics, and a missing vLLM, before anything is loaded."""
-    problems = []
-    for path in args.gen_eval_file or ():
-        try:
-            load_task(Path(path), metrics=tuple(args.gen_eval_metrics or ("exact_match",)), limit=args.gen_eval_limit)
-        except DsvllmError as error:
-            problems.append(Problem(str(error), "correct the file or metric named above"))
-    if args.gen_eval_file and args.gen_eval_steps is not None and args.gen_eval_steps < 1:
-        problems.append(
-            Problem(f"gen_eval_steps={args.gen_eval_steps} is not a number of steps", "--gen_eval_steps 50")
-        )
-    if not args.gen_eval_file and (args.gen_eval_metrics or args.gen_eval_steps):
-        problems.append(Problem("gen_eval options without prompts do nothing", "--gen_eval_file prompts.jsonl"))
-    if args.gen_eval_file and read_launch().is_main:
-        from hf_dsvllm.engine.server import find_vllm
-
-        try:
-            find_vllm(Path(args.vllm_python) if args.vllm_python else None)
-        except DsvllmError as error:
-            problems.append(Problem(str(error), "install vLLM as shown, or drop --gen_eval_file"))
-    return problems
-
-
-def _user_config(args: Any, problems: list[Problem]) -> dict[str, Any] | None:
-    """The user's own DeepSpeed dictionary, read here so that its traps are seen; None without one."""
-    given = args.deepspeed
-    if not given:
-        return None
-    if isinstance(given, dict):
-        return given
-    if isinstance(given, str):
-        config, problem = read_json_or_problem(given)
-        if problem is not None:
-            problems.append(problem)
-        return config
-    return None
+    for line in (*map(str, fixes), *_notices(preset, launch)):
+        say(line)
 
 
 def _argument_defaults(args: Any, preset: Preset) -> list[Fix]:
     """The preset's argument defaults, for the fields the user left at the class's own default."""
     fixes = []
-    defaults = {field.name: field.default for field in dataclasses.fields(args)}
     for setting in preset.arguments:
         before = getattr(args, setting.key)
-        if before == defaults.get(setting.key) and before != setting.value:
+        if before != setting.value and left_at_default(args, setting.key):
             setattr(args, setting.key, setting.value)
             fixes.append(Fix(setting.key, before, setting.value, setting.why))
     return fixes
 
 
-def _precision(args: Any, preset: Preset | None, device: str) -> list[Fix]:
-    if preset is None and not args.deepspeed:
-        return []
+def _precision(args: Any, preset: Preset | None, user_config: dict[str, Any] | None, device: str) -> list[Fix]:
+    """bf16 on GPUs and fp32 on CPUs, where a preset or the Trainer's "auto" leaves it open."""
     before = args.bf16
+    if preset is None or user_config is not None:
+        # The user's own configuration decides; only TRL's default (bf16 everywhere) is corrected on a CPU.
+        is_open = user_config is not None and get_key(user_config, "bf16.enabled", "auto") == "auto"
+        if not (is_open and before is None and device == "cpu"):
+            return []
+    elif any(setting.key == "bf16" for setting in preset.arguments):
+        return []
     if device == "cpu":
         args.bf16 = False
-        if before:
-            return [Fix("bf16", True, False, "CPUs train in float32")]
-    elif not args.fp16 and not before:
+        return [] if before is False else [Fix("bf16", before, False, "CPUs train in float32")]
+    if not args.fp16 and not before and left_at_default(args, "bf16"):
         args.bf16 = True
         if before is False:
             return [Fix("bf16", False, True, "presets train in bf16; --fp16 true for cards older than Ampere")]
     return []
+
+
+def _accelerator_problems(device: str) -> list[Problem]:
+    """DeepSpeed takes a GPU that is there, whatever `use_cpu` says, unless DS_ACCELERATOR=cpu is set in time."""
+    import torch
+
+    if device != "cpu" or not torch.cuda.is_available() or os.environ.get("DS_ACCELERATOR") == "cpu":
+        return []
+    if "deepspeed" not in sys.modules:
+        os.environ["DS_ACCELERATOR"] = "cpu"
+        return []
+    return [Problem("use_cpu, but DeepSpeed was imported before and has chosen the GPU", "export DS_ACCELERATOR=cpu")]
 
 
 def _on_cpu(args: Any, device: str) -> list[Fix]:
@@ -268,45 +200,13 @@ def _saving(args: Any, config: dict[str, Any] | None) -> list[Fix]:
     return []
 
 
-def _request(args: Any, config: dict[str, Any] | None, launch: Launch, device: str) -> traps.Request:
-    from hf_dsvllm.presets.select import deepspeed_has_onebit
-
-    optim = str(getattr(args.optim, "value", args.optim))
-    default = next(field.default for field in dataclasses.fields(args) if field.name == "optim")
-    model_kwargs = getattr(args, "model_init_kwargs", None)
-    return traps.Request(
-        config=config,
-        world_size=launch.world_size,
-        device=device,
-        optim=optim,
-        optim_is_default=optim == str(getattr(default, "value", default)),
-        max_grad_norm=args.max_grad_norm,
-        micro_batch_size=args.per_device_train_batch_size,
-        gradient_accumulation_steps=args.gradient_accumulation_steps,
-        auto_find_batch_size=args.auto_find_batch_size,
-        torch_compile=args.torch_compile,
-        model_already_loaded=zero_stage(config) == 3 and _a_model_is_loaded(),
-        device_map=model_kwargs.get("device_map") if isinstance(model_kwargs, dict) else None,
-        accelerate_environment=dict(os.environ),
-        onebit_available=deepspeed_has_onebit(),
-    )
-
-
-def _a_model_is_loaded() -> bool:
-    """Whether a transformers model is alive in this process and not sharded by ZeRO-3."""
-    modeling = sys.modules.get("transformers.modeling_utils")
-    if modeling is None:
-        return False
-    models = [thing for thing in gc.get_objects() if isinstance(thing, modeling.PreTrainedModel)]
-    return any(not hasattr(p, "ds_id") and not p.is_meta for model in models for p in list(model.parameters())[:1])
-
-
 def _run_shape(args: Any, launch: Launch, device: str) -> RunShape:
     return RunShape(
         world_size=launch.world_size,
         gpus_per_node=launch.local_world_size,
         device="cuda" if device == "cuda" else "cpu",
-        nvme_path=Path(args.nvme_path).absolute() if args.nvme_path else None,
+        # Without a path there is a problem already; the rest of the configuration is still worth checking.
+        nvme_path=Path(args.nvme_path or ".").absolute(),
     )
 
 
@@ -321,12 +221,20 @@ def _sequence_parallel(args: Any, launch: Launch) -> None:
         say(f"parallelism_config: sequence parallel over {launch.world_size} processes (preset long_context)")
 
 
-def _nothing_sharded(preset: Preset) -> str:
-    helps = "qlora or lora (less to train)" if preset.adapter is None else "qlora (4-bit base)"
-    return (
-        f"preset {preset.name} on one process shards nothing and saves no memory. What would help: more GPUs, "
-        f"{helps}, or zero3_offload (weights and optimizer in host RAM)"
-    )
+def _notices(preset: Preset | None, launch: Launch) -> list[str]:
+    """What the user should know about the preset on this launch, and what would help instead."""
+    if preset is None:
+        return []
+    notices = []
+    if preset.experimental:
+        notices.append(f"preset {preset.name} is experimental: {'; '.join(preset.constraints)}")
+    if preset.zero_stage in (1, 2) and launch.world_size == 1 and preset.offload_optimizer == "none":
+        helps = "qlora or lora (less to train)" if preset.adapter is None else "qlora (4-bit base)"
+        notices.append(
+            f"preset {preset.name} on one process shards nothing and saves no memory. What would help: more GPUs, "
+            f"{helps}, or zero3_offload (weights and optimizer in host RAM)"
+        )
+    return notices
 
 
 def _empty_instance(cls: type[TrainingArguments]) -> TrainingArguments:

@@ -61,14 +61,27 @@ def read_launch(env: Mapping[str, str] | None = None, parent_command: Sequence[s
 
 
 def processes_asked_for(command: Sequence[str]) -> int | None:
-    """The N of `accelerate launch --num_processes N`; None for any other command."""
+    """The N of `accelerate launch --num_processes N SCRIPT …`; None for any other command.
+
+    Only what stands between the launcher and the script counts: the script may have a -n of its own.
+    """
     words = [word for argument in command for word in argument.split("=", 1)]
-    if not any(os.path.basename(word) in ("accelerate", "accelerate-launch") or "accelerate" in word for word in words):
+    start = next((index for index, word in enumerate(words) if _is_accelerate(word)), None)
+    if start is None:
         return None
-    for flag, value in itertools.pairwise(words):
+    for flag, value in itertools.pairwise(words[start + 1 :]):
+        if flag.endswith(".py"):
+            return None
         if flag in ("--num_processes", "--num-processes", "-n") and value.isdigit():
             return int(value)
     return None
+
+
+def _is_accelerate(word: str) -> bool:
+    """The console command, `-m accelerate.commands.launch`, or the file of that module."""
+    return os.path.basename(word) in ("accelerate", "accelerate-launch") or word.endswith(
+        ("accelerate.commands.launch", "accelerate/commands/launch.py", "accelerate.commands.accelerate_cli")
+    )
 
 
 def become_single_process(env: MutableMapping[str, str] | None = None) -> bool:

@@ -29,7 +29,7 @@ from hf_dsvllm.ds_keys import (
 )
 from hf_dsvllm.errors import Problem
 
-__all__ = ["Fix", "Request", "correct", "find_problems"]
+__all__ = ["Fix", "Request", "correct", "find_problems", "quant_storage_problems"]
 
 # Optimizers that stay themselves when DeepSpeed moves the optimizer to the host: DeepSpeedCPUAdam is AdamW.
 _ADAMW_NAMES = frozenset({"adamw_torch", "adamw_torch_fused", "adamw_hf", "adamw_torch_xla", "adamw_apex_fused"})
@@ -37,16 +37,17 @@ _ADAMW_NAMES = frozenset({"adamw_torch", "adamw_torch_fused", "adamw_hf", "adamw
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Request:
-    """The part of a run's arguments the traps look at; `config` is the DeepSpeed dictionary in force, if any."""
+    """The part of a run's arguments the traps look at; `config` is the DeepSpeed dictionary in force, if any.
+
+    `trainer_values` maps DeepSpeed keys to the value the Trainer will insist on and the name of the argument it is.
+    """
 
     config: dict[str, Any] | None
     world_size: int
     device: str
     optim: str = "adamw_torch_fused"
     optim_is_default: bool = True
-    max_grad_norm: float = 1.0
-    micro_batch_size: int = 8
-    gradient_accumulation_steps: int = 1
+    trainer_values: Mapping[str, tuple[Any, str]] = dataclasses.field(default_factory=dict)
     auto_find_batch_size: bool = False
     torch_compile: bool = False
     model_already_loaded: bool = False
@@ -105,7 +106,10 @@ def _unknown_keys(request: Request) -> Iterator[Problem]:
     )
     for level, known in levels:
         block = get_key(config, level) if level else config
+        if block is None:
+            continue
         if not isinstance(block, dict):
+            yield Problem(f"{level}={block!r} is not an object", f'write "{level.split(".")[-1]}": {{…}}')
             continue
         for key in block:
             if key in known:
@@ -122,7 +126,7 @@ def _removed_keys(request: Request) -> Iterator[Problem]:
         if key in config:
             yield Problem(f"DeepSpeed removed {key!r}: {reason}", f"delete {key!r} from the DeepSpeed configuration")
     for key, reason in REMOVED_ZERO.items():
-        if key in (get_key(config, "zero_optimization") or {}):
+        if get_key(config, f"zero_optimization.{key}") is not None:
             yield Problem(f"DeepSpeed removed 'zero_optimization.{key}': {reason}", "delete the key")
 
 
@@ -147,19 +151,11 @@ def _dead_auto(request: Request) -> Iterator[Problem]:
             )
 
 
-def _batch_mismatch(request: Request) -> Iterator[Problem]:
+def _mismatches(request: Request) -> Iterator[Problem]:
     """The Trainer raises these only in train(), after loading and tokenising."""
-    config = request.config or {}
-    micro, accumulation = request.micro_batch_size, request.gradient_accumulation_steps
-    expected: dict[str, tuple[float, str]] = {
-        "train_micro_batch_size_per_gpu": (micro, "per_device_train_batch_size"),
-        "gradient_accumulation_steps": (accumulation, "gradient_accumulation_steps"),
-        "train_batch_size": (micro * accumulation * request.world_size, "micro batch x accumulation x processes"),
-        "gradient_clipping": (request.max_grad_norm, "max_grad_norm"),
-    }
-    for key, (value, source) in expected.items():
-        given = config.get(key, "auto")
-        if given != "auto" and given != value:
+    for key, (value, source) in request.trainer_values.items():
+        given = get_key(request.config or {}, key, "auto")
+        if given != "auto" and given is not None and given != value:
             yield Problem(f"deepspeed {key}={given} but {source}={value}", f'set {key} to "auto"')
 
 
@@ -195,11 +191,12 @@ def _optimizer_block(request: Request) -> Iterator[Problem]:
 
 def _nvme_path(request: Request) -> Iterator[Problem]:
     for block in ("offload_optimizer", "offload_param"):
-        offload = get_key(request.config or {}, f"zero_optimization.{block}") or {}
-        if offload.get("device") == "nvme" and str(offload.get("nvme_path", "none")).lower() in ("none", ""):
+        device = get_key(request.config or {}, f"zero_optimization.{block}.device")
+        path = get_key(request.config or {}, f"zero_optimization.{block}.nvme_path")
+        if device == "nvme" and str(path).lower() in ("none", ""):
             yield Problem(
-                f"zero_optimization.{block} goes to NVMe but nvme_path is not set",
-                "--nvme_path FOLDER on a local NVMe disk",
+                f"zero_optimization.{block} goes to NVMe and its nvme_path is {path!r}",
+                f'"nvme_path": a folder on a local NVMe disk, in zero_optimization.{block}',
             )
 
 
@@ -233,19 +230,22 @@ def _model_before_arguments(request: Request) -> Iterator[Problem]:
 
 
 def _quant_storage(request: Request) -> Iterator[Problem]:
-    """16-bit storage of another type than the engine's corrupts 4-bit weights silently; fp32 crashes."""
-    if request.quant_storage in (None, "uint8"):
-        if request.quant_storage == "uint8" and zero_stage(request.config) == 3:
-            yield Problem(
-                "bnb_4bit_quant_storage=uint8 under ZeRO-3: integer tensors cannot be partitioned",
-                f"bnb_4bit_quant_storage={request.training_dtype}",
-            )
-        return
-    if request.quant_storage != request.training_dtype:
+    if request.config is not None and request.quant_storage is not None:
+        yield from quant_storage_problems(request.quant_storage, request.training_dtype, zero_stage(request.config))
+
+
+def quant_storage_problems(storage: str, training_dtype: str, stage: int) -> Iterator[Problem]:
+    """Storage of another type than DeepSpeed's engine has: 16 bit is corrupted silently, fp32 crashes."""
+    if storage == "uint8" and stage == 3:
         yield Problem(
-            f"bnb_4bit_quant_storage={request.quant_storage} while training in {request.training_dtype}: "
+            "bnb_4bit_quant_storage=uint8 under ZeRO-3: integer tensors cannot be partitioned",
+            f"bnb_4bit_quant_storage={training_dtype}",
+        )
+    elif storage not in ("uint8", training_dtype):
+        yield Problem(
+            f"bnb_4bit_quant_storage={storage} while training in {training_dtype}: "
             "DeepSpeed casts the packed 4-bit bytes and corrupts the weights silently",
-            f"bnb_4bit_quant_storage={request.training_dtype} (or uint8 below ZeRO-3)",
+            f"bnb_4bit_quant_storage={training_dtype}" + ("" if stage == 3 else " or uint8"),
         )
 
 
@@ -275,7 +275,7 @@ _TRAPS: tuple[Callable[[Request], Iterator[Problem]], ...] = (
     _removed_keys,
     _removed_optimizers,
     _dead_auto,
-    _batch_mismatch,
+    _mismatches,
     _replaced_optimizer,
     _optimizer_block,
     _nvme_path,

@@ -1,0 +1,226 @@
+"""What is wrong with a run's arguments, found before TrainingArguments derives state from them.
+
+Each function returns problems and changes nothing; `hf_dsvllm.arguments` raises all of them as one `ConfigError`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import gc
+import importlib.util
+import os
+import sys
+from pathlib import Path
+from typing import Any, Literal
+
+from hf_dsvllm import traps
+from hf_dsvllm.ds_config import zero_stage
+from hf_dsvllm.engine.server import find_vllm
+from hf_dsvllm.errors import DsvllmError, Problem
+from hf_dsvllm.files import read_json_or_problem
+from hf_dsvllm.launch import Launch
+from hf_dsvllm.presets import Preset
+from hf_dsvllm.presets.select import deepspeed_has_onebit
+from hf_dsvllm.tasks import load_task
+from hf_dsvllm.toolchain import cxx_compiler, links_libaio
+
+__all__ = ["evaluation_problems", "left_at_default", "preset_problems", "read_user_config", "trap_problems"]
+
+
+def left_at_default(args: Any, name: str) -> bool:
+    """Whether the field still holds its class's own default (a user who typed that same value cannot be told apart)."""
+    default = next(field.default for field in dataclasses.fields(args) if field.name == name)
+    return bool(_plain(getattr(args, name)) == _plain(default))
+
+
+def read_user_config(args: Any) -> tuple[dict[str, Any] | None, list[Problem]]:
+    """The user's own DeepSpeed dictionary, read here so that its traps are seen; None without one."""
+    given = args.deepspeed
+    if not given:
+        return None, []
+    if isinstance(given, dict):
+        return given, []
+    if isinstance(given, str | os.PathLike):
+        config, problem = read_json_or_problem(os.fspath(given))
+        return config, [problem] if problem else []
+    return None, [Problem(f"deepspeed={given!r} is a {type(given).__name__}", "give a path or a dictionary")]
+
+
+def preset_problems(
+    args: Any, preset: Preset, launch: Launch, device: str, user_config: dict[str, Any] | None
+) -> list[Problem]:
+    """What the preset needs and this run, machine or installation lacks; `user_config` is a rival to the preset's."""
+    problems = []
+    if user_config is not None and preset.uses_deepspeed:
+        problems.append(
+            Problem(
+                f"--deepspeed and --ds_preset {preset.name} both bring a DeepSpeed configuration",
+                "drop one: `hf-dsvllm presets show NAME` prints a preset's JSON, to edit and pass as --deepspeed",
+            )
+        )
+    if preset.name == "none" and launch.world_size > 1:
+        problems.append(
+            Problem(f"preset none is for one process and {launch.world_size} were started", "--ds_preset ddp or zero2")
+        )
+    if launch.world_size < preset.min_processes:
+        problems.append(
+            Problem(
+                f"preset {preset.name} needs {preset.min_processes} processes or more, {launch.world_size} was started",
+                f"torchrun --nproc_per_node {preset.min_processes} SCRIPT …",
+            )
+        )
+    if preset.needs_onebit and device != "cuda":
+        problems.append(Problem(f"preset {preset.name} needs CUDA GPUs and NCCL, none is here", "--ds_preset zero2"))
+    if getattr(args, "fsdp", None) and preset.uses_deepspeed:
+        problems.append(Problem(f"--fsdp and preset {preset.name} both shard the model", "drop --fsdp"))
+    if args.fp16 and any(setting.key == "bf16" for setting in preset.arguments):
+        problems.append(Problem(f"--fp16 and preset {preset.name}, which exists in bf16 only", "drop --fp16"))
+    problems += _package_problems(preset)
+    if "cpu" in (preset.offload_optimizer, preset.offload_param) and cxx_compiler() is None:
+        problems.append(
+            Problem(
+                f"preset {preset.name} builds DeepSpeed's CPUAdam and no C++ compiler is on the PATH",
+                "apt-get install build-essential",
+            )
+        )
+    if preset.needs_nvme:
+        problems += _nvme_problems(args.nvme_path, preset.name)
+    return problems
+
+
+def evaluation_problems(args: Any, launch: Launch, device: str) -> list[Problem]:
+    """Broken evaluation files, metrics and numbers, and a missing vLLM."""
+    problems = []
+    for path in args.gen_eval_file or ():
+        try:
+            load_task(Path(path), metrics=tuple(args.gen_eval_metrics or ("exact_match",)), limit=args.gen_eval_limit)
+        except DsvllmError as error:
+            problems.append(Problem(str(error), "correct the file or metric named above"))
+    if not args.gen_eval_file:
+        if args.gen_eval_metrics or args.gen_eval_steps:
+            problems.append(Problem("gen_eval options without prompts do nothing", "--gen_eval_file prompts.jsonl"))
+        return problems
+    problems += _number_problems(args)
+    if launch.is_main:
+        kind: Literal["cuda", "cpu"] = "cuda" if device == "cuda" else "cpu"
+        try:
+            find_vllm(Path(args.vllm_python) if args.vllm_python else None, device=kind)
+        except DsvllmError as error:
+            problems.append(Problem(str(error), "install vLLM as shown, or drop --gen_eval_file"))
+    return problems
+
+
+def trap_problems(args: Any, config: dict[str, Any] | None, launch: Launch, device: str) -> list[Problem]:
+    """Every trap of `hf_dsvllm.traps` these arguments fall into with this DeepSpeed configuration."""
+    model_kwargs = getattr(args, "model_init_kwargs", None)
+    model_kwargs = model_kwargs if isinstance(model_kwargs, dict) else {}
+    return traps.find_problems(
+        traps.Request(
+            config=config,
+            world_size=launch.world_size,
+            device=device,
+            optim=str(_plain(args.optim)),
+            optim_is_default=left_at_default(args, "optim"),
+            trainer_values=_trainer_values(args, launch),
+            auto_find_batch_size=args.auto_find_batch_size,
+            torch_compile=args.torch_compile,
+            model_already_loaded=zero_stage(config) == 3 and _a_model_is_loaded(),
+            device_map=model_kwargs.get("device_map"),
+            quant_storage=_quant_storage(model_kwargs.get("quantization_config")),
+            training_dtype="bfloat16" if args.bf16 else "float16" if args.fp16 else "float32",
+            accelerate_environment=dict(os.environ),
+            onebit_available=deepspeed_has_onebit(),
+        )
+    )
+
+
+def _trainer_values(args: Any, launch: Launch) -> dict[str, tuple[Any, str]]:
+    """What the Trainer will hold against the DeepSpeed JSON: key → its own value and that value's name.
+
+    transformers 5.19, integrations/deepspeed.py, trainer_config_process; what it adds once steps are counted is left
+    to it.
+    """
+    micro, accumulation = args.per_device_train_batch_size, args.gradient_accumulation_steps
+    values: dict[str, tuple[Any, str]] = {
+        "gradient_accumulation_steps": (accumulation, "gradient_accumulation_steps"),
+        "gradient_clipping": (args.max_grad_norm, "max_grad_norm"),
+        "optimizer.params.lr": (args.learning_rate, "learning_rate"),
+        "optimizer.params.betas": ([args.adam_beta1, args.adam_beta2], "adam_beta1 and adam_beta2"),
+        "optimizer.params.eps": (args.adam_epsilon, "adam_epsilon"),
+        "optimizer.params.weight_decay": (args.weight_decay, "weight_decay"),
+        "scheduler.params.warmup_max_lr": (args.learning_rate, "learning_rate"),
+        "fp16.enabled": (bool(args.fp16 or args.fp16_full_eval), "fp16"),
+    }
+    if not args.auto_find_batch_size:
+        total = micro * accumulation * launch.world_size
+        values["train_micro_batch_size_per_gpu"] = (micro, "per_device_train_batch_size")
+        values["train_batch_size"] = (total, "micro batch x accumulation x processes")
+    # TRL decides an open bf16 itself: on, unless fp16 is.
+    bf16 = not args.fp16 if args.bf16 is None else args.bf16
+    values["bf16.enabled"] = (bool(bf16 or args.bf16_full_eval), "bf16")
+    return values
+
+
+def _package_problems(preset: Preset) -> list[Problem]:
+    needed = [("deepspeed", "DeepSpeed")] if preset.uses_deepspeed else []
+    needed += [("bitsandbytes", "bitsandbytes")] if preset.adapter == "qlora" else []
+    return [
+        Problem(f"preset {preset.name} needs {name}, which is not installed", f"pip install {package}")
+        for package, name in needed
+        if importlib.util.find_spec(package) is None
+    ]
+
+
+def _nvme_problems(path: str | None, preset: str) -> list[Problem]:
+    problems = []
+    if not path or path.lower() == "none":
+        problems.append(Problem(f"preset {preset} needs a folder on an NVMe disk", "--nvme_path FOLDER"))
+    elif not Path(path).is_dir():
+        problems.append(Problem(f"nvme_path={path} is not a folder", f"mkdir -p {path}"))
+    elif not os.access(path, os.W_OK):
+        problems.append(Problem(f"nvme_path={path} cannot be written", "choose a folder you own"))
+    if not links_libaio():
+        problems.append(
+            Problem(
+                f"preset {preset} builds DeepSpeed's async_io, and a program using libaio does not compile here",
+                "apt-get install libaio-dev (elsewhere than in /usr: set CFLAGS and LDFLAGS)",
+            )
+        )
+    return problems
+
+
+def _number_problems(args: Any) -> list[Problem]:
+    wrong = [
+        (args.gen_eval_steps is not None and args.gen_eval_steps < 1, "gen_eval_steps", "--gen_eval_steps 50"),
+        (args.gen_eval_limit is not None and args.gen_eval_limit < 1, "gen_eval_limit", "leave it out for all prompts"),
+        (args.gen_eval_max_new_tokens < 1, "gen_eval_max_new_tokens", "--gen_eval_max_new_tokens 256"),
+        (args.gen_eval_temperature < 0, "gen_eval_temperature", "--gen_eval_temperature 0 for greedy answers"),
+        (args.gen_eval_timeout <= 0, "gen_eval_timeout", "--gen_eval_timeout 900, in seconds"),
+    ]
+    return [Problem(f"{name}={getattr(args, name)} is out of range", fix) for is_wrong, name, fix in wrong if is_wrong]
+
+
+def _quant_storage(quantization: Any) -> str | None:
+    """The storage dtype of a BitsAndBytesConfig or of the dictionary that makes one; None where nothing is 4-bit."""
+    if quantization is None:
+        return None
+    if not isinstance(quantization, dict):
+        quantization = quantization.to_dict()
+    if not quantization.get("load_in_4bit"):
+        return None
+    return str(quantization.get("bnb_4bit_quant_storage") or "uint8").removeprefix("torch.")
+
+
+def _a_model_is_loaded() -> bool:
+    """Whether a transformers model is alive in this process and not sharded by ZeRO-3."""
+    modeling = sys.modules.get("transformers.modeling_utils")
+    if modeling is None:
+        return False
+    # By type(), not isinstance(): that asks every object for its __class__, which a dead weak proxy answers by raising.
+    models = [thing for thing in gc.get_objects() if issubclass(type(thing), modeling.PreTrainedModel)]
+    return any(not hasattr(p, "ds_id") and not p.is_meta for model in models for p in list(model.parameters())[:1])
+
+
+def _plain(value: Any) -> Any:
+    """The value of an enum member, anything else as it is."""
+    return getattr(value, "value", value)
