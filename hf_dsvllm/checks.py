@@ -18,7 +18,7 @@ from hf_dsvllm.model_shape import ModelShape, load_shape
 from hf_dsvllm.presets import Preset
 from hf_dsvllm.tasks import EvalTask, render_prompt
 
-__all__ = ["check_before_loading", "load_tokenizer"]
+__all__ = ["check_before_loading", "load_tokenizer", "predict_memory"]
 
 GIB = 1 << 30
 # DeepSpeed 0.19.8 marks these itself (zero/leaf_module_config.py); others can hang when ranks use other experts.
@@ -140,23 +140,35 @@ def _memory_problems(
     args: Any, model_args: Any, preset: Preset | None, device: str, shape: ModelShape
 ) -> list[Problem]:
     """A lower bound of what the run needs against what the machine has; silent unless it surely cannot fit."""
+    estimate = predict_memory(args, model_args, preset, device, shape)
+    return [] if estimate is None else memory.fits(estimate, detect())
+
+
+def predict_memory(
+    args: Any, model_args: Any, preset: Preset | None, device: str, shape: ModelShape
+) -> memory.TrainingMemory | None:
+    """The least a run needs by the formulas of `memory`, None without a preset."""
     if preset is None:
-        return []
-    launch = read_launch()
-    estimate = memory.estimate(
+        return None
+    optim = str(getattr(args.optim, "value", args.optim))
+    config = args.deepspeed if isinstance(args.deepspeed, dict) else {}
+    return memory.estimate(
         shape,
         zero_stage=preset.zero_stage,
         offload_optimizer=preset.offload_optimizer,
         offload_param=preset.offload_param,
         adapter=_adapter(model_args),
         lora_r=model_args.lora_r,
-        world_size=launch.world_size,
+        world_size=read_launch().world_size,
         micro_batch_size=args.per_device_train_batch_size,
         seq_len=getattr(args, "max_length", None) or 512,
         gradient_checkpointing=args.gradient_checkpointing,
         device="cuda" if device == "cuda" else "cpu",
+        weight_dtype="float32" if model_args.dtype == "float32" else "bfloat16",
+        fp32_accumulation=get_key(config, "data_types.grad_accum_dtype") == "fp32",
+        # Anything but AdamW may keep less: count nothing then, so that the bound stays a bound.
+        optimizer_state_bytes=8.0 if optim.startswith("adamw_torch") else 0.0,
     )
-    return memory.fits(estimate, detect())
 
 
 def _adapter(model_args: Any) -> str | None:

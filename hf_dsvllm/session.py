@@ -21,13 +21,14 @@ from hf_dsvllm import adapters
 from hf_dsvllm._compat import keep_4bit_weights_packed
 from hf_dsvllm.arguments import full_dtype, resolve_preset, training_device
 from hf_dsvllm.callback import SessionCallback, broadcast
-from hf_dsvllm.checks import check_before_loading
+from hf_dsvllm.checks import check_before_loading, load_tokenizer, predict_memory
 from hf_dsvllm.console import is_main_process, say
 from hf_dsvllm.engine.server import EngineServer, EngineSpec, find_vllm
-from hf_dsvllm.errors import ConfigError, DsvllmError, ExportError, WiringError
+from hf_dsvllm.errors import ConfigError, DsvllmError, ExportError, Problem, WiringError
 from hf_dsvllm.evaluation import Evaluator, Sampling
 from hf_dsvllm.files import write_json
 from hf_dsvllm.measure import RunMeasure
+from hf_dsvllm.model_shape import load_shape
 from hf_dsvllm.placement import Placement, place_engine
 from hf_dsvllm.snapshot import Snapshot
 from hf_dsvllm.tasks import EvalTask, load_task
@@ -125,8 +126,9 @@ class Session:
 
     def load_model(self) -> Any:
         """The model with 4-bit weights and adapters as the preset says, for a plain Trainer (TRL loads its own)."""
-        from transformers import AutoModelForCausalLM
+        from transformers import AutoModelForCausalLM, set_seed
 
+        set_seed(self.args.seed)  # adapters start at random, before the Trainer seeds anything
         quantization = self.quantization_config
         model = AutoModelForCausalLM.from_pretrained(
             self.model_args.model_name_or_path,
@@ -179,6 +181,7 @@ class Session:
             "world_size": wiring.world_size,
             "zero_stage": wiring.zero_stage,
             "trainable_parameters": wiring.trainable_parameters,
+            "predicted_gib": self._predicted_gib(),
             "versions": _versions(),
         }
         write_json(self.run_dir / "run.json", record)
@@ -186,6 +189,15 @@ class Session:
             write_json(self.run_dir / "ds_config.json", self.ds_config)
         if trainer.processing_class is not None:
             trainer.processing_class.save_pretrained(self.run_dir / "tokenizer")
+
+    def _predicted_gib(self) -> float | None:
+        """Least memory of the main process by the formulas, GiB; None for architectures they do not know."""
+        try:
+            shape = load_shape(self.model_args.model_name_or_path)
+        except DsvllmError:
+            return None
+        memory = predict_memory(self.args, self.model_args, self.preset, self.device, shape)
+        return None if memory is None else round(memory.peak_bytes / 2**30, 2)
 
     def stop_engine(self) -> None:
         """Stop vLLM and free its memory; safe to call twice."""
@@ -259,8 +271,6 @@ class Session:
         return dequantised_base(local_base(self.model_args.model_name_or_path), config, out, dtype=dtype)
 
     def _tokenizer(self) -> Any:
-        from hf_dsvllm.checks import load_tokenizer
-
         return load_tokenizer(self.args, self.model_args)
 
 
@@ -274,7 +284,13 @@ def stop_tokens(model: Any, tokenizer: Any) -> tuple[int, ...]:
 def _load_tasks(args: Any) -> tuple[EvalTask, ...]:
     chosen = tuple(args.gen_eval_metrics or ("exact_match",))
     files = args.gen_eval_file or ()
-    return tuple(load_task(Path(path), metrics=chosen, limit=args.gen_eval_limit) for path in files)
+    tasks = tuple(load_task(Path(path), metrics=chosen, limit=args.gen_eval_limit) for path in files)
+    names = [task.name for task in tasks]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        what = f"{len(names)} evaluation files share the task name {twice[0]!r} (it is the file's name)"
+        raise ConfigError([Problem(what, "give each file a name of its own")])
+    return tasks
 
 
 def _adapter_name(model_args: Any) -> str | None:

@@ -1,4 +1,4 @@
-"""Make the demo's data: sentences about orders -> one line of JSON, as JSONL in TRL's messages format.
+"""Make the demo's data: sentences about orders -> one line of JSON, as JSONL in one of TRL's formats.
 
     python recipes/data/make_extraction.py --out data/ --train 960 --test 96 --difficulty 2
 
@@ -263,8 +263,10 @@ def draw_order(rng: random.Random, recipient: Callable[[random.Random, int], str
     )
 
 
-def make_split(split: str, count: int, *, seed: int, difficulty: int) -> list[dict[str, list[dict[str, str]]]]:
-    """`count` samples of one split ("train" or "test"), every sentence once."""
+def make_split(
+    split: str, count: int, *, seed: int, difficulty: int, layout: str = "messages"
+) -> list[dict[str, list[dict[str, str]]]]:
+    """`count` samples of one split ("train" or "test"), every sentence once; `layout` is one of `LAYOUTS`."""
     rng = random.Random(f"{split}-{seed}-{difficulty}")
     writer = Writer(rng, difficulty)
     recipient = train_recipient if split == "train" else test_recipient
@@ -272,13 +274,22 @@ def make_split(split: str, count: int, *, seed: int, difficulty: int) -> list[di
     while len(samples) < count:
         order = draw_order(rng, recipient, NULL_RATE[difficulty])
         samples.setdefault(writer.sentence(order), order.answer())
-    return [messages(sentence, answer) for sentence, answer in samples.items()]
+    return [LAYOUTS[layout](sentence, answer) for sentence, answer in samples.items()]
 
 
 def messages(sentence: str, answer: str) -> dict[str, list[dict[str, str]]]:
     """One line of TRL's conversational format."""
     turns = (("system", SYSTEM), ("user", sentence), ("assistant", answer))
     return {"messages": [{"role": role, "content": content} for role, content in turns]}
+
+
+def prompt_completion(sentence: str, answer: str) -> dict[str, list[dict[str, str]]]:
+    """The same as prompt and completion: TRL then takes the loss on the answer only."""
+    *prompt, completion = messages(sentence, answer)["messages"]
+    return {"prompt": prompt, "completion": [completion]}
+
+
+LAYOUTS = {"messages": messages, "prompt_completion": prompt_completion}
 
 
 def write_jsonl(path: Path, rows: Sequence[dict[str, list[dict[str, str]]]]) -> None:
@@ -297,12 +308,14 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--test", type=int, default=96, help="held-out samples")
     parser.add_argument("--seed", type=int, default=7, help="another seed gives other samples")
     parser.add_argument("--difficulty", type=int, choices=(1, 2, 3), default=2, help="see the top of this file")
+    parser.add_argument("--format", choices=tuple(LAYOUTS), default="messages", help="of a line")
     options = parser.parse_args(arguments)
     if options.train < 1 or options.test < 1:
         parser.error(f"--train {options.train} and --test {options.test} must both be at least 1")
     for split, count in (("train", options.train), ("test", options.test)):
         path = options.out / f"{split}.jsonl"
-        write_jsonl(path, make_split(split, count, seed=options.seed, difficulty=options.difficulty))
+        rows = make_split(split, count, seed=options.seed, difficulty=options.difficulty, layout=options.format)
+        write_jsonl(path, rows)
         print(f"{path}: {count} samples")
 
 
