@@ -192,7 +192,6 @@ def _nvme_problems(path: str | None, preset: str) -> list[Problem]:
 def _number_problems(args: Any) -> list[Problem]:
     wrong = [
         (args.gen_eval_steps is not None and args.gen_eval_steps < 1, "gen_eval_steps", "--gen_eval_steps 50"),
-        (args.gen_eval_limit is not None and args.gen_eval_limit < 1, "gen_eval_limit", "leave it out for all prompts"),
         (args.gen_eval_max_new_tokens < 1, "gen_eval_max_new_tokens", "--gen_eval_max_new_tokens 256"),
         (args.gen_eval_temperature < 0, "gen_eval_temperature", "--gen_eval_temperature 0 for greedy answers"),
         (args.gen_eval_timeout <= 0, "gen_eval_timeout", "--gen_eval_timeout 900, in seconds"),

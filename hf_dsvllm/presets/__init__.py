@@ -6,6 +6,16 @@ JSON, so the same name gives the same behaviour on one GPU and on sixty-four.
 """
 
 from hf_dsvllm.presets.preset import Adapter, Device, Preset, Setting
-from hf_dsvllm.presets.select import available_presets, compose, get_preset, preset_names
+from hf_dsvllm.presets.select import available_presets, compose, every_preset, get_preset, preset_names
 
-__all__ = ["Adapter", "Device", "Preset", "Setting", "available_presets", "compose", "get_preset", "preset_names"]
+__all__ = [
+    "Adapter",
+    "Device",
+    "Preset",
+    "Setting",
+    "available_presets",
+    "compose",
+    "every_preset",
+    "get_preset",
+    "preset_names",
+]

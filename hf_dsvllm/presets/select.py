@@ -44,10 +44,14 @@ def preset_names() -> tuple[str, ...]:
     return tuple(_FACTORIES)
 
 
+def every_preset() -> tuple[Preset, ...]:
+    """Every preset in listing order, also those the installed DeepSpeed no longer has the optimizer for."""
+    return tuple(factory() for factory in _FACTORIES.values())
+
+
 def available_presets() -> tuple[Preset, ...]:
     """Every preset the installed DeepSpeed can run, in listing order."""
-    presets = (factory() for factory in _FACTORIES.values())
-    return tuple(preset for preset in presets if not preset.needs_onebit or deepspeed_has_onebit())
+    return tuple(preset for preset in every_preset() if not preset.needs_onebit or deepspeed_has_onebit())
 
 
 def get_preset(name: str) -> Preset:
