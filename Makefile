@@ -1,6 +1,6 @@
 # `make help` lists what can be done; every target sets up its own environment in .venv (see .ci/setup).
 
-PRESET ?= zero2
+PRESET ?= lora_zero2
 MODEL ?=
 ARGS ?=
 
@@ -20,7 +20,7 @@ setup:  ## install everything into .venv and build DeepSpeed's ops
 DEMO_OPS := shm_comm $(if $(findstring offload,$(PRESET))$(findstring nvme,$(PRESET)),cpu_adam pin_memory) \
 	$(if $(findstring nvme,$(PRESET)),async_io)
 
-demo:  ## fine-tune, evaluate with vLLM, export, serve: make demo [PRESET=zero2] [MODEL=folder or hub id] [ARGS=...]
+demo:  ## fine-tune, evaluate with vLLM, export, serve: make demo [PRESET=lora_zero2] [MODEL=folder or hub id] [ARGS=...]
 	@OPS="$(DEMO_OPS)" bash .ci/setup
 	@.venv/bin/python recipes/demo.py --ds_preset $(PRESET) $(if $(MODEL),--model $(MODEL)) $(ARGS)
 

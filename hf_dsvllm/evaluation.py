@@ -98,7 +98,7 @@ class Evaluator:
         """
         started = time.monotonic()
         deadline = started + self.sampling.timeout_s
-        self.server.wait_ready(self.sampling.timeout_s)
+        self._wait_ready()
         waited = time.monotonic() - started
         sync = self._push(snapshot)
         asked = time.monotonic()
@@ -126,6 +126,17 @@ class Evaluator:
         """Stop the engine."""
         self.client.close()
         self.server.stop()
+
+    def _wait_ready(self) -> None:
+        """Wait for the engine; one that died is started once more (beside a loading trainer a start can fail)."""
+        try:
+            self.server.wait_ready(self.sampling.timeout_s)
+        except EngineError:
+            if self.server.alive:
+                raise
+            self.server.restart()
+            self.client.connect(self.server.uds)
+            self.server.wait_ready(self.sampling.timeout_s)
 
     def _push(self, snapshot: Snapshot | None) -> SyncResult:
         if snapshot is not None:

@@ -23,6 +23,7 @@ class RunMeasure:
     tokens: int = 0
     skipped_steps: int = 0
     evaluations: list[Any] = dataclasses.field(default_factory=list)
+    host_peaks: list[float] = dataclasses.field(default_factory=list)
     _begun: float | None = None
 
     def start(self) -> None:
@@ -41,7 +42,11 @@ class RunMeasure:
             self._begun = None
 
     def stop(self, state: Any) -> None:
-        """Read the number of tokens trained on: TRL logs it, the plain Trainer counts it if told to."""
+        """Read the number of tokens trained on and the host peak of every process; collective.
+
+        TRL logs the tokens, the plain Trainer counts them if told to (include_num_input_tokens_seen).
+        """
+        self.host_peaks = gather(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)  # KiB on Linux
         logged = [row["num_tokens"] for row in state.log_history if "num_tokens" in row]
         self.tokens = int(logged[-1]) if logged else int(state.num_input_tokens_seen or 0)
 
@@ -60,7 +65,10 @@ class RunMeasure:
 
     def as_record(self) -> dict[str, Any]:
         """The figures as they stand in measured.json; memory in GiB, of this process."""
-        memory: dict[str, Any] = {"host_peak_gib": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20, 2)}
+        memory: dict[str, Any] = {
+            "host_peak_gib": round(self.host_peaks[0], 2) if self.host_peaks else None,
+            "host_peak_all_gib": round(sum(self.host_peaks), 2),
+        }
         if torch.cuda.is_available():
             memory |= {
                 "gpu": torch.cuda.get_device_name(),
@@ -77,3 +85,12 @@ class RunMeasure:
             "skipped_steps": self.skipped_steps,
             **memory,
         }
+
+
+def gather(value: float) -> list[float]:
+    """`value` of every rank, in rank order."""
+    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        return [value]
+    values: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(values, value)
+    return values

@@ -175,11 +175,15 @@ def report(run: Path, processes: int, model: str, total: float, training: float,
         )
         table.add_row(f"evaluation at step {row['step']}", seconds)
     table.add_row("training speed, all processes", f"{measured['tokens_per_second']} tok/s")
-    for name, label in (("host_peak_gib", "host memory peak, main process"), ("gpu_peak_allocated_gib", "GPU peak")):
+    for name, label in (
+        ("host_peak_all_gib", "host memory peak, all processes"),
+        ("gpu_peak_allocated_gib", "GPU peak"),
+    ):
         if name in measured:
             table.add_row(label, f"{measured[name]:.2f} GiB")
     if record.get("predicted_gib"):
-        table.add_row("predicted least memory, main process", f"{record['predicted_gib']:.2f} GiB")
+        where = "one GPU" if "gpu_peak_allocated_gib" in measured else "all processes"
+        table.add_row(f"predicted least for model states, {where}", f"{record['predicted_gib']:.2f} GiB")
     table.add_row("export proven", proof(exported))
     table.add_row("training with evaluations and export", f"{training:.0f} s")
     table.add_row("server start to first answer", f"{serving:.0f} s")
