@@ -74,7 +74,9 @@ def read_json_or_problem(given: str) -> tuple[dict[str, Any] | None, Problem | N
     try:
         if not text.startswith("{"):
             path = Path(text).expanduser()
-            text = path.read_text(encoding="utf-8") if path.exists() else base64.urlsafe_b64decode(text).decode()
+            # os.path.exists: Path.exists raises for base64 longer than a file name may be
+            is_file = os.path.exists(path)
+            text = path.read_text(encoding="utf-8") if is_file else base64.urlsafe_b64decode(text).decode()
         config = json.loads(text)
     except json.JSONDecodeError as error:
         return None, Problem(f"--deepspeed {given}: line {error.lineno}: {error.msg}", "correct the JSON")
