@@ -4,7 +4,20 @@ from __future__ import annotations
 
 from typing import Any
 
-__all__ = ["keep_4bit_weights_packed", "log_through_trainer", "note_best"]
+__all__ = ["join_deepspeed_on_cpu", "keep_4bit_weights_packed", "log_through_trainer", "note_best"]
+
+
+def join_deepspeed_on_cpu() -> None:
+    """Let DeepSpeed see the gloo group that TrainingArguments made; without it ZeRO-3 takes the world size to be 1.
+
+    `zero.Init` then fails in `from_pretrained` ("train_batch_size is not equal to …").  On GPUs accelerate makes the
+    group through DeepSpeed.  Remove when transformers does so with `use_cpu` too (read in 5.19, training_args.py).
+    """
+    import deepspeed
+    import torch
+
+    if torch.distributed.is_initialized() and not deepspeed.comm.is_initialized():
+        deepspeed.init_distributed("gloo", verbose=False)
 
 
 def keep_4bit_weights_packed(model: Any) -> int:

@@ -18,6 +18,7 @@ from typing import Any, TypeVar
 from transformers import TrainingArguments
 
 from hf_dsvllm import traps
+from hf_dsvllm._compat import join_deepspeed_on_cpu
 from hf_dsvllm.adapters import full_dtype
 from hf_dsvllm.console import say
 from hf_dsvllm.ds_config import RunShape, build, get_key
@@ -67,6 +68,8 @@ def with_presets(cls: type[Args]) -> type[Args]:
         def __post_init__(self) -> None:
             _before(self)
             cls.__post_init__(self)
+            if self.deepspeed and self.use_cpu:
+                join_deepspeed_on_cpu()
 
         def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
             if type(self) is not WithPresets:  # a user's subclass, which pickle finds by its own name
@@ -126,8 +129,9 @@ def _before(args: Any) -> None:
     if config is not None:
         if become_single_process():
             say("started by plain python: running as a one-process group (torchrun or accelerate launch start several)")
-        fixes += _on_cpu(args, device)
         args.deepspeed = config
+    if config is not None or launch.world_size > 1:
+        fixes += _on_cpu(args, device)
     if preset is not None and preset.sequence_parallel:
         _sequence_parallel(args, launch)
     for line in (*map(str, fixes), *_notices(preset, launch)):
@@ -149,8 +153,8 @@ def _precision(args: Any, preset: Preset | None, user_config: dict[str, Any] | N
     """bf16 on GPUs and fp32 on CPUs, where a preset or the Trainer's "auto" leaves it open."""
     before = args.bf16
     if preset is None or user_config is not None:
-        # The user's own configuration decides; only TRL's default (bf16 everywhere) is corrected on a CPU.
-        is_open = user_config is not None and get_key(user_config, "bf16.enabled", "auto") == "auto"
+        # The user's own configuration or flags decide; only TRL's default (bf16 everywhere) is corrected on a CPU.
+        is_open = user_config is None or get_key(user_config, "bf16.enabled", "auto") == "auto"
         if not (is_open and before is None and device == "cpu"):
             return []
     elif any(setting.key == "bf16" for setting in preset.arguments):
@@ -185,7 +189,7 @@ def _on_cpu(args: Any, device: str) -> list[Fix]:
     if not args.use_cpu:
         args.use_cpu = True
         fixes.append(Fix("use_cpu", False, True, "there is no GPU: processes find each other through gloo"))
-    if os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("true", "1"):
+    if args.deepspeed and os.environ.get("ACCELERATE_USE_CPU", "false").lower() in ("true", "1"):
         os.environ["ACCELERATE_USE_CPU"] = "false"
         fixes.append(Fix("ACCELERATE_USE_CPU", True, False, "accelerate drops DeepSpeed silently when it is set"))
     return fixes

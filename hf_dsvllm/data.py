@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
-from collections.abc import Sequence
+import json
+import logging
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -40,11 +43,12 @@ def load_split(data: DataArguments, *, needs_test: bool, columns: Sequence[str] 
         files = {"train": data.train_file} | ({"test": data.test_file} if data.test_file else {})
         _check_files(files)
         try:
-            splits: Any = load_dataset("json", data_files=files)
+            with _quiet_datasets():
+                splits: Any = load_dataset("json", data_files=files)
         except Exception as error:  # pyarrow and datasets each have their own tree of errors for a broken line
-            cause = error.__cause__ or error
-            what = f"the training data cannot be read: {str(cause).splitlines()[0]}"
-            raise ConfigError([Problem(what, "one JSON object a line, the same keys on each")]) from error
+            cause = str(error.__cause__ or error).splitlines()[0]
+            broken = next(filter(None, map(_broken_line, files.values())), f"the training data cannot be read: {cause}")
+            raise ConfigError([Problem(broken, "one JSON object a line, the same keys on each")]) from error
         names = ("train", "test")
     else:
         splits = load_dataset(data.dataset_name, data.dataset_config)
@@ -60,6 +64,35 @@ def load_split(data: DataArguments, *, needs_test: bool, columns: Sequence[str] 
     if problems:
         raise ConfigError(problems)
     return splits[names[0]], splits[names[1]] if needs_test else None
+
+
+@contextlib.contextmanager
+def _quiet_datasets() -> Iterator[None]:
+    """datasets logs the traceback of an error that it raises as well."""
+    logger = logging.getLogger("datasets")
+    level = logger.level
+    logger.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        logger.setLevel(level)
+
+
+def _broken_line(path: str) -> str | None:
+    """File, number and fault of the first line that is no JSON object: the libraries name no line, or another."""
+    with Path(path).open("rb") as file:
+        for number, line in enumerate(file, start=1):
+            if not line.strip():
+                continue
+            try:
+                value = json.loads(line)
+            except json.JSONDecodeError as error:
+                return f"{path}, line {number}: {error.msg} at column {error.colno}"
+            except UnicodeDecodeError as error:
+                return f"{path}, line {number}: not UTF-8 ({error.reason})"
+            if not isinstance(value, dict):
+                return f"{path}, line {number}: a {type(value).__name__}, not an object"
+    return None
 
 
 def _check_files(files: dict[str, str]) -> None:

@@ -11,6 +11,9 @@ from hf_dsvllm.presets import Preset
 
 __all__ = ["Wiring", "check_wiring", "read_wiring"]
 
+# What Trainer.model_wrapped is when several processes train one model without DeepSpeed; FSDP 2 renames the class.
+AVERAGES_GRADIENTS = ("DistributedDataParallel", "FullyShardedDataParallel", "FSDP")
+
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Wiring:
@@ -34,21 +37,26 @@ class Wiring:
 
 def read_wiring(trainer: Any) -> Wiring:
     """Read the engine, stage, world size and adapters of `trainer` once training has begun."""
-    import torch.distributed as dist
-
     wrapped = trainer.model_wrapped
     stage_of = getattr(wrapped, "zero_optimization_stage", None)
     modules = list(trainer.model.modules())
     return Wiring(
         engine=type(wrapped).__name__,
         zero_stage=int(stage_of()) if callable(stage_of) else None,
-        world_size=dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1,
+        # accelerate's number is the one batches are divided by; a process group may exist that it does not use.
+        world_size=trainer.accelerator.num_processes,
         adapter_modules=sum(1 for module in modules if hasattr(module, "lora_A")),
-        four_bit_modules=sum(1 for module in modules if type(module).__name__ == "Linear4bit"),
+        four_bit_modules=sum(1 for module in modules if is_four_bit(module)),
         trainable_parameters=sum(
             getattr(p, "ds_numel", p.numel()) for p in trainer.model.parameters() if p.requires_grad
         ),
     )
+
+
+def is_four_bit(module: Any) -> bool:
+    """Whether this is bitsandbytes' own layer; PEFT's wrapper around it has the same class name."""
+    kind = type(module)
+    return kind.__name__ == "Linear4bit" and kind.__module__.startswith("bitsandbytes.")
 
 
 def check_wiring(wiring: Wiring, preset: Preset | None, config: dict[str, Any] | None) -> None:
@@ -60,6 +68,8 @@ def check_wiring(wiring: Wiring, preset: Preset | None, config: dict[str, Any] |
             wrong.append(f"DeepSpeed ZeRO stage {asked} was asked for, the engine is {wiring.engine}")
         elif wiring.zero_stage != asked:
             wrong.append(f"ZeRO stage {asked} was asked for, the engine runs stage {wiring.zero_stage}")
+    elif wiring.world_size > 1 and not wiring.engine.startswith(AVERAGES_GRADIENTS):
+        wrong.append(f"{wiring.world_size} processes train, each its own copy: the engine is {wiring.engine}")
     expected = int(os.environ.get("WORLD_SIZE", "1"))
     if wiring.world_size != expected:
         wrong.append(f"{expected} processes were started, {wiring.world_size} train together")
