@@ -1,0 +1,167 @@
+"""A snapshot holds the live weights exactly, whatever shards them, and loads with transformers and PEFT."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from hf_dsvllm import snapshot as snapshot_module
+from hf_dsvllm.errors import ExportError
+from hf_dsvllm.snapshot import prune, publish
+from tests.scripts.runs import Runs, train_all
+from tests.tiny import write_tiny_model
+
+STAGE0 = {
+    "train_micro_batch_size_per_gpu": "auto",
+    "gradient_accumulation_steps": "auto",
+    "train_batch_size": "auto",
+    "gradient_clipping": "auto",
+    "zero_optimization": {"stage": 0},
+}
+FULL = ("zero3", "zero3 untied", "zero2", "stage 0")
+ADAPTERS = ("zero3+lora", "lora_zero2")
+STEPS = 2
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    folder = tmp_path_factory.mktemp("snapshots")
+    untied = write_tiny_model(folder / "untied", tied=False)
+    saving = {"save_strategy": "steps", "save_steps": STEPS, "max_steps": STEPS}
+    wanted: list[dict[str, Any]] = [
+        {"name": "zero3", "preset": "zero3"},
+        {"name": "zero3 untied", "preset": "zero3", "model": str(untied)},
+        {"name": "zero3+lora", "preset": "zero3+lora"},
+        {"name": "zero2", "preset": "zero2"},
+        {"name": "lora_zero2", "preset": "lora_zero2"},
+        {"name": "stage 0", "preset": None, "args": {"deepspeed": STAGE0}},
+    ]
+    for run in wanted:
+        run |= {"weights": True, "args": saving | run.get("args", {})}
+    return train_all(folder, wanted)
+
+
+def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
+    """All tensors of a model folder."""
+    return {
+        name: tensor for file in sorted(folder.glob("model*.safetensors")) for name, tensor in load_file(file).items()
+    }
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("name", FULL)
+def test_a_full_snapshot_is_the_gathered_weights_bit_for_bit(name: str, runs: Runs) -> None:
+    live = runs.weights(name)
+    written = tensors_of(runs.folder(name) / "snapshots" / f"step-{STEPS}")
+    tied = {"lm_head.weight"} if "untied" not in name else set()
+    assert written.keys() == live.keys() - tied
+    for key, tensor in written.items():
+        assert tensor.numel() > 0
+        assert torch.equal(tensor, live[key]), key
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("name", FULL)
+def test_a_full_snapshot_is_what_the_trainer_saves_itself(name: str, runs: Runs) -> None:
+    snapshot = tensors_of(runs.folder(name) / "snapshots" / f"step-{STEPS}")
+    checkpoint = tensors_of(runs.folder(name) / f"checkpoint-{STEPS}")
+    for key, tensor in snapshot.items():
+        assert torch.equal(tensor, checkpoint[key]), key
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("name", FULL)
+def test_a_full_snapshot_loads_and_tied_weights_stay_tied(name: str, runs: Runs) -> None:
+    from transformers import AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_pretrained(runs.folder(name) / "snapshots" / f"step-{STEPS}")
+    shared = model.get_input_embeddings().weight.data_ptr() == model.get_output_embeddings().weight.data_ptr()
+    assert shared == ("untied" not in name)
+    for key, tensor in runs.weights(name).items():
+        assert torch.equal(model.state_dict()[key], tensor), key
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_an_adapter_snapshot_is_the_trained_adapter_and_nothing_else(name: str, runs: Runs) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    folder = runs.folder(name) / "snapshots" / f"step-{STEPS}"
+    written = load_file(folder / "adapter_model.safetensors")
+    live = {key: tensor for key, tensor in runs.weights(name).items() if "lora_" in key}
+    assert len(written) == len(live) == 28
+    assert all(tensor.numel() for tensor in written.values())
+    assert any(tensor.abs().max() > 0 for key, tensor in written.items() if "lora_B" in key), "nothing was learnt"
+    loaded = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(runs.model), str(folder)).state_dict()
+    for key, tensor in live.items():
+        assert torch.equal(loaded[key], tensor), key
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_training_adapters_leaves_the_base_alone(name: str, runs: Runs) -> None:
+    base = tensors_of(runs.model)
+    for key, tensor in runs.weights(name).items():
+        plain = key.removeprefix("base_model.model.").replace(".base_layer", "")
+        if "lora_" not in key and plain in base:
+            assert torch.equal(tensor, base[plain]), key
+
+
+def load_tiny(folder: Path) -> Any:
+    from transformers import AutoModelForCausalLM
+
+    return AutoModelForCausalLM.from_pretrained(write_tiny_model(folder))
+
+
+def test_a_snapshot_in_16_bit_says_so_in_its_configuration(tmp_path: Path) -> None:
+    model = load_tiny(tmp_path / "model")
+    snapshot = publish(model, tmp_path / "run", step=3, dtype=torch.bfloat16)
+    written = tensors_of(snapshot.path)
+    assert json.loads((snapshot.path / "config.json").read_text(encoding="utf-8"))["dtype"] == "bfloat16"
+    for key, tensor in model.state_dict().items():
+        if key in written:
+            assert torch.equal(written[key], tensor.to(torch.bfloat16)), key
+
+
+def test_the_newest_snapshot_is_pointed_to_and_the_same_step_is_replaced(tmp_path: Path) -> None:
+    model = load_tiny(tmp_path / "model")
+    publish(model, tmp_path / "run", step=3, dtype=torch.float32)
+    with torch.no_grad():
+        model.model.norm.weight.fill_(7.0)
+    snapshot = publish(model, tmp_path / "run", step=3, dtype=torch.float32)
+    assert tensors_of(snapshot.path)["model.norm.weight"].unique().tolist() == [7.0]
+    latest = json.loads((tmp_path / "run" / "snapshots" / "latest.json").read_text(encoding="utf-8"))
+    assert latest == {"path": "step-3", "step": 3, "kind": "full"}
+    assert [folder.name for folder in (tmp_path / "run" / "snapshots").glob("*step*")] == ["step-3"]
+
+
+def test_empty_tensors_are_never_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    model = load_tiny(tmp_path / "model")
+    monkeypatch.setattr(snapshot_module, "_full_state", lambda *_: {"a": torch.ones(1), "b": torch.empty(0)})
+    with pytest.raises(ExportError, match=r"1 tensors are empty after gathering.*'b'"):
+        publish(model, tmp_path / "run", step=3, dtype=torch.float32)
+    assert not list((tmp_path / "run").rglob("*"))
+
+
+def test_prune_keeps_what_is_named_the_newest_and_the_best(tmp_path: Path) -> None:
+    folder = tmp_path / "snapshots"
+    for step in (1, 2, 3, 4, 5):
+        (folder / f"step-{step}").mkdir(parents=True)
+    (folder / "latest.json").write_text('{"path": "step-5", "step": 5, "kind": "full"}', encoding="utf-8")
+    (folder / "best.json").write_text('{"path": "step-2", "step": 2, "kind": "full"}', encoding="utf-8")
+    prune(tmp_path, keep=[Path("step-4")])
+    assert sorted(path.name for path in folder.glob("step-*")) == ["step-2", "step-4", "step-5"]
+
+
+def test_prune_without_pointers_or_folder_does_no_harm(tmp_path: Path) -> None:
+    prune(tmp_path, keep=[])
+    (tmp_path / "snapshots" / "step-1").mkdir(parents=True)
+    (tmp_path / "snapshots" / "best.json").write_text("{ half", encoding="utf-8")
+    prune(tmp_path, keep=[Path("step-1")])
+    assert (tmp_path / "snapshots" / "step-1").is_dir()
