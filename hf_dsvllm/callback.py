@@ -41,10 +41,12 @@ class SessionCallback(TrainerCallback):
         self._evaluated: dict[int, dict[str, float]] = {}
         self._failures = 0
         self._forwarding = False
+        self._published: Snapshot | None = None
 
     # -- hooks -----------------------------------------------------------------------------------------------------
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._published = None
         wiring = read_wiring(self.trainer)
         check_wiring(wiring, self.session.preset, self.session.ds_config)
         say(f"running: {wiring.line()}")
@@ -86,7 +88,10 @@ class SessionCallback(TrainerCallback):
         self.measure.stop(state)
         if self.session.evaluates and state.global_step not in self._evaluated:
             self._evaluate()
-        snapshot = self._publish()
+        snapshot = self._published
+        # With load_best_model_at_end the weights are no longer those of the last step.
+        if snapshot is None or snapshot.step != state.global_step or args.load_best_model_at_end:
+            snapshot = self._publish()
         self.session.stop_engine()
         self.session.finish(self.measure, snapshot)
 
@@ -106,13 +111,14 @@ class SessionCallback(TrainerCallback):
             control.should_save = True
 
     def _publish(self) -> Snapshot:
-        return publish(
+        self._published = publish(
             self.trainer.model,
             self.session.run_dir,
             step=self.trainer.state.global_step,
             dtype=self.session.snapshot_dtype,
             tokenizer=self.trainer.processing_class,
         )
+        return self._published
 
     def _evaluate(self, *, publish_first: bool = True) -> dict[str, float]:
         """One evaluation on all ranks; {} when it failed, which is said and never stops training."""
@@ -137,6 +143,7 @@ class SessionCallback(TrainerCallback):
         scores, error = broadcast((scores, error))
         if error is not None:
             self._failures += 1
+            self._published = None  # on every rank, whichever failed: publishing again takes all of them
             given_up = "; giving up on it" if self._failures >= FAILURES_BEFORE_GIVING_UP else ""
             say(f"step {step}: generation evaluation failed and is skipped{given_up}. {error}")
             return {}
