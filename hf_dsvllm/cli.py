@@ -47,7 +47,7 @@ app.add_typer(presets_app, name="presets")
 def main() -> None:
     """The console command: our errors as their message and exit code 2, without a traceback."""
     with friendly_errors():
-        app()
+        app(prog_name="hf-dsvllm")
 
 
 def _print_version(wanted: bool) -> None:
@@ -105,10 +105,13 @@ def preset_row(preset: Preset) -> dict[str, Any]:
 def show_preset(
     name: Annotated[str, typer.Argument(help="A preset, or one joined with lora or qlora: zero3+lora.")],
     num_processes: Annotated[
-        int | None, typer.Option(min=1, help="Processes the run will have. Default: the fewest the preset takes.")
+        int | None,
+        typer.Option(
+            "--num_processes", min=1, help="Processes the run will have. Default: the fewest the preset takes."
+        ),
     ] = None,
     nvme_path: Annotated[
-        Path | None, typer.Option(help="Folder on a local NVMe disk, for presets that offload to it.")
+        Path | None, typer.Option("--nvme_path", help="Folder on a local NVMe disk, for presets that offload to it.")
     ] = None,
     cpu: Annotated[bool, typer.Option("--cpu", help="For a machine without GPU.")] = False,
 ) -> None:
@@ -174,7 +177,7 @@ def export(
     which: Annotated[Which, typer.Option(help="Which weights of a run.")] = "latest",
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
     base: Annotated[str | None, typer.Option(help="Base model, instead of the recorded one.")] = None,
-    max_shard_size: Annotated[str, typer.Option(help="Largest safetensors file.")] = "5GB",
+    max_shard_size: Annotated[str, typer.Option("--max_shard_size", help="Largest safetensors file.")] = "5GB",
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace another export at --out.")] = False,
 ) -> None:
     """Merge, check and write a trained model as one folder that transformers and vLLM load."""
@@ -210,10 +213,13 @@ def serve(
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 8000,
     host: Annotated[str, typer.Option(help="Address to listen on; a public one needs VLLM_API_KEY.")] = "127.0.0.1",
     name: Annotated[str | None, typer.Option(help="Model name in the API. Default: the folder's.")] = None,
-    max_model_len: Annotated[int | None, typer.Option(min=1, help="Longest prompt and answer, in tokens.")] = None,
+    max_model_len: Annotated[
+        int | None, typer.Option("--max_model_len", min=1, help="Longest prompt and answer, in tokens.")
+    ] = None,
     print_only: Annotated[bool, typer.Option("--print", help="Print vLLM's command line and start nothing.")] = False,
     vllm_python: Annotated[
-        Path | None, typer.Option(help="Interpreter of another environment that has vLLM. Default: this one.")
+        Path | None,
+        typer.Option("--vllm_python", help="Interpreter of another environment that has vLLM. Default: this one."),
     ] = None,
 ) -> None:
     """Serve a model over vLLM's OpenAI API until Ctrl-C, and print a curl command that asks it."""
@@ -235,7 +241,9 @@ def serve(
 @app.command()
 def doctor(
     reap: Annotated[bool, typer.Option("--reap", help="End engines that earlier runs left behind.")] = False,
-    vllm_python: Annotated[Path | None, typer.Option(help="Look for vLLM in this interpreter.")] = None,
+    vllm_python: Annotated[
+        Path | None, typer.Option("--vllm_python", help="Look for vLLM in this interpreter.")
+    ] = None,
 ) -> None:
     """Say what is installed, what this machine has, and which engines are running or were left behind."""
     from hf_dsvllm import doctor as examination

@@ -1,0 +1,143 @@
+"""What a preset or an evaluation needs and this run, machine or installation lacks is said before anything is loaded."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from transformers import TrainingArguments
+
+from hf_dsvllm import arguments, preflight
+from hf_dsvllm.launch import Launch
+from hf_dsvllm.presets import get_preset
+from tests.door import leave, problems_of
+
+
+@pytest.fixture(autouse=True)
+def _left_behind() -> Iterator[None]:
+    yield
+    leave()
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "what", "fix"),
+    [
+        ({"ds_preset": "zero3_nvme"}, "needs a folder on an NVMe disk", "--nvme_path FOLDER"),
+        ({"ds_preset": "zero3_nvme", "nvme_path": "none"}, "needs a folder on an NVMe disk", "--nvme_path FOLDER"),
+        ({"ds_preset": "zero3_nvme", "nvme_path": "absent/folder"}, "is not a folder", "mkdir -p absent/folder"),
+        ({"ds_preset": "long_context"}, "needs 2 processes or more, 1 was started", "torchrun --nproc_per_node 2"),
+        ({"ds_preset": "zero2_lowmem", "fp16": True}, "exists in bf16 only", "drop --fp16"),
+        ({"ds_preset": "zero2", "fsdp": "full_shard"}, "both shard the model", "drop --fsdp"),
+    ],
+)
+def test_a_preset_that_lacks_what_it_needs_is_one_problem(
+    kwargs: dict[str, Any], what: str, fix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preflight, "links_libaio", lambda: True)
+    (problem,) = problems_of(tmp_path, **kwargs)
+    assert what in problem.what
+    assert fix in problem.fix
+
+
+def test_everything_an_nvme_preset_lacks_is_said_at_once(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preflight, "links_libaio", lambda: False)
+    text = " ".join(map(str, problems_of(tmp_path, ds_preset="zero3_nvme", optim="adafactor")))
+    assert "an NVMe disk" in text
+    assert "libaio-dev" in text
+    assert "optim=adafactor would silently become AdamW" in text
+
+
+@pytest.mark.parametrize(("preset", "package"), [("zero2", "deepspeed"), ("qlora", "bitsandbytes")])
+def test_a_missing_package_is_named_with_its_install_line(
+    preset: str, package: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    find_spec = preflight.importlib.util.find_spec
+    monkeypatch.setattr(
+        preflight.importlib.util, "find_spec", lambda name: None if name == package else find_spec(name)
+    )
+    (problem,) = problems_of(tmp_path, ds_preset=preset)
+    assert problem.fix == f"pip install {package}"
+
+
+def test_an_offloading_preset_without_a_compiler_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preflight, "cxx_compiler", lambda: None)
+    (problem,) = problems_of(tmp_path, ds_preset="zero3_offload")
+    assert "no C++ compiler" in problem.what
+
+
+def test_the_plain_preset_is_for_one_process(tmp_path: Path) -> None:
+    args = TrainingArguments(output_dir=str(tmp_path), report_to=[], use_cpu=True)
+    launch = Launch(rank=0, local_rank=0, world_size=2, local_world_size=2, launched=True, asked_processes=None)
+    (problem,) = preflight.preset_problems(args, get_preset("none"), launch, "cpu", None)
+    assert "for one process and 2 were started" in problem.what
+
+
+def test_a_launcher_that_started_too_few_is_met_at_the_door(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(
+        "hf_dsvllm.launch._parent_command", lambda: ["accelerate", "launch", "--cpu", "--num_processes", "2", "x.py"]
+    )
+    (problem,) = problems_of(tmp_path, ds_preset="zero2")
+    assert "asked for 2 processes and started 1" in problem.what
+
+
+def test_a_preset_for_gpus_is_given_the_cpu_on_request(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    assert arguments._accelerator_problems("cuda") == []
+    monkeypatch.setitem(sys.modules, "deepspeed", None)
+    (problem,) = arguments._accelerator_problems("cpu")
+    assert "export DS_ACCELERATOR=cpu" in problem.fix
+    monkeypatch.delitem(sys.modules, "deepspeed")
+    assert arguments._accelerator_problems("cpu") == []
+    assert os.environ["DS_ACCELERATOR"] == "cpu", "DeepSpeed is told before it is imported"
+
+
+# -- generation evaluation, as far as the arguments go
+
+
+@pytest.mark.parametrize(
+    ("kwargs", "what"),
+    [
+        ({"gen_eval_steps": 0}, "gen_eval_steps=0 is out of range"),
+        ({"gen_eval_max_new_tokens": 0}, "gen_eval_max_new_tokens=0"),
+        ({"gen_eval_temperature": -1.0}, "gen_eval_temperature=-1.0"),
+        ({"gen_eval_timeout": 0.0}, "gen_eval_timeout=0.0"),
+        ({"gen_eval_limit": 0}, "limit=0 would leave no sample"),
+        ({"gen_eval_metrics": ["exakt_match"]}, "exakt_match"),
+    ],
+)
+def test_a_number_or_metric_that_cannot_be_is_refused(
+    kwargs: dict[str, Any], what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(preflight, "find_vllm", lambda python, device: python)
+    file = tmp_path / "eval.jsonl"
+    file.write_text('{"prompt": "2 + 2 =", "reference": "4"}\n', encoding="utf-8")
+    (problem,) = problems_of(tmp_path, gen_eval_file=[str(file)], use_cpu=True, **kwargs)
+    assert what in problem.what
+
+
+def test_broken_evaluation_files_are_named_with_the_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preflight, "find_vllm", lambda python, device: python)
+    first, second = tmp_path / "a.jsonl", tmp_path / "b.jsonl"
+    first.write_text('{"prompt": "x", "reference": "y"}\n{"prompt"\n', encoding="utf-8")
+    problems = problems_of(tmp_path, gen_eval_file=[str(first), str(second)], use_cpu=True)
+    assert "a.jsonl" in problems[0].what
+    assert "line 2" in problems[0].what or ":2" in problems[0].what
+    assert "b.jsonl" in problems[1].what
+
+
+def test_a_missing_vllm_is_found_before_training(tmp_path: Path) -> None:
+    file = tmp_path / "eval.jsonl"
+    file.write_text('{"prompt": "2 + 2 =", "reference": "4"}\n', encoding="utf-8")
+    (problem,) = problems_of(tmp_path, gen_eval_file=[str(file)], use_cpu=True, vllm_python=str(tmp_path / "python"))
+    assert "cannot be run" in problem.what
+    assert "drop --gen_eval_file" in problem.fix
+
+
+def test_evaluation_options_without_prompts_are_refused(tmp_path: Path) -> None:
+    (problem,) = problems_of(tmp_path, gen_eval_metrics=["contains"], use_cpu=True)
+    assert problem.fix == "--gen_eval_file prompts.jsonl"
