@@ -186,7 +186,8 @@ class Session:
         }
         write_json(self.run_dir / "run.json", record)
         if self.ds_config is not None:
-            write_json(self.run_dir / "ds_config.json", self.ds_config)
+            # As the Trainer filled it in, with a number for every "auto".
+            write_json(self.run_dir / "ds_config.json", self.args.hf_deepspeed_config.config)
         if trainer.processing_class is not None:
             trainer.processing_class.save_pretrained(self.run_dir / "tokenizer")
 
