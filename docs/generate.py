@@ -31,9 +31,13 @@ there.
 
 
 def arguments_page() -> str:
-    """docs/arguments.md: one row a field, from its own help text."""
+    """docs/arguments.md: one row a field, from its own help text.
+
+    Types are taken from the annotations: HfArgumentParser writes its own into the fields it has parsed.
+    """
+    types = PresetFields.__annotations__
     rows = [
-        (f"`--{field.name}`", f"`{field.type}`", f"`{field.default}`", field.metadata["help"])
+        (f"`--{field.name}`", f"`{types[field.name]}`", f"`{field.default}`", field.metadata["help"])
         for field in dataclasses.fields(PresetFields)
     ]
     return _ARGUMENTS_HEAD + table(("argument", "type", "default", "meaning"), rows)

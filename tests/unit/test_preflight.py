@@ -1,4 +1,4 @@
-"""What a preset or an evaluation needs and this run, machine or installation lacks is said before anything is loaded."""
+"""What a preset or an evaluation needs and this run or machine lacks is said before anything is loaded."""
 
 from __future__ import annotations
 
