@@ -5,6 +5,7 @@
 
 Each cell is a process tree of its own with a time limit; one that fails keeps its row, with the reason.  Results go to
 OUT/<date>-main-job-<hardware>.json and .md after every cell; a second start on the same day and machine adds to them.
+The exit code is 1 if a cell failed.
 """
 
 from __future__ import annotations
@@ -98,6 +99,8 @@ def main() -> None:
         builder.wait()  # stopped half-way it would leave a lock that the next run waits for
     for row in bench.rows:
         print(f"{row.title:24} {row.status}", flush=True)
+    if any(row.status != "ok" for row in bench.rows):
+        raise SystemExit(1)
 
 
 def plan(options: argparse.Namespace) -> list[Cell]:

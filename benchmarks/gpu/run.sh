@@ -1,28 +1,37 @@
 #!/bin/bash
-# One step of the GPU benchmark on a host without network:  benchmarks/gpu/run.sh STEP [arguments of main_job.py …]
+# The GPU benchmark in steps that fit a short loan of a machine, for hosts with or without a network:
 #
-#   one     1 process a cell, random Qwen3-1.7B shape (LANES cells at a time)
-#   several PROCESSES processes a cell, the same model
-#   real, real-several   the same on the model in MODEL (or unpacked from GGUF)
-#   smoke   two cells, to see that everything starts
+#   benchmarks/gpu/run.sh STEP [more arguments of main_job.py …]
 #
-# Environment: LANES (default 1), PROCESSES (default 2), BUDGET_S (default 480), WORK (/tmp/bench), OUT (copied to at the
-# end), MODEL, GGUF, CHUNKS (archives with missing packages, unpacked once into SITE).
+#   smoke          two short cells, to see that everything starts (exit code 1 if not)
+#   one            1 process a cell, random Qwen3-1.7B shape, LANES cells at a time
+#   several        PROCESSES processes a cell, the same model
+#   real           1 process a cell, the model in MODEL (a folder, or a GGUF file that is unpacked once)
+#   real-several   PROCESSES processes a cell, the same model
+#
+# Environment: LANES=1 PROCESSES=2 BUDGET_S=480 WORK=runs/benchmark; OUT, a folder that results and logs are copied to;
+# SETUP, a shell file to source first; VLLM_ARGS, more arguments for vLLM as one string; NAME, what to call MODEL.
 set -uo pipefail
 cd "$(dirname "$0")/../.."
 STEP=${1:?smoke, one, several, real or real-several}; shift
-LANES=${LANES:-1} PROCESSES=${PROCESSES:-2} BUDGET_S=${BUDGET_S:-480} WORK=${WORK:-/tmp/bench}
+LANES=${LANES:-1} PROCESSES=${PROCESSES:-2} BUDGET_S=${BUDGET_S:-480} WORK=${WORK:-runs/benchmark}
 RESULTS=$WORK/results
-mkdir -p "$WORK" "$RESULTS"
-
-if [ -n "${CHUNKS:-}" ]; then
-  [ -e "${SITE:-/tmp/site}/vllm" ] || bash "$CHUNKS/unpack.sh" || exit 1
-  . "$CHUNKS/env.sh"
-fi
-export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} TORCH_EXTENSIONS_DIR=$WORK/extensions HF_HUB_OFFLINE=1
+mkdir -p "$RESULTS" "$WORK/logs"
+[ -z "${SETUP:-}" ] || . "$SETUP"
+export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} TORCH_EXTENSIONS_DIR=$WORK/extensions
 
 bench() {
-  python3 benchmarks/main_job.py --work "$WORK" --out "$RESULTS" --vllm_args='--attention-backend FLASH_ATTN' "$@"
+  python3 benchmarks/main_job.py --work "$WORK" --out "$RESULTS" --budget_s "$BUDGET_S" --vllm_args="${VLLM_ARGS:-}" "$@"
+}
+on_shape() { bench --shape 1.7b "$@"; }
+on_model() {
+  local model=${MODEL:?a model folder or a GGUF file}
+  if [ -f "$model" ]; then
+    [ -e "$WORK/model-gguf/config.json" ] || python3 benchmarks/standin.py --gguf "$model" --out "$WORK/model-gguf" || return
+    model=$WORK/model-gguf
+  fi
+  bench --model "$model" --name "${NAME:-SmolLM2-135M-Instruct}" --steps 30 --offload_steps 30 --micro_batch_size 32 \
+    --length 1024 --prompts 96 --new_tokens 112 --cell_s 120 "$@"
 }
 finish() {
   [ -n "${OUT:-}" ] || return 0
@@ -31,31 +40,21 @@ finish() {
 }
 trap finish EXIT
 
-model() {  # the real model: a folder, or a GGUF file unpacked once
-  [ -n "${MODEL:-}" ] && return
-  MODEL=$WORK/real
-  [ -e "$MODEL/config.json" ] || python3 benchmarks/standin.py --gguf "$GGUF" --out "$MODEL"
-}
-EXTRACTION=(--name "${NAME:-SmolLM2-135M-Instruct}" --steps 30 --offload_steps 30 --micro_batch_size 32 --length 1024
-  --prompts 96 --new_tokens 112 --cell_s 120)
-
 case $STEP in
   smoke)
-    bench --shape 1.7b --presets lora zero2 --no_export zero2 --steps 6 --lanes "$LANES" --budget_s "$BUDGET_S" "$@" ;;
+    on_shape --presets zero2 lora --no_export zero2 --steps 6 --lanes "$LANES" "$@" ;;
   one)
-    bench --shape 1.7b --presets zero2 lora qlora zero3 zero3_offload --no_export zero3 zero3_offload \
-      --plain zero2 lora zero2_fp32 --generate --lanes "$LANES" --budget_s "$BUDGET_S" "$@" ;;
+    on_shape --presets zero2 lora qlora zero3 zero3_offload --no_export zero3 zero3_offload \
+      --plain zero2 lora zero2_fp32 --generate --lanes "$LANES" "$@" ;;
   several)
-    bench --shape 1.7b --presets zero2 zero3 qlora_zero2 lora_zero2 zero3_offload lora qlora \
-      --no_export zero3 zero3_offload lora qlora lora_zero2 --no_evaluation lora qlora --plain zero2 \
-      --processes "$PROCESSES" --budget_s "$BUDGET_S" "$@" ;;
+    on_shape --presets zero2 lora zero3 qlora zero3_offload lora_zero2 qlora_zero2 \
+      --no_export zero2 lora zero3 qlora zero3_offload lora_zero2 qlora_zero2 --no_evaluation lora_zero2 qlora_zero2 \
+      --plain zero2 --processes "$PROCESSES" "$@" ;;
   real)
-    model
-    bench --model "$MODEL" "${EXTRACTION[@]}" --presets zero2 lora qlora zero3 zero3_offload --plain zero2 lora \
-      --generate --lanes "$LANES" --budget_s "$BUDGET_S" "$@" ;;
+    on_model --presets zero2 lora qlora zero3 zero3_offload --plain zero2 lora --generate --lanes "$LANES" "$@" ;;
   real-several)
-    model
-    bench --model "$MODEL" "${EXTRACTION[@]}" --presets zero2 qlora_zero2 zero3 lora_zero2 --processes "$PROCESSES" \
-      --budget_s "$BUDGET_S" "$@" ;;
-  *) echo "unknown step $STEP" >&2; exit 2 ;;
+    on_model --presets zero2 lora qlora zero3 --processes "$PROCESSES" "$@" ;;
+  *)
+    echo "unknown step $STEP: smoke, one, several, real or real-several" >&2
+    exit 2 ;;
 esac
