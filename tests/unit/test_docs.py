@@ -1,4 +1,4 @@
-"""README and docs say what the code does: every command, example, link, flag and quoted message is held against it.
+"""README and docs say what the code does: every command, example, link and flag is held against it.
 
 The blocks are found, not listed: a new example is tested by being written.
 """
@@ -17,7 +17,7 @@ import shlex
 import subprocess
 import sys
 import tomllib
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from types import ModuleType
 from typing import Any, NamedTuple
@@ -44,8 +44,6 @@ FOREIGN_FLAGS = {
     *("--config_file", "--config", "--help", "--max-num-seqs", "--gpu-memory-utilization", "--no-deps"),
     *("--override", "--torch-backend", "--attention-backend", "--max-lora-rank"),
 }
-# Where a message of a configuration starts its life; each of them must be explained in troubleshooting.md.
-PROBLEM_MODULES = ("arguments", "preflight", "traps", "launch", "adapters", "checks", "memory", "data")
 
 
 class Block(NamedTuple):
@@ -368,58 +366,3 @@ def test_the_table_of_modules_is_in_the_order_of_imports() -> None:
     text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
     rows = re.findall(r"^\| `(\w+)/?` \|", text, re.MULTILINE)
     assert rows == [re.sub(r"\W", "", layer) for layer in reversed(layers)]
-
-
-# -- messages
-
-
-def as_text(node: ast.expr) -> str:
-    """A string expression as written, `…` for each value."""
-    if isinstance(node, ast.Constant) and isinstance(node.value, str):
-        return node.value
-    if isinstance(node, ast.JoinedStr):
-        return "".join(as_text(part) if isinstance(part, ast.Constant) else "…" for part in node.values)
-    return "…"
-
-
-def strings_of_the_package() -> list[str]:
-    files = (ROOT / "hf_dsvllm").rglob("*.py")
-    trees = [ast.parse(path.read_text(encoding="utf-8")) for path in files]
-    kinds = (ast.Constant, ast.JoinedStr)
-    return [as_text(node) for tree in trees for node in ast.walk(tree) if isinstance(node, kinds)]
-
-
-def quotes() -> list[str]:
-    """The first cells of troubleshooting.md's tables."""
-    text = (ROOT / "docs" / "troubleshooting.md").read_text(encoding="utf-8")
-    return re.findall(r"^\| `(.+?)` \|", text, re.MULTILINE)
-
-
-def says(message: str, quote: str) -> bool:
-    """Whether the fixed parts of `quote` stand in `message` in their order, from its beginning on."""
-    parts = [re.escape(part) for part in quote.split("…")]
-    return re.match(".*?".join(parts), message, re.DOTALL) is not None
-
-
-def problems() -> Iterator[tuple[str, str]]:
-    """(module:line, message) of every `Problem(…)` whose message is written there."""
-    for module in PROBLEM_MODULES:
-        tree = ast.parse((ROOT / "hf_dsvllm" / f"{module}.py").read_text(encoding="utf-8"))
-        for node in ast.walk(tree):
-            if isinstance(node, ast.Call) and isinstance(node.func, ast.Name) and node.func.id == "Problem":
-                first = node.args[0] if node.args else node.keywords[0].value
-                message = as_text(first)
-                if message.strip("…"):
-                    yield f"{module}.py:{node.lineno}", message
-
-
-@pytest.mark.parametrize("quote", quotes())
-def test_every_message_quoted_in_troubleshooting_is_said_by_the_code(quote: str) -> None:
-    assert quote.strip("… "), "a quote of nothing"
-    assert any(says(message, quote) for message in strings_of_the_package()), quote
-
-
-def test_every_problem_the_checks_can_find_is_explained_in_troubleshooting() -> None:
-    known = quotes()
-    missing = [f"{place}: {message}" for place, message in problems() if not any(says(message, q) for q in known)]
-    assert missing == []
