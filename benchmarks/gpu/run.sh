@@ -15,8 +15,8 @@ set -uo pipefail
 cd "$(dirname "$0")/../.."
 STEP=${1:?smoke, one, several, real or real-several}; shift
 LANES=${LANES:-1} PROCESSES=${PROCESSES:-2} BUDGET_S=${BUDGET_S:-480} WORK=${WORK:-runs/benchmark}
-RESULTS=$WORK/results
-mkdir -p "$RESULTS" "$WORK/logs"
+mkdir -p "$WORK/results" "$WORK/logs"
+WORK=$(cd "$WORK" && pwd) RESULTS=$WORK/results
 [ -z "${SETUP:-}" ] || . "$SETUP"
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} TORCH_EXTENSIONS_DIR=$WORK/extensions
 
