@@ -155,7 +155,9 @@ def read_row(
     matmul_tflops: float | None,
 ) -> Row:
     """The row of a finished cell: whatever it managed to write, and why it ended if it failed."""
-    row: dict[str, Any] = {"status": "ok" if failure is None else f"{failure}: {last_error(log)}"}
+    row: dict[str, Any] = {"status": failure or "ok"}
+    if failure is not None and log:
+        row["status"] += f": {last_error(log)}"
     measured = read_json(run_dir / "measured.json")
     if cell.kind == "generate":
         row |= {

@@ -181,7 +181,7 @@ class Bench:
         self.matmul_tflops: float | None = limits.get("matmul_tflops")
         self.builder = builder
         self.deadline = deadline
-        self.rows: list[Row] = []
+        self._finished: dict[int, Row] = {}
         self.gpus = [str(gpu.index) for gpu in machine.gpus]
         self.cpus = sorted(os.sched_getaffinity(0))
         self.invocation = Invocation(
@@ -198,27 +198,32 @@ class Bench:
         self.earlier = load(self.path)
         self._lock = threading.Lock()
 
+    @property
+    def rows(self) -> list[Row]:
+        """What has ended so far, in the order of the plan."""
+        return [self._finished[place] for place in sorted(self._finished)]
+
     def run(self, cells: Sequence[Cell]) -> None:
         """Every cell, in `options.lanes` lanes; returns when the last has ended."""
-        waiting: queue.SimpleQueue[Cell] = queue.SimpleQueue()
-        for cell in cells:
-            waiting.put(cell)
+        waiting: queue.SimpleQueue[tuple[int, Cell]] = queue.SimpleQueue()
+        for place in enumerate(cells):
+            waiting.put(place)
         lanes = [threading.Thread(target=self._lane, args=(lane, waiting)) for lane in range(self.options.lanes)]
         for lane in lanes:
             lane.start()
         for lane in lanes:
             lane.join()
 
-    def _lane(self, lane: int, waiting: queue.SimpleQueue[Cell]) -> None:
+    def _lane(self, lane: int, waiting: queue.SimpleQueue[tuple[int, Cell]]) -> None:
         share = len(self.cpus) // self.options.lanes
         cpus = self.cpus[lane * share : (lane + 1) * share]
         os.sched_setaffinity(0, cpus)  # of this thread; the cells it starts inherit it
         with contextlib.suppress(queue.Empty):
             while True:
-                cell = waiting.get_nowait()
+                place, cell = waiting.get_nowait()
                 row = self._measure(cell, lane, len(cpus))
                 with self._lock:
-                    self.rows.append(row)
+                    self._finished[place] = row
                     store(self.path, self.rows, self.invocation, self.earlier)
                 print(
                     f"[lane {lane}] {row.title} x{row.processes}: {row.status} ({row.cell_seconds:.0f} s)", flush=True

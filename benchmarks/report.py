@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 NOTHING = "·"
+NOT_RUN = "not run"
 KINDS = {"dsvllm": "", "plain": "plain TRL ", "generate": "HF generate"}
 
 
@@ -69,6 +70,8 @@ class Invocation:
 
 def store(path: Path, rows: Sequence[Row], invocation: Invocation, earlier: tuple[list[Row], list[Invocation]]) -> None:
     """Write `path` (.json) and its .md: the `earlier` content, its rows replaced where measured again."""
+    before = {row.key for row in earlier[0]}
+    rows = [row for row in rows if not (row.status.startswith(NOT_RUN) and row.key in before)]
     fresh = {row.key for row in rows}
     everything = [*(row for row in earlier[0] if row.key not in fresh), *rows]
     invocations = [*earlier[1], invocation]
