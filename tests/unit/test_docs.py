@@ -298,7 +298,7 @@ def anchors(path: Path) -> set[str]:
     return {heading.strip().replace(" ", "-") for heading in kept}
 
 
-@pytest.mark.parametrize("path", documents(), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", documents(), ids=lambda path: str(path.relative_to(ROOT)))
 def test_every_link_leads_somewhere(path: Path) -> None:
     for target in LINK.findall(prose(path)):
         if target.startswith(("https://", "http://")):
@@ -316,6 +316,8 @@ def known_flags() -> set[str]:
     from hf_dsvllm.cli import app
 
     flags = set(FOREIGN_FLAGS)
+    for script in (path for folder in ("recipes", "benchmarks") for path in (ROOT / folder).rglob("*.py")):
+        flags |= set(re.findall(r'add_argument\("(--\w+)"', script.read_text(encoding="utf-8")))
     parsers = [*(recipe_parser(name) for name in RECIPES), *launchers().values()]
     for parser in parsers:
         flags |= {option for action in parser._actions for option in action.option_strings}
@@ -327,7 +329,7 @@ def known_flags() -> set[str]:
     return {flag.replace("-", "_") for flag in flags}
 
 
-@pytest.mark.parametrize("path", documents(), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", documents(), ids=lambda path: str(path.relative_to(ROOT)))
 def test_every_flag_the_text_names_exists(path: Path) -> None:
     known = known_flags()
     for code in CODE.findall(prose(path)):
@@ -335,7 +337,7 @@ def test_every_flag_the_text_names_exists(path: Path) -> None:
             assert flag.replace("-", "_") in known, f"{path.name}: `{code}`"
 
 
-@pytest.mark.parametrize("path", documents(), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", documents(), ids=lambda path: str(path.relative_to(ROOT)))
 def test_every_file_and_argument_of_ours_that_the_text_names_exists(path: Path) -> None:
     for code in CODE.findall(prose(path)):
         if re.fullmatch(r"(hf_dsvllm|recipes|tests|docs|benchmarks|\.ci)/[\w./-]*", code):
