@@ -199,7 +199,8 @@ def _target(path: Path) -> _Target:
         )
     hint = "it is a run folder" if (path / "run.json").is_file() else "it has no config.json with safetensors"
     raise EngineError(
-        f"{path} cannot be served: {hint} and no adapter_config.json. Make an export of it: `hf-dsvllm export {path}`."
+        f"{path} cannot be served: {hint} and no adapter_config.json. Make an export of it: "
+        f"`hf-dsvllm export {path} --out {path / 'export'}`."
     )
 
 
@@ -217,7 +218,7 @@ def _adapter_target(path: Path) -> _Target:
     if reasons:
         raise EngineError(
             f"vLLM cannot serve the adapter in {path} as it was trained: it has {', '.join(reasons)}. "
-            "Make an export, which has it merged: `hf-dsvllm export`, then serve that."
+            "Make an export, which has it merged: `hf-dsvllm export RUN --out PATH`, then serve that."
         )
     base = record.base_model if record is not None else config.get("base_model_name_or_path")
     if not base:
