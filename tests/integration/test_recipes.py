@@ -107,11 +107,10 @@ def test_dpo_with_adapters_under_zero2_by_torchrun(
 
 @pytest.mark.slow
 @pytest.mark.distributed
-def test_continued_pretraining_under_zero3_by_accelerate(place: Path, tmp_path: Path) -> None:
+def test_continued_pretraining_under_zero3_by_accelerate(place: Path, tmp_path: Path, free_port: int) -> None:
     given = flags(place, tmp_path / "run", "zero3", "texts.jsonl", "--block_size", "64")
-    done = launch(
-        tmp_path, accelerate("--multi_gpu", "--num_processes", "2", script="continued_pretraining.py", given=given)
-    )
+    two = ("--multi_gpu", "--num_processes", "2", "--main_process_port", str(free_port))
+    done = launch(tmp_path, accelerate(*two, script="continued_pretraining.py", given=given))
     assert done.wait(300) == 0, done.output()[-6000:]
     assert "running: DeepSpeedEngine, ZeRO stage 3, 2 processes" in done.output()
     assert_exported(tmp_path / "run", preset="zero3", adapter=False)
