@@ -12,12 +12,15 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import torch
+
 from hf_dsvllm import metrics
 from hf_dsvllm.engine.client import Completion, EngineClient
 from hf_dsvllm.engine.server import EngineServer
 from hf_dsvllm.engine.sync import SyncResult, WeightSync
 from hf_dsvllm.errors import EngineError
 from hf_dsvllm.files import write_text
+from hf_dsvllm.merged_copy import merged_copy
 from hf_dsvllm.snapshot import Snapshot
 from hf_dsvllm.tasks import EvalTask, render_prompt
 
@@ -81,7 +84,9 @@ class Evaluator:
         tokenizer: Any,
         sampling: Sampling,
         run_dir: Path,
+        merge_base: Path | None = None,
     ) -> None:
+        """`merge_base`: adapters are merged into this folder's weights first and served as a full model."""
         self.server = server
         self.client = EngineClient(server.uds, default_timeout_s=sampling.timeout_s)
         self.sync = WeightSync(server, self.client, restart_timeout_s=sampling.timeout_s)
@@ -89,6 +94,7 @@ class Evaluator:
         self.tokenizer = tokenizer
         self.sampling = sampling
         self.run_dir = run_dir
+        self.merge_base = merge_base
         self.prompts = {task.name: [render_prompt(sample, tokenizer) for sample in task.samples] for task in tasks}
 
     def evaluate(self, step: int, snapshot: Snapshot | None, publish_seconds: float = 0.0) -> EvalResult:
@@ -139,12 +145,22 @@ class Evaluator:
             self.server.wait_ready(self.sampling.timeout_s)
 
     def _push(self, snapshot: Snapshot | None) -> SyncResult:
+        if snapshot is not None and snapshot.kind == "adapter" and self.merge_base is not None:
+            return self._push_merged(snapshot, self.merge_base)
         if snapshot is not None:
             return self.sync.push(snapshot.path, snapshot.kind, snapshot.step)
         name = self.server.spec.served_name
         return SyncResult(
             model_name=name, path_used="start", why="the untrained model the engine started from", seconds=0
         )
+
+    def _push_merged(self, snapshot: Snapshot, base: Path) -> SyncResult:
+        started = time.monotonic()
+        dtype = torch.float32 if self.server.spec.dtype == "float32" else torch.bfloat16
+        folder = merged_copy(base, snapshot.path, self.run_dir / "engine" / "merged", dtype=dtype)
+        pushed = self.sync.push(folder, "full", snapshot.step)
+        path = f"merge + {pushed.path_used}"
+        return dataclasses.replace(pushed, path_used=path, seconds=time.monotonic() - started)
 
     def _ask(self, task: EvalTask, model: str, deadline: float) -> list[Completion]:
         remaining = deadline - time.monotonic()

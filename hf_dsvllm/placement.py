@@ -7,6 +7,7 @@ import os
 from collections.abc import Sequence
 from typing import Any
 
+from hf_dsvllm.adapters import why_merge_for_engine
 from hf_dsvllm.launch import read_launch
 from hf_dsvllm.tasks import EvalTask, render_prompt
 
@@ -22,12 +23,16 @@ TEMPLATE_SLACK_TOKENS = 64
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Placement:
-    """`visible_devices` is the engine's CUDA_VISIBLE_DEVICES (None on CPU); lengths in tokens, sizes in bytes."""
+    """`visible_devices` is the engine's CUDA_VISIBLE_DEVICES (None on CPU); lengths in tokens, sizes in bytes.
+
+    `merge_adapters`: adapters reach the engine merged into a copy of the base instead of hot-loaded.
+    """
 
     visible_devices: str | None
     cpu_threads: int | None
     max_model_len: int
     kv_cache_bytes: int
+    merge_adapters: bool
     reason: str
 
 
@@ -38,19 +43,21 @@ def place_engine(device: str, args: Any, model_args: Any, tasks: Sequence[EvalTa
     per_token = kv_bytes_per_token(load_config(model_args), element_bytes=4 if device == "cpu" else 2)
     cache = min(max(CONCURRENT_SEQUENCES * length * per_token, GIB), MAX_KV_CACHE_BYTES)
     size = f"sequences up to {length} tokens, {cache / GIB:.1f} GiB of KV cache"
+    merging = why_merge_for_engine(model_args, device) if model_args.use_peft else None
+    visible, threads = None, None
     if device == "cpu":
         threads = os.cpu_count() or 1
-        reason = f"vLLM evaluates on the CPU with {threads} threads while training waits; {size}"
-        return Placement(
-            visible_devices=None, cpu_threads=threads, max_model_len=length, kv_cache_bytes=cache, reason=reason
-        )
-    visible, reason = choose_gpu(visible_gpus(), read_launch().local_world_size)
+        where = f"the CPU with {threads} threads while training waits"
+    else:
+        visible, where = choose_gpu(visible_gpus(), read_launch().local_world_size)
+    weights = f"; adapters are merged into a copy for it ({merging})" if merging else ""
     return Placement(
         visible_devices=visible,
-        cpu_threads=None,
+        cpu_threads=threads,
         max_model_len=length,
         kv_cache_bytes=cache,
-        reason=f"vLLM evaluates on {reason}; {size}",
+        merge_adapters=merging is not None,
+        reason=f"vLLM evaluates on {where}; {size}{weights}",
     )
 
 

@@ -31,6 +31,7 @@ from hf_dsvllm.measure import RunMeasure
 from hf_dsvllm.model_shape import load_shape
 from hf_dsvllm.placement import Placement, place_engine
 from hf_dsvllm.snapshot import Snapshot
+from hf_dsvllm.source import local_base
 from hf_dsvllm.tasks import EvalTask, load_task
 from hf_dsvllm.wiring import Wiring
 
@@ -52,7 +53,7 @@ def prepare(args: Any, model_args: Any) -> Session:
         for fix in adapters.apply_to_model_config(model_args, preset, device=device, full_dtype=dtype):
             say(str(fix))
     session = Session(args, model_args, preset, device)
-    problems = adapters.adapter_problems(model_args, preset, evaluated=session.evaluates)
+    problems = adapters.adapter_problems(model_args, preset)
     problems += check_before_loading(args, model_args, preset, device, session.tasks)
     if problems:
         raise ConfigError(problems)
@@ -74,7 +75,7 @@ class Session:
         self.tasks = _load_tasks(args)
         self.server: EngineServer | None = None
         self._evaluator: Evaluator | None = None
-        self._base_for_engine: Path | None = None
+        self._merge_base: Path | None = None
         self.export_path: Path | None = None
 
     @property
@@ -147,6 +148,8 @@ class Session:
         model: Path | str = self.model_args.model_name_or_path
         if self.model_args.load_in_4bit:
             model = self._dequantised_base()
+        if placement.merge_adapters:
+            self._merge_base = local_base(str(model))
         self.server = EngineServer.start(self._engine_spec(model, placement), self.run_dir)
 
     def attach(self, trainer: Any) -> None:
@@ -161,6 +164,7 @@ class Session:
                 tokenizer=trainer.processing_class,
                 sampling=self._sampling(trainer),
                 run_dir=self.run_dir,
+                merge_base=self._merge_base,
             )
         trainer.add_callback(SessionCallback(self, trainer))
         # Early stopping and best-model selection read the scores this callback adds, so it comes first.
@@ -252,7 +256,7 @@ class Session:
             device="cuda" if self.device == "cuda" else "cpu",
             dtype="float32" if self.device == "cpu" else "bfloat16",
             max_model_len=placement.max_model_len,
-            max_lora_rank=self.model_args.lora_r if adapter else None,
+            max_lora_rank=self.model_args.lora_r if adapter and not placement.merge_adapters else None,
             kv_cache_bytes=placement.kv_cache_bytes,
             seed=self.args.seed,
             extra_args=tuple(shlex.split(self.args.vllm_args or "")),
@@ -263,7 +267,6 @@ class Session:
     def _dequantised_base(self) -> Path:
         """The base as a QLoRA trainer holds it, in 16 bit, for the engine to put adapters on."""
         from hf_dsvllm.fourbit import dequantised_base
-        from hf_dsvllm.source import local_base
 
         out = self.run_dir / "engine" / "base"
         shutil.rmtree(out, ignore_errors=True)

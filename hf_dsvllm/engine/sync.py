@@ -23,7 +23,7 @@ class SyncResult:
     """`model_name` is what to ask for now; `path_used` and `why` say how the weights got there."""
 
     model_name: str
-    path_used: SyncPath
+    path_used: str
     why: str
     seconds: float
 

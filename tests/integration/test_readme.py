@@ -40,7 +40,7 @@ def test_the_readmes_script_trains_evaluates_and_exports(tmp_path: Path) -> None
     run = tmp_path / "runs" / "sft"
     scores = [json.loads(line) for line in (run / "evals" / "scores.jsonl").read_text(encoding="utf-8").splitlines()]
     assert [row["step"] for row in scores] == [0, 100]
-    assert [row["weights_path"] for row in scores] == ["start", "hot-load"]
+    assert [row["weights_path"] for row in scores] == ["start", "merge + reload"]
     report = json.loads((run / "export" / "export_report.json").read_text(encoding="utf-8"))
     assert report["kind"] == "adapter"
     assert report["verification"] is not None

@@ -13,7 +13,15 @@ from transformers import HfArgumentParser, LlamaConfig, LlamaForCausalLM
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from hf_dsvllm import adapters
-from hf_dsvllm.adapters import adapter_problems, apply_to_model_config, full_dtype, quant_storage, trl_flags, wrap
+from hf_dsvllm.adapters import (
+    adapter_problems,
+    apply_to_model_config,
+    full_dtype,
+    quant_storage,
+    trl_flags,
+    why_merge_for_engine,
+    wrap,
+)
 from hf_dsvllm.presets import every_preset, get_preset
 
 WITH_ADAPTER = [preset.name for preset in every_preset() if preset.adapter] + ["zero3+lora", "zero2_offload+qlora"]
@@ -99,18 +107,21 @@ def test_four_bit_weights_are_stored_in_what_the_stage_leaves_intact(stage: int 
 
 
 @pytest.mark.parametrize(
-    ("given", "what"),
+    ("given", "why"),
     [
         ({"lora_r": 1024}, "lora_r=1024 is above vLLM's largest rank, 512"),
-        ({"use_dora": True}, "vLLM refuses adapters with DoRA"),
-        ({"lora_modules_to_save": ["lm_head"]}, "vLLM refuses adapters with modules_to_save"),
+        ({"use_dora": True}, "vLLM refuses DoRA"),
+        ({"lora_modules_to_save": ["lm_head"]}, "vLLM refuses modules_to_save"),
+        ({"lora_target_parameters": ["mlp.experts.gate_up_proj"]}, "vLLM refuses lora_target_parameters"),
     ],
 )
-def test_an_adapter_vllm_would_refuse_is_a_problem_only_where_vllm_evaluates(given: dict[str, Any], what: str) -> None:
-    config = settled("lora", **given)
-    (problem,) = adapter_problems(config, get_preset("lora"), evaluated=True)
-    assert what in problem.what
-    assert adapter_problems(config, get_preset("lora"), evaluated=False) == []
+def test_an_adapter_vllm_would_refuse_reaches_it_merged(given: dict[str, Any], why: str) -> None:
+    assert why_merge_for_engine(settled("lora", **given), "cuda") == why
+
+
+def test_a_plain_adapter_is_hot_loaded_on_gpus_and_merged_on_cpus() -> None:
+    assert why_merge_for_engine(settled("lora"), "cuda") is None
+    assert "slower on CPUs" in str(why_merge_for_engine(settled("lora"), "cpu"))
 
 
 @pytest.mark.parametrize(("preset", "storage", "accepted"), [
@@ -119,14 +130,14 @@ def test_an_adapter_vllm_would_refuse_is_a_problem_only_where_vllm_evaluates(giv
 ])  # fmt: skip
 def test_a_storage_dtype_the_engine_would_break_is_refused(preset: str, storage: str, accepted: bool) -> None:
     config = settled(preset, bnb_4bit_quant_storage=storage)
-    problems = adapter_problems(config, get_preset(preset), evaluated=False)
+    problems = adapter_problems(config, get_preset(preset))
     assert (problems == []) == accepted
     assert all(f"bnb_4bit_quant_storage={storage}" in problem.what for problem in problems)
 
 
 def test_four_bit_training_without_bitsandbytes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(adapters.importlib.util, "find_spec", lambda name: None)
-    (problem,) = adapter_problems(settled("qlora"), get_preset("qlora"), evaluated=False)
+    (problem,) = adapter_problems(settled("qlora"), get_preset("qlora"))
     assert problem.fix == "pip install bitsandbytes"
 
 
