@@ -114,9 +114,11 @@ def write_from_gguf(file: Path, out: Path) -> None:
 
     folder, name = str(file.parent), file.name
     model = AutoModelForCausalLM.from_pretrained(folder, gguf_file=name, dtype=torch.bfloat16)
-    # The weights are ordinary now; a leftover entry would make transformers look for the GGUF quantiser again.
+    # The weights are plain tensors now; transformers still refuses to save a model marked as GGUF.
     if hasattr(model.config, "quantization_config"):
         del model.config.quantization_config
+    model.is_quantized = False
+    model.hf_quantizer = None
     model.save_pretrained(out)
     AutoTokenizer.from_pretrained(folder, gguf_file=name).save_pretrained(out)
 

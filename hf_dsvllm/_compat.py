@@ -2,9 +2,18 @@
 
 from __future__ import annotations
 
+import contextlib
+import sys
+from collections.abc import Iterator
 from typing import Any
 
-__all__ = ["join_deepspeed_on_cpu", "keep_4bit_weights_packed", "log_through_trainer", "note_best"]
+__all__ = [
+    "join_deepspeed_on_cpu",
+    "keep_4bit_weights_packed",
+    "log_through_trainer",
+    "note_best",
+    "outside_zero3",
+]
 
 
 def join_deepspeed_on_cpu() -> None:
@@ -18,6 +27,27 @@ def join_deepspeed_on_cpu() -> None:
 
     if torch.distributed.is_initialized() and not deepspeed.comm.is_initialized():
         deepspeed.init_distributed("gloo", verbose=False)
+
+
+@contextlib.contextmanager
+def outside_zero3() -> Iterator[None]:
+    """Make and load other models whole while a ZeRO-3 run is alive; context manager and decorator.
+
+    transformers shards every model made in a process that holds ZeRO-3 arguments: on one rank alone that waits for the
+    others for ever, and on the meta device it fails ("Cannot copy out of meta tensor").  Remove when transformers takes
+    the choice as an argument of `from_pretrained` and `from_config` (read in 5.19, integrations/deepspeed.py).
+    """
+    module: Any = sys.modules.get("transformers.integrations.deepspeed")
+    config = module.deepspeed_config() if module is not None else None
+    if config is None:
+        yield
+        return
+    holder = module._hf_deepspeed_config_weak_ref
+    module.unset_hf_deepspeed_config()
+    try:
+        yield
+    finally:
+        module._hf_deepspeed_config_weak_ref = holder
 
 
 def keep_4bit_weights_packed(model: Any) -> int:

@@ -17,6 +17,7 @@ from typing import Any
 import torch
 from tqdm import tqdm
 
+from hf_dsvllm._compat import outside_zero3
 from hf_dsvllm.errors import ExportError
 from hf_dsvllm.files import atomic_folder, write_json
 from hf_dsvllm.layout import Layout, cast_layout, merged_layout
@@ -80,6 +81,7 @@ class _Job:
         return self.base if self.adapter is not None and self.base is not None else self.source.model_dir
 
 
+@outside_zero3()
 def export_model(
     source: Path,
     out: Path,

@@ -13,6 +13,7 @@ from typing import Any
 
 import torch
 
+from hf_dsvllm._compat import outside_zero3
 from hf_dsvllm.errors import ExportError, MissingDependencyError
 from hf_dsvllm.files import atomic_folder, write_json
 from hf_dsvllm.weights import TensorFolder, TensorPlan, check_free_disk, write_shards
@@ -58,6 +59,7 @@ def round_trip(weight: torch.Tensor, quantization: Mapping[str, Any]) -> torch.T
     return functional.dequantize_4bit(packed, state).to(weight.device)
 
 
+@outside_zero3()
 def dequantised_base(
     base: Path, quantization: Mapping[str, Any], out: Path, *, dtype: torch.dtype = torch.bfloat16
 ) -> Path:

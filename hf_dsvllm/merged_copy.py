@@ -11,6 +11,7 @@ from pathlib import Path
 
 import torch
 
+from hf_dsvllm._compat import outside_zero3
 from hf_dsvllm.files import atomic_folder, write_json
 from hf_dsvllm.layout import merged_layout
 from hf_dsvllm.merge import read_adapter
@@ -21,6 +22,7 @@ __all__ = ["merged_copy"]
 SHARD_BYTES = 5 << 30
 
 
+@outside_zero3()
 def merged_copy(base: Path, adapter: Path, out: Path, *, dtype: torch.dtype) -> Path:
     """Write `base` with the PEFT adapter folder `adapter` merged in, in `dtype`, to `out`, replacing what was there.
 
