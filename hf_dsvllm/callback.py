@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import math
 import time
@@ -164,14 +165,22 @@ class SessionCallback(TrainerCallback):
         if key not in scores:
             return
         better = args.greater_is_better is not False or not self._steers(args)
-        value = scores[key] if better else -scores[key]
-        if self.session.best_score is None or value > self.session.best_score:
-            self.session.best_score = value
-            folder = self.session.run_dir / SNAPSHOTS
+        pointer = self.session.run_dir / SNAPSHOTS / "best.json"
+        earlier = best_so_far(pointer, key, before=step)
+        if earlier is None or (scores[key] > earlier if better else scores[key] < earlier):
             kind = "adapter" if hasattr(self.trainer.model, "peft_config") else "full"
             best = {"path": f"step-{step}", "step": step, "kind": kind, "metric": key, "score": scores[key]}
-            write_json(folder / "best.json", best)
+            write_json(pointer, best)
         prune(self.session.run_dir, keep=[Path(f"step-{step}")])
+
+
+def best_so_far(pointer: Path, key: str, *, before: int) -> float | None:
+    """The score in best.json, if it is of the same metric and an earlier step (a resumed run goes on from it)."""
+    try:
+        best = json.loads(pointer.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return best["score"] if best.get("metric") == key and best["step"] < before else None
 
 
 def broadcast(value: Any) -> Any:

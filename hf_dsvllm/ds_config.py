@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 from hf_dsvllm.presets import Preset
 
-__all__ = ["RunShape", "build", "get_key", "set_key", "zero_stage"]
+__all__ = ["RunShape", "build", "get_key", "set_key", "swap_buffer_elements", "zero_stage"]
 
 # Elements of the largest parameter when the model is not known: a 152k x 8192 embedding has 1.25e9.
 _NVME_BUFFER_ELEMENTS_UNKNOWN_MODEL = 1_300_000_000
@@ -70,10 +70,17 @@ def _add_offload(config: dict[str, Any], preset: Preset, shape: RunShape) -> Non
             offload["nvme_path"] = str(shape.nvme_path)
             if name == "offload_param":
                 elements = shape.largest_parameter or _NVME_BUFFER_ELEMENTS_UNKNOWN_MODEL
-                # A partition larger than the buffer is an assertion deep inside DeepSpeed's swapper.
-                offload["buffer_size"] = max(100_000_000, -(-elements // shape.world_size) + 1024)
+                offload["buffer_size"] = swap_buffer_elements(elements, shape.world_size)
                 offload["buffer_count"] = 5
         config["zero_optimization"][name] = offload
+
+
+def swap_buffer_elements(largest_parameter: int, world_size: int) -> int:
+    """`offload_param.buffer_size`: room for one rank's part of the largest parameter, in elements.
+
+    A part larger than the buffer is an assertion deep inside DeepSpeed's swapper; each rank allocates five buffers.
+    """
+    return max(100_000_000, -(-largest_parameter // world_size) + 1024)
 
 
 def _adapt_to_cpu(config: dict[str, Any]) -> None:

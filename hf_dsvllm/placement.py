@@ -11,7 +11,7 @@ from hf_dsvllm.adapters import why_merge_for_engine
 from hf_dsvllm.launch import read_launch
 from hf_dsvllm.tasks import EvalTask, render_prompt
 
-__all__ = ["Placement", "kv_bytes_per_token", "place_engine"]
+__all__ = ["Placement", "kv_bytes_per_token", "largest_parameter", "place_engine"]
 
 GIB = 1 << 30
 # Sequences the cache should hold at once: enough to keep a GPU busy, small beside a trainer.
@@ -85,6 +85,18 @@ def kv_bytes_per_token(config: Any, *, element_bytes: int) -> int:
     kv_heads = getattr(text, "num_key_value_heads", None) or heads
     head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
     return 2 * text.num_hidden_layers * kv_heads * head_dim * element_bytes
+
+
+def largest_parameter(model_args: Any) -> int:
+    """Elements of the model's largest single tensor, fused experts included; built without weights."""
+    import torch
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    config = load_config(model_args)
+    # The class itself: from_config would shard the parameters under ZeRO-3.
+    with torch.device("meta"):
+        model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
+    return max(parameter.numel() for parameter in model.parameters())
 
 
 def load_config(model_args: Any) -> Any:

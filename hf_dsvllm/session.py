@@ -10,6 +10,7 @@ trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
 from __future__ import annotations
 
 import importlib.metadata
+import itertools
 import shlex
 import shutil
 from pathlib import Path
@@ -23,16 +24,19 @@ from hf_dsvllm.arguments import full_dtype, resolve_preset, training_device
 from hf_dsvllm.callback import SessionCallback, broadcast
 from hf_dsvllm.checks import check_before_loading, load_tokenizer, predict_memory
 from hf_dsvllm.console import is_main_process, say
+from hf_dsvllm.ds_config import swap_buffer_elements
 from hf_dsvllm.engine.server import EngineServer, EngineSpec, find_vllm
 from hf_dsvllm.errors import ConfigError, DsvllmError, ExportError, Problem, WiringError
-from hf_dsvllm.evaluation import Evaluator, Sampling
+from hf_dsvllm.evaluation import EVALS, Evaluator, Sampling
 from hf_dsvllm.files import write_json
+from hf_dsvllm.launch import read_launch
 from hf_dsvllm.measure import RunMeasure
 from hf_dsvllm.model_shape import load_shape
-from hf_dsvllm.placement import Placement, place_engine
-from hf_dsvllm.snapshot import Snapshot
+from hf_dsvllm.placement import Placement, largest_parameter, place_engine
+from hf_dsvllm.snapshot import SNAPSHOTS, Snapshot
 from hf_dsvllm.source import local_base
 from hf_dsvllm.tasks import EvalTask, load_task
+from hf_dsvllm.traps import Fix
 from hf_dsvllm.wiring import Wiring
 
 __all__ = ["Session", "prepare"]
@@ -57,6 +61,8 @@ def prepare(args: Any, model_args: Any) -> Session:
     problems += check_before_loading(args, model_args, preset, device, session.tasks)
     if problems:
         raise ConfigError(problems)
+    if preset is not None and preset.offload_param == "nvme":
+        _fit_swap_buffers(args, model_args)
     if session.evaluates:
         session.start_engine()
     return session
@@ -71,7 +77,6 @@ class Session:
         self.preset = preset
         self.device = device
         self.run_dir = Path(args.output_dir)
-        self.best_score: float | None = None
         self.tasks = _load_tasks(args)
         self.server: EngineServer | None = None
         self._evaluator: Evaluator | None = None
@@ -175,6 +180,8 @@ class Session:
         """Write run.json, ds_config.json and the tokenizer as trained; rank 0."""
         if not is_main_process():
             return
+        if trainer.state.global_step == 0:
+            set_aside_earlier_run(self.run_dir)
         record = {
             "base_model": str(self.model_args.model_name_or_path),
             "preset": self.args.ds_preset,
@@ -278,6 +285,16 @@ class Session:
         return load_tokenizer(self.args, self.model_args)
 
 
+def set_aside_earlier_run(run_dir: Path) -> None:
+    """Keep the evaluations of an earlier run in the same folder apart from those of the run that starts afresh."""
+    (run_dir / SNAPSHOTS / "best.json").unlink(missing_ok=True)
+    evals = run_dir / EVALS
+    if evals.is_dir():
+        number = next(n for n in itertools.count(1) if not (run_dir / f"{EVALS}-before-{n}").exists())
+        evals.rename(run_dir / f"{EVALS}-before-{number}")
+        say(f"{run_dir} holds evaluations of an earlier run: moved to {EVALS}-before-{number}")
+
+
 def stop_tokens(model: Any, tokenizer: Any) -> tuple[int, ...]:
     """Every token that ends an answer: the generation config's end tokens and the tokenizer's."""
     listed = getattr(model.generation_config, "eos_token_id", None)
@@ -295,6 +312,21 @@ def _load_tasks(args: Any) -> tuple[EvalTask, ...]:
         what = f"{len(names)} evaluation files share the task name {twice[0]!r} (it is the file's name)"
         raise ConfigError([Problem(what, "give each file a name of its own")])
     return tasks
+
+
+def _fit_swap_buffers(args: Any, model_args: Any) -> None:
+    """Shrink DeepSpeed's NVMe buffers to the model: made before it was known, they hold the largest there is."""
+    offload = args.hf_deepspeed_config.config["zero_optimization"]["offload_param"]
+    fitting = swap_buffer_elements(largest_parameter(model_args), read_launch().world_size)
+    if fitting < offload["buffer_size"]:
+        before, offload["buffer_size"] = offload["buffer_size"], fitting
+        say(
+            str(
+                Fix(
+                    "offload_param.buffer_size", before, fitting, "this model's largest parameter fits, in five buffers"
+                )
+            )
+        )
 
 
 def _adapter_name(model_args: Any) -> str | None:
