@@ -44,8 +44,8 @@ def block(path: Path) -> str:
     when = str(invocation["date"]).split(" ")[0]
     return (
         f"Random Qwen3-1.7B shape on one H200 (of two in the host), bf16, 4 x 2,048 tokens a step; evaluation of 128 "
-        f"prompts x 64\nnew tokens after training. {named}; {when};\n[all cells](benchmarks/results/{path.stem}.md).\n\n"
-        + "\n".join(lines)
+        f"prompts x 64\nnew tokens after training. {named}; {when};\n"
+        f"[all cells](benchmarks/results/{path.stem}.md).\n\n" + "\n".join(lines)
     )
 
 
