@@ -44,11 +44,24 @@ def friendly_errors() -> Iterator[None]:
 
 
 def friendly(main: Callable[P, R]) -> Callable[P, R]:
-    """Decorator for a script's `main`: `friendly_errors` around the call."""
+    """Decorator for a script's `main`: `friendly_errors` around the call, and the process group ended after it."""
 
     @functools.wraps(main)
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
         with friendly_errors():
-            return main(*args, **kwargs)
+            result = main(*args, **kwargs)
+        end_process_group()
+        return result
 
     return wrapped
+
+
+def end_process_group() -> None:
+    """End torch's process group, if this process has one.
+
+    Left to the interpreter's exit, gloo's threads now and then abort a process that has done all its work ("terminate
+    called without an active exception"), and the launcher reports a failed run.
+    """
+    distributed = sys.modules.get("torch.distributed")
+    if distributed is not None and distributed.is_available() and distributed.is_initialized():
+        distributed.destroy_process_group()

@@ -87,12 +87,14 @@ def kv_bytes_per_token(config: Any, *, element_bytes: int) -> int:
     return 2 * text.num_hidden_layers * kv_heads * head_dim * element_bytes
 
 
-def largest_parameter(model_args: Any) -> int:
-    """Elements of the model's largest single tensor, fused experts included; built without weights."""
+def largest_parameter(model_args: Any) -> int | None:
+    """Elements of the model's largest single tensor, fused experts included; None for a class transformers lacks."""
     import torch
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
     config = load_config(model_args)
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return None
     # The class itself: from_config would shard the parameters under ZeRO-3.
     with torch.device("meta"):
         model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)

@@ -21,7 +21,7 @@ import torch
 from hf_dsvllm import adapters
 from hf_dsvllm._compat import keep_4bit_weights_packed
 from hf_dsvllm.arguments import full_dtype, resolve_preset, training_device
-from hf_dsvllm.callback import SessionCallback, broadcast
+from hf_dsvllm.callback import MissingScore, SessionCallback, broadcast
 from hf_dsvllm.checks import check_before_loading, load_tokenizer, predict_memory
 from hf_dsvllm.console import is_main_process, say
 from hf_dsvllm.ds_config import swap_buffer_elements
@@ -175,6 +175,7 @@ class Session:
         # Early stopping and best-model selection read the scores this callback adds, so it comes first.
         callbacks = trainer.callback_handler.callbacks
         callbacks.insert(0, callbacks.pop())
+        trainer.add_callback(MissingScore())
 
     def start_record(self, trainer: Any, wiring: Wiring) -> None:
         """Write run.json, ds_config.json and the tokenizer as trained; rank 0."""
@@ -316,17 +317,15 @@ def _load_tasks(args: Any) -> tuple[EvalTask, ...]:
 
 def _fit_swap_buffers(args: Any, model_args: Any) -> None:
     """Shrink DeepSpeed's NVMe buffers to the model: made before it was known, they hold the largest there is."""
+    largest = largest_parameter(model_args)
+    if largest is None:
+        return
     offload = args.hf_deepspeed_config.config["zero_optimization"]["offload_param"]
-    fitting = swap_buffer_elements(largest_parameter(model_args), read_launch().world_size)
-    if fitting < offload["buffer_size"]:
-        before, offload["buffer_size"] = offload["buffer_size"], fitting
-        say(
-            str(
-                Fix(
-                    "offload_param.buffer_size", before, fitting, "this model's largest parameter fits, in five buffers"
-                )
-            )
-        )
+    before, fitting = offload["buffer_size"], swap_buffer_elements(largest, read_launch().world_size)
+    if fitting != before:
+        offload["buffer_size"] = fitting
+        why = f"holds a rank's part of this model's largest parameter ({largest:,} elements)"
+        say(str(Fix("offload_param.buffer_size", before, fitting, why)))
 
 
 def _adapter_name(model_args: Any) -> str | None:

@@ -234,11 +234,6 @@ def test_two_deepspeed_configurations_are_one_too_many(refused: Door, place: Pat
     assert "--deepspeed and --ds_preset zero2 both bring a DeepSpeed configuration" in said
 
 
-def test_adapters_vllm_cannot_load_are_refused_before_it_is_started(refused: Door, place: Path) -> None:
-    evaluating = ("--gen_eval_file", str(place / "questions.jsonl"), "--ds_preset", "lora", "--use_dora")
-    assert "vLLM refuses adapters with DoRA" in refused("sft.py", *training(place), *evaluating)
-
-
 def training(place: Path) -> tuple[str, ...]:
     return ("--model_name_or_path", str(place / "model"), "--train_file", str(place / "chats.jsonl"))
 
@@ -252,6 +247,8 @@ with_vllm = [
     pytest.mark.skipif(importlib.util.find_spec("vllm") is None, reason="vLLM is not installed"),
 ]
 READY_S = 400
+# vLLM serves adapters slowly on CPUs, so there they are merged into a copy of the base.
+ADAPTERS_GO_BY = "hot-load" if torch.cuda.is_available() else "merge + reload"
 
 
 def evaluated(place: Path, out: Path, preset: str, *more: str) -> Launched:
@@ -273,7 +270,7 @@ def test_sft_with_vllm_scores_before_between_and_after(
     preset: str, paths: list[str], place: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "run"
-    run = evaluated(place, out, preset)
+    run = evaluated(place, out, preset, "--save_strategy", "steps", "--save_steps", "4")
     assert run.wait(READY_S + 120) == 0, run.output()[-6000:]
     assert run.left() == []
     rows = [json.loads(line) for line in (out / "evals" / "scores.jsonl").read_text(encoding="utf-8").splitlines()]
@@ -285,7 +282,8 @@ def test_sft_with_vllm_scores_before_between_and_after(
         samples = (out / "evals" / f"step-{row['step']:06d}.questions.jsonl").read_text(encoding="utf-8").splitlines()
         assert len(samples) == 6
         assert json.loads(samples[0])["reference"] == "21 22"
-    assert run.output().count("'eval_gen_questions_exact_match'") == 3
+    history = json.loads((out / "checkpoint-4" / "trainer_state.json").read_text(encoding="utf-8"))["log_history"]
+    assert [row["step"] for row in history if "eval_gen_questions_exact_match" in row] == [0, 2, 4]
     assert not (out / "engine" / "vllm-2.log").exists(), "the engine was started more than once"
     assert_exported(out, preset=preset, adapter=preset != "zero2")
 

@@ -9,6 +9,7 @@ second moments and carries it on over 8 steps.  Measured: 2e-6 at most, on an AV
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -69,4 +70,6 @@ def test_offloading_to_nvme_learns_the_same(alone: Runs, tmp_path: Path) -> None
     run = {"name": "zero3_nvme", "preset": "zero3_nvme", "args": {"nvme_path": str(swap)}}
     runs = train_all(tmp_path, [run])
     assert list(swap.rglob("*.swp")), "nothing was written to the NVMe folder"
+    config = json.loads((runs.folder("zero3_nvme") / "ds_config.json").read_text(encoding="utf-8"))
+    assert config["zero_optimization"]["offload_param"]["buffer_size"] == 100_000_000, "not fitted to the model"
     assert runs.losses("zero3_nvme") == pytest.approx(alone.losses("none"), abs=TOLERANCE)
