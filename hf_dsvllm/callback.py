@@ -23,7 +23,7 @@ from hf_dsvllm.wiring import check_wiring, read_wiring
 if TYPE_CHECKING:
     from hf_dsvllm.session import Session
 
-__all__ = ["SessionCallback"]
+__all__ = ["MissingScore", "SessionCallback", "broadcast"]
 
 logger = logging.getLogger(__name__)
 FAILURES_BEFORE_GIVING_UP = 3
@@ -172,6 +172,21 @@ class SessionCallback(TrainerCallback):
             best = {"path": f"step-{step}", "step": step, "kind": kind, "metric": key, "score": scores[key]}
             write_json(pointer, best)
         prune(self.session.run_dir, keep=[Path(f"step-{step}")])
+
+
+class MissingScore(TrainerCallback):
+    """Comes last: a failed evaluation leaves no score, and the Trainer raises KeyError without its metric.
+
+    The best value so far stands in, which is never a new best; early stopping has then already passed over the gap.
+    """
+
+    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
+        wanted = args.metric_for_best_model or ""
+        key = wanted if wanted.startswith("eval_") else f"eval_{wanted}"
+        if metrics is None or not key.startswith("eval_gen_") or key in metrics:
+            return
+        worst = -math.inf if args.greater_is_better is not False else math.inf
+        metrics[key] = worst if state.best_metric is None else state.best_metric
 
 
 def best_so_far(pointer: Path, key: str, *, before: int) -> float | None:

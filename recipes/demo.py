@@ -66,9 +66,9 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--ds_preset", default="lora_zero2", help="preset to train with (default: lora_zero2)")
     parser.add_argument("--model", default=None, help="folder or hub id (default: SmolLM2-135M-Instruct from PyPI)")
     parser.add_argument("--num_processes", type=int, default=None, help="default: all GPUs, or 2 on CPUs")
-    parser.add_argument("--max_steps", type=int, default=28, help="optimizer steps of 8 samples")
+    parser.add_argument("--max_steps", type=int, default=36, help="optimizer steps of 8 samples")
     parser.add_argument("--gen_eval_limit", type=int, default=32, help="held-out sentences asked at each evaluation")
-    parser.add_argument("--difficulty", type=int, default=2, choices=(1, 2, 3), help="of the sentences")
+    parser.add_argument("--difficulty", type=int, default=1, choices=(1, 2, 3), help="of the sentences")
     parser.add_argument("--output_dir", default=None, help="default: runs/demo-PRESET, made anew")
     parser.add_argument("--cache", type=Path, default=Path(".cache/demo"), help="where the converted model is kept")
     return parser.parse_args()
@@ -79,16 +79,21 @@ def smollm2(cache: Path) -> str:
     folder = cache / "SmolLM2-135M-Instruct"
     if not (folder / "model.safetensors").is_file():
         console.print("converting SmolLM2-135M-Instruct from GGUF (once) …")
-        subprocess.run([sys.executable, HERE / "data" / "smollm2_from_pypi.py", folder], check=True)
+        run_script("smollm2_from_pypi.py", str(folder))
     return str(folder)
 
 
 def make_data(folder: Path, difficulty: int) -> None:
     """train.jsonl and orders.jsonl (held out) as prompt and completion, so that only the JSON is learnt."""
-    script = HERE / "data" / "make_extraction.py"
-    line = [sys.executable, script, "--out", folder, "--difficulty", str(difficulty), "--format", "prompt_completion"]
-    subprocess.run(line, check=True)
+    options = ("--out", str(folder), "--difficulty", str(difficulty), "--format", "prompt_completion")
+    run_script("make_extraction.py", *options)
     (folder / "test.jsonl").rename(folder / f"{TASK}.jsonl")
+
+
+def run_script(name: str, *arguments: str) -> None:
+    """A script of recipes/data, in a process of its own."""
+    if code := subprocess.run([sys.executable, HERE / "data" / name, *arguments], check=False).returncode:
+        raise DsvllmError(f"recipes/data/{name} ended with exit code {code}; its message is above")
 
 
 def train(options: argparse.Namespace, model: str, run: Path, processes: int, *, on_gpu: bool) -> None:
@@ -98,11 +103,11 @@ def train(options: argparse.Namespace, model: str, run: Path, processes: int, *,
     line += [str(HERE / "sft.py"), "--ds_preset", options.ds_preset, "--model_name_or_path", model]
     line += ["--train_file", str(run / "data" / "train.jsonl"), "--output_dir", str(run)]
     line += ["--per_device_train_batch_size", str(max(1, 8 // processes)), "--max_steps", str(options.max_steps)]
-    line += ["--learning_rate", "1e-3" if adapters else "1e-4", "--lr_scheduler_type", "cosine", "--warmup_steps", "3"]
+    line += ["--learning_rate", "2e-3" if adapters else "2e-4", "--lr_scheduler_type", "cosine", "--warmup_steps", "3"]
     line += ["--max_length", "256", "--lora_dropout", "0", "--gradient_checkpointing", "false", "--seed", "7"]
     line += ["--logging_steps", "2", "--save_strategy", "no", "--report_to", "none"]
     line += ["--gen_eval_file", str(run / "data" / f"{TASK}.jsonl"), "--gen_eval_metrics", "json_equal"]
-    line += ["--gen_eval_steps", str(options.max_steps // 2), "--gen_eval_limit", str(options.gen_eval_limit)]
+    line += ["--gen_eval_steps", str(options.max_steps // 3), "--gen_eval_limit", str(options.gen_eval_limit)]
     line += ["--gen_eval_max_new_tokens", "80"]
     if get_preset(options.ds_preset).needs_nvme:
         (run / "nvme").mkdir(parents=True)

@@ -24,7 +24,8 @@ def main(target: Path) -> None:
         package, gguf_file=file, dtype=torch.bfloat16, quantization_config=dense
     )
     # The weights are plain tensors now; transformers still refuses to save a model marked as GGUF.
-    del model.config.quantization_config
+    if hasattr(model.config, "quantization_config"):
+        del model.config.quantization_config
     model.is_quantized = False
     model.hf_quantizer = None
     with atomic_folder(target) as folder:
