@@ -263,7 +263,7 @@ def evaluated(place: Path, out: Path, preset: str, *more: str) -> Launched:
     ("preset", "paths"),
     [
         pytest.param("zero2", ["start", "reload", "reload"], marks=with_vllm),
-        pytest.param("lora_zero2", ["start", "merge + reload", "merge + reload"], marks=with_vllm),
+        pytest.param("lora_zero2", ["start", ADAPTERS_GO_BY, ADAPTERS_GO_BY], marks=with_vllm),
     ],
 )
 def test_sft_with_vllm_scores_before_between_and_after(
