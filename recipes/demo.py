@@ -66,7 +66,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--ds_preset", default="lora_zero2", help="preset to train with (default: lora_zero2)")
     parser.add_argument("--model", default=None, help="folder or hub id (default: SmolLM2-135M-Instruct from PyPI)")
     parser.add_argument("--num_processes", type=int, default=None, help="default: all GPUs, or 2 on CPUs")
-    parser.add_argument("--max_steps", type=int, default=36, help="optimizer steps of 8 samples")
+    parser.add_argument("--max_steps", type=int, default=32, help="optimizer steps of 8 samples")
     parser.add_argument("--gen_eval_limit", type=int, default=32, help="held-out sentences asked at each evaluation")
     parser.add_argument("--difficulty", type=int, default=1, choices=(1, 2, 3), help="of the sentences")
     parser.add_argument("--output_dir", default=None, help="default: runs/demo-PRESET, made anew")
@@ -107,7 +107,7 @@ def train(options: argparse.Namespace, model: str, run: Path, processes: int, *,
     line += ["--max_length", "256", "--lora_dropout", "0", "--gradient_checkpointing", "false", "--seed", "7"]
     line += ["--logging_steps", "2", "--save_strategy", "no", "--report_to", "none"]
     line += ["--gen_eval_file", str(run / "data" / f"{TASK}.jsonl"), "--gen_eval_metrics", "json_equal"]
-    line += ["--gen_eval_steps", str(options.max_steps // 3), "--gen_eval_limit", str(options.gen_eval_limit)]
+    line += ["--gen_eval_steps", str(options.max_steps // 2), "--gen_eval_limit", str(options.gen_eval_limit)]
     line += ["--gen_eval_max_new_tokens", "80"]
     if get_preset(options.ds_preset).needs_nvme:
         (run / "nvme").mkdir(parents=True)

@@ -16,8 +16,8 @@ writes `data/train.jsonl` and `data/test.jsonl`.  An answer always has these key
 
 The same arguments give the same files on every machine.  Train and test share no sentence and no pair of recipient and
 product; a third of the test's recipients have names that training never shows, so those must be copied, not recalled.
-`--difficulty` 1: digits, two date forms, nothing misleading.  2: all spellings, null values, a misleading detail in
-about every second sentence.  3: one or two misleading details in most sentences.
+`--difficulty` 1: digits, two date forms with two-digit days, nothing misleading.  2: all spellings, null values, a
+misleading detail in about every second sentence.  3: one or two misleading details in most sentences.
 """
 
 from __future__ import annotations
@@ -185,9 +185,11 @@ class Writer:
 
     def date(self, day: datetime.date) -> str:
         month = MONTHS[day.month - 1]
-        forms = [day.isoformat(), f"{day.day} {month} {day.year}"]
+        forms = [day.isoformat(), f"{day.day:02d} {month} {day.year}"]
         if self.difficulty > 1:
-            forms += [
+            forms = [
+                day.isoformat(),
+                f"{day.day} {month} {day.year}",
                 f"{month} {day.day}, {day.year}",
                 f"{day.day} {month[:3]} {day.year}",
                 f"{day.day:02d}.{day.month:02d}.{day.year}",
