@@ -59,8 +59,8 @@ def friendly(main: Callable[P, R]) -> Callable[P, R]:
 def end_process_group() -> None:
     """End torch's process group, if this process has one.
 
-    Left to the interpreter's exit, gloo's threads now and then abort a process that has done all its work ("terminate
-    called without an active exception"), and the launcher reports a failed run.
+    torch asks for it: left to the interpreter's exit, a process that has done all its work may be aborted by threads
+    still alive ("terminate called without an active exception"), and the launcher reports a failed run.
     """
     distributed = sys.modules.get("torch.distributed")
     if distributed is not None and distributed.is_available() and distributed.is_initialized():

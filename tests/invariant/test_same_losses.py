@@ -14,7 +14,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.scripts.runs import Runs, train_all
+from tests.scripts.runs import Runs, train_all, write_wide_model
 
 pytestmark = [pytest.mark.distributed]
 
@@ -26,7 +26,9 @@ ACCUMULATED = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 
 @pytest.fixture(scope="module")
 def alone(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     """One process without DeepSpeed: what the others are measured against."""
-    return train_all(tmp_path_factory.mktemp("alone"), [{"name": "none", "preset": "none"}], processes=1)
+    folder = tmp_path_factory.mktemp("alone")
+    wide = {"name": "none wide", "preset": "none", "model": str(write_wide_model(folder / "wide"))}
+    return train_all(folder, [{"name": "none", "preset": "none"}, wide], processes=1)
 
 
 @pytest.fixture(scope="module")
@@ -67,9 +69,10 @@ def test_offloading_to_the_host_learns_the_same(name: str, alone: Runs, offloade
 def test_offloading_to_nvme_learns_the_same(alone: Runs, tmp_path: Path) -> None:
     swap = tmp_path / "nvme"
     swap.mkdir()
-    run = {"name": "zero3_nvme", "preset": "zero3_nvme", "args": {"nvme_path": str(swap)}}
+    wide = str(write_wide_model(tmp_path / "wide"))
+    run = {"name": "zero3_nvme", "preset": "zero3_nvme", "model": wide, "args": {"nvme_path": str(swap)}}
     runs = train_all(tmp_path, [run])
+    assert runs.losses("zero3_nvme") == pytest.approx(alone.losses("none wide"), abs=TOLERANCE)
     assert list(swap.rglob("*.swp")), "nothing was written to the NVMe folder"
     config = json.loads((runs.folder("zero3_nvme") / "ds_config.json").read_text(encoding="utf-8"))
     assert config["zero_optimization"]["offload_param"]["buffer_size"] == 100_000_000, "not fitted to the model"
-    assert runs.losses("zero3_nvme") == pytest.approx(alone.losses("none"), abs=TOLERANCE)

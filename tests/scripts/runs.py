@@ -44,6 +44,19 @@ class Runs:
         return state
 
 
+def write_wide_model(path: Path) -> Path:
+    """One layer whose half matrices are 2 MiB: DeepSpeed leaves anything below 1 MiB out of NVMe swapping."""
+    import torch
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    write_tiny_model(path)
+    config = LlamaConfig.from_pretrained(path)
+    config.update({"hidden_size": 1024, "intermediate_size": 1024, "num_hidden_layers": 1, "initializer_range": 0.02})
+    torch.manual_seed(0)
+    LlamaForCausalLM(config).save_pretrained(path)
+    return path
+
+
 def train_all(folder: Path, runs: Sequence[Mapping[str, Any]], *, processes: int = 2, tied: bool = True) -> Runs:
     """Train every one of `runs` (see `train_runs.py`) in one torchrun of `processes`; fails if the launch fails."""
     model = folder / "model"
