@@ -238,6 +238,12 @@ def _notices(preset: Preset | None, launch: Launch) -> list[str]:
             f"preset {preset.name} on one process shards nothing and saves no memory. What would help: more GPUs, "
             f"{helps}, or zero3_offload (weights and optimizer in host RAM)"
         )
+    share = max(1, (os.cpu_count() or 1) // launch.local_world_size)
+    if preset.offload_optimizer != "none" and share > 1 and os.environ.get("OMP_NUM_THREADS") == "1":
+        notices.append(
+            "OMP_NUM_THREADS=1, which torchrun and accelerate set by themselves: the optimizer step on the CPU would "
+            f"use one core. Start with OMP_NUM_THREADS={share} (accelerate: --num_cpu_threads_per_process {share})"
+        )
     return notices
 
 

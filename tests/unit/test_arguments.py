@@ -286,6 +286,18 @@ def test_offload_takes_the_optimizer_it_will_get(tmp_path: Path, capsys: pytest.
     assert "optim: adamw_torch_fused → adamw_torch" in capsys.readouterr().err
 
 
+@pytest.mark.parametrize(("threads", "says"), [("1", True), ("8", False), (None, False)])
+def test_an_offloaded_optimizer_on_one_thread_is_pointed_out(
+    threads: str | None, says: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr("os.cpu_count", lambda: 16)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if threads is not None:
+        monkeypatch.setenv("OMP_NUM_THREADS", threads)
+    enter(tmp_path, ds_preset="zero2_offload")
+    assert ("Start with OMP_NUM_THREADS=16" in capsys.readouterr().err) == says
+
+
 @pytest.mark.parametrize(
     ("cls", "given", "device", "bf16"),
     [
