@@ -23,7 +23,7 @@ from hf_dsvllm.wiring import check_wiring, read_wiring
 if TYPE_CHECKING:
     from hf_dsvllm.session import Session
 
-__all__ = ["MissingScore", "SessionCallback", "broadcast"]
+__all__ = ["SessionCallback", "Steering", "broadcast", "steers"]
 
 logger = logging.getLogger(__name__)
 FAILURES_BEFORE_GIVING_UP = 3
@@ -41,8 +41,8 @@ class SessionCallback(TrainerCallback):
         self.measure = RunMeasure()
         self._evaluated: dict[int, dict[str, float]] = {}
         self._failures = 0
-        self._forwarding = False
         self._published: Snapshot | None = None
+        self.fresh_scores: dict[str, float] = {}
 
     # -- hooks -----------------------------------------------------------------------------------------------------
 
@@ -65,14 +65,12 @@ class SessionCallback(TrainerCallback):
         every = args.gen_eval_steps
         if not self.session.evaluates or every is None or state.global_step % every:
             return
-        scores = self._evaluate()
-        if scores and self._steers(args) and not control.should_evaluate:
-            self._forward(args, state, control, scores)
+        self.fresh_scores = self._evaluate()
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
-        if self._forwarding or not self.session.evaluates or metrics is None:
+        if not self.session.evaluates or metrics is None or metrics is self.fresh_scores:
             return
-        if args.gen_eval_steps is None or self._steers(args):
+        if args.gen_eval_steps is None or steers(args):
             # The Trainer reads this very dictionary for metric_for_best_model and early stopping.
             metrics.update(self._evaluated.get(state.global_step) or self._evaluate())
 
@@ -97,19 +95,6 @@ class SessionCallback(TrainerCallback):
         self.session.finish(self.measure, snapshot)
 
     # -- steps -----------------------------------------------------------------------------------------------------
-
-    def _steers(self, args: Any) -> bool:
-        return "gen_" in (args.metric_for_best_model or "")
-
-    def _forward(self, args: Any, state: Any, control: Any, scores: dict[str, float]) -> None:
-        """Give early stopping and the best checkpoint a score that came between the Trainer's own evaluations."""
-        self._forwarding = True
-        try:
-            self.trainer.callback_handler.on_evaluate(args, state, control, scores)
-        finally:
-            self._forwarding = False
-        if note_best(self.trainer, scores) and args.save_strategy == "best":
-            control.should_save = True
 
     def _publish(self) -> Snapshot:
         self._published = publish(
@@ -138,7 +123,11 @@ class SessionCallback(TrainerCallback):
                 scores = dict(result.scores)
                 self.measure.evaluations.append(result)
                 say(result.line())
-        except (DsvllmError, OSError) as problem:
+                if publish_first:
+                    self._keep_best(scores, step)
+        except Exception as problem:  # whatever it is: the other ranks wait in the broadcast, and training goes on
+            if not isinstance(problem, DsvllmError | OSError):
+                logger.exception("unexpected error in generation evaluation")
             error = f"{type(problem).__name__}: {problem}"
         self.trainer.model.train(training)
         scores, error = broadcast((scores, error))
@@ -151,20 +140,16 @@ class SessionCallback(TrainerCallback):
         self._failures = 0
         self._evaluated[step] = scores
         log_through_trainer(self.trainer, scores)
-        if publish_first:
-            self._keep_best(scores, step)
         return scores
 
     def _keep_best(self, scores: dict[str, float], step: int) -> None:
-        """Point snapshots/best.json to the best step by the steering metric, or by the first one logged."""
-        if not is_main_process():
-            return
+        """Point snapshots/best.json to the best step by the steering metric, or by the first one logged; rank 0."""
         args = self.trainer.args
-        wanted = args.metric_for_best_model if self._steers(args) else next(iter(scores))
+        wanted = args.metric_for_best_model if steers(args) else next(iter(scores))
         key = wanted if wanted in scores else f"eval_{wanted}"
         if key not in scores:
             return
-        better = args.greater_is_better is not False or not self._steers(args)
+        better = args.greater_is_better is not False or not steers(args)
         pointer = self.session.run_dir / SNAPSHOTS / "best.json"
         earlier = best_so_far(pointer, key, before=step)
         if earlier is None or (scores[key] > earlier if better else scores[key] < earlier):
@@ -174,19 +159,38 @@ class SessionCallback(TrainerCallback):
         prune(self.session.run_dir, keep=[Path(f"step-{step}")])
 
 
-class MissingScore(TrainerCallback):
-    """Comes last: a failed evaluation leaves no score, and the Trainer raises KeyError without its metric.
+class Steering(TrainerCallback):
+    """Comes last, when the Trainer's own callbacks have decided: makes scores count, and their absence harmless."""
 
-    The best value so far stands in, which is never a new best; early stopping has then already passed over the gap.
-    """
+    def __init__(self, scores: SessionCallback, trainer: Any) -> None:
+        self.scores = scores
+        self.trainer = trainer
+
+    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        """Give early stopping and the best checkpoint a score that came between the Trainer's own evaluations."""
+        fresh = self.scores.fresh_scores
+        if fresh and steers(args) and not control.should_evaluate:
+            self.trainer.callback_handler.on_evaluate(args, state, control, fresh)
+            if note_best(self.trainer, fresh) and args.save_strategy == "best":
+                control.should_save = True
+        self.scores.fresh_scores = {}
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
+        """The Trainer raises KeyError without its metric; after a failed evaluation the best value so far stands in.
+
+        It is never a new best, and early stopping has already passed over the gap.
+        """
         wanted = args.metric_for_best_model or ""
         key = wanted if wanted.startswith("eval_") else f"eval_{wanted}"
         if metrics is None or not key.startswith("eval_gen_") or key in metrics:
             return
         worst = -math.inf if args.greater_is_better is not False else math.inf
         metrics[key] = worst if state.best_metric is None else state.best_metric
+
+
+def steers(args: Any) -> bool:
+    """Whether a generation score decides which checkpoint is best."""
+    return (args.metric_for_best_model or "").removeprefix("eval_").startswith("gen_")
 
 
 def best_so_far(pointer: Path, key: str, *, before: int) -> float | None:

@@ -21,7 +21,7 @@ import torch
 from hf_dsvllm import adapters
 from hf_dsvllm._compat import keep_4bit_weights_packed
 from hf_dsvllm.arguments import full_dtype, resolve_preset, training_device
-from hf_dsvllm.callback import MissingScore, SessionCallback, broadcast
+from hf_dsvllm.callback import SessionCallback, Steering, broadcast
 from hf_dsvllm.checks import check_before_loading, load_tokenizer, predict_memory
 from hf_dsvllm.console import is_main_process, say
 from hf_dsvllm.ds_config import swap_buffer_elements
@@ -171,11 +171,12 @@ class Session:
                 run_dir=self.run_dir,
                 merge_base=self._merge_base,
             )
-        trainer.add_callback(SessionCallback(self, trainer))
+        scores = SessionCallback(self, trainer)
+        trainer.add_callback(scores)
         # Early stopping and best-model selection read the scores this callback adds, so it comes first.
         callbacks = trainer.callback_handler.callbacks
         callbacks.insert(0, callbacks.pop())
-        trainer.add_callback(MissingScore())
+        trainer.add_callback(Steering(scores, trainer))
 
     def start_record(self, trainer: Any, wiring: Wiring) -> None:
         """Write run.json, ds_config.json and the tokenizer as trained; rank 0."""
@@ -228,8 +229,8 @@ class Session:
             write_json(self.run_dir / "measured.json", measure.as_record())
             try:
                 self._export(snapshot)
-            except DsvllmError as problem:
-                error = str(problem)
+            except Exception as problem:  # whatever it is, the other ranks wait in the broadcast
+                error = str(problem) if isinstance(problem, DsvllmError) else f"{type(problem).__name__}: {problem}"
         error = broadcast(error)
         if error is not None:
             say(f"training is complete and its weights are in {snapshot.path}, but the export failed: {error}")

@@ -9,7 +9,7 @@ from types import SimpleNamespace
 
 import pytest
 
-from hf_dsvllm.callback import MissingScore, best_so_far
+from hf_dsvllm.callback import Steering, best_so_far, steers
 
 
 @pytest.mark.parametrize(
@@ -18,14 +18,18 @@ from hf_dsvllm.callback import MissingScore, best_so_far
 def test_a_missing_score_is_never_a_new_best(greater: bool, best: float | None, expected: float) -> None:
     metrics = {"eval_loss": 1.0}
     args = SimpleNamespace(metric_for_best_model="gen_orders_json_equal", greater_is_better=greater)
-    MissingScore().on_evaluate(args, SimpleNamespace(best_metric=best), None, metrics=metrics)
+    Steering(SimpleNamespace(fresh_scores={}), None).on_evaluate(
+        args, SimpleNamespace(best_metric=best), None, metrics=metrics
+    )
     assert metrics == {"eval_loss": 1.0, "eval_gen_orders_json_equal": expected}
 
 
 def test_a_score_that_is_there_stays() -> None:
     metrics = {"eval_gen_orders_json_equal": 0.7}
     args = SimpleNamespace(metric_for_best_model="eval_gen_orders_json_equal", greater_is_better=True)
-    MissingScore().on_evaluate(args, SimpleNamespace(best_metric=0.9), None, metrics=metrics)
+    Steering(SimpleNamespace(fresh_scores={}), None).on_evaluate(
+        args, SimpleNamespace(best_metric=0.9), None, metrics=metrics
+    )
     assert metrics == {"eval_gen_orders_json_equal": 0.7}
 
 
@@ -33,7 +37,9 @@ def test_a_score_that_is_there_stays() -> None:
 def test_other_metrics_are_the_trainers_own_affair(wanted: str | None) -> None:
     metrics: dict[str, float] = {}
     args = SimpleNamespace(metric_for_best_model=wanted, greater_is_better=None)
-    MissingScore().on_evaluate(args, SimpleNamespace(best_metric=None), None, metrics=metrics)
+    Steering(SimpleNamespace(fresh_scores={}), None).on_evaluate(
+        args, SimpleNamespace(best_metric=None), None, metrics=metrics
+    )
     assert metrics == {}
 
 
@@ -46,3 +52,54 @@ def test_a_resumed_run_goes_on_from_the_best_score_on_disk(tmp_path: Path) -> No
     assert best_so_far(pointer, "eval_gen_b_exact_match", before=20) is None
     pointer.write_text("{")
     assert best_so_far(pointer, "eval_gen_a_exact_match", before=20) is None
+
+
+@pytest.mark.parametrize(
+    ("wanted", "expected"),
+    [
+        ("gen_a_exact_match", True),
+        ("eval_gen_a_exact_match", True),
+        ("eval_loss", False),
+        ("regen_x", False),
+        (None, False),
+    ],
+)
+def test_only_a_generation_score_steers(wanted: str | None, expected: bool) -> None:
+    assert steers(SimpleNamespace(metric_for_best_model=wanted)) == expected
+
+
+class FakeTrainer:
+    """A Trainer as far as steering touches it."""
+
+    def __init__(self, *, is_best: bool) -> None:
+        self.seen: list[dict[str, float]] = []
+        self.is_best = is_best
+        self.callback_handler = SimpleNamespace(
+            on_evaluate=lambda args, state, control, scores: self.seen.append(scores)
+        )
+
+    def _determine_best_metric(self, metrics: dict[str, float], trial: None) -> bool:
+        return self.is_best
+
+
+@pytest.mark.parametrize(
+    ("trainer_evaluates", "strategy", "is_best", "saved", "told"),
+    [
+        (False, "best", True, True, True),
+        (False, "best", False, False, True),
+        (False, "steps", True, False, True),
+        (True, "best", True, False, False),  # the Trainer's own evaluation of this step will see the score
+    ],
+)
+def test_a_score_between_the_trainers_evaluations_saves_and_stops_like_one_of_them(
+    trainer_evaluates: bool, strategy: str, is_best: bool, saved: bool, told: bool
+) -> None:
+    fresh = {"eval_gen_a_exact_match": 0.5}
+    scores = SimpleNamespace(fresh_scores=fresh)
+    trainer = FakeTrainer(is_best=is_best)
+    args = SimpleNamespace(metric_for_best_model="gen_a_exact_match", save_strategy=strategy, greater_is_better=True)
+    control = SimpleNamespace(should_evaluate=trainer_evaluates, should_save=False)
+    Steering(scores, trainer).on_step_end(args, SimpleNamespace(), control)
+    assert control.should_save == saved
+    assert trainer.seen == ([fresh] if told else [])
+    assert scores.fresh_scores == {}

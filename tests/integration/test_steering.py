@@ -1,0 +1,106 @@
+"""Scores of a generation evaluation choose the best checkpoint and stop a real Trainer early."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from torch.utils.data import Dataset
+from transformers import AutoModelForCausalLM, AutoTokenizer, EarlyStoppingCallback, Trainer
+
+from hf_dsvllm.arguments import DsvllmTrainingArguments
+from hf_dsvllm.callback import SessionCallback, Steering
+from hf_dsvllm.errors import EngineError
+from tests.tiny import write_tiny_model
+
+KEY = "eval_gen_questions_exact_match"
+
+
+class Questions(Dataset):
+    """Sixteen short random sequences."""
+
+    def __len__(self) -> int:
+        return 16
+
+    def __getitem__(self, index: int) -> dict[str, torch.Tensor]:
+        tokens = torch.randint(10, 60, (12,), generator=torch.Generator().manual_seed(index))
+        return {"input_ids": tokens, "labels": tokens}
+
+
+class PresetScores:
+    """An evaluator that answers with given scores, one an evaluation; None stands for a failure."""
+
+    def __init__(self, scores: list[float | None]) -> None:
+        self.scores = scores
+
+    def evaluate(self, step: int, snapshot: Any, published: float) -> Any:
+        score = self.scores.pop(0)
+        if score is None:
+            raise EngineError("the engine is gone")
+        return SimpleNamespace(scores={KEY: score}, line=lambda: f"step {step}: {score}")
+
+
+@pytest.fixture(scope="module")
+def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_tiny_model(tmp_path_factory.mktemp("model"))
+
+
+def train(model_folder: Path, out: Path, scores: list[float | None], **given: Any) -> Trainer:
+    args = DsvllmTrainingArguments(
+        output_dir=str(out), max_steps=8, per_device_train_batch_size=2, use_cpu=True, report_to=[], learning_rate=1e-3,
+        metric_for_best_model=KEY, load_best_model_at_end=True, disable_tqdm=True, gen_eval_on_start=False, **given,
+    )  # fmt: skip
+    session: Any = SimpleNamespace(
+        preset=None, ds_config=None, evaluates=True, run_dir=out, snapshot_dtype=torch.float32,
+        evaluator=PresetScores(scores), start_record=lambda *_: None, stop_engine=lambda: None, finish=lambda *_: None,
+    )  # fmt: skip
+    trainer = Trainer(
+        model=AutoModelForCausalLM.from_pretrained(model_folder),
+        args=args,
+        train_dataset=Questions(),
+        eval_dataset=Questions(),
+        processing_class=AutoTokenizer.from_pretrained(model_folder),
+        # transformers' early stopping demands that the Trainer itself evaluates.
+        callbacks=[] if given["eval_strategy"] == "no" else [EarlyStoppingCallback(early_stopping_patience=2)],
+    )
+    callback = SessionCallback(session, trainer)
+    args.gen_eval_steps = 2
+    trainer.add_callback(callback)
+    trainer.callback_handler.callbacks.insert(0, trainer.callback_handler.callbacks.pop())
+    trainer.add_callback(Steering(callback, trainer))
+    trainer.train()
+    return trainer
+
+
+@pytest.mark.parametrize("trainer_evaluates", [False, True])
+def test_the_best_score_is_saved_and_loaded_at_the_end(
+    trainer_evaluates: bool, model_folder: Path, tmp_path: Path
+) -> None:
+    strategy = {"eval_strategy": "steps", "eval_steps": 2} if trainer_evaluates else {"eval_strategy": "no"}
+    trainer = train(model_folder, tmp_path, [0.2, 0.6, 0.4, 0.5], save_strategy="best", **strategy)
+    assert (trainer.state.best_metric, trainer.state.best_global_step) == (0.6, 4)
+    best = AutoModelForCausalLM.from_pretrained(tmp_path / "checkpoint-4").state_dict()
+    assert all(torch.equal(tensor, best[name]) for name, tensor in trainer.model.state_dict().items())
+    assert json.loads((tmp_path / "snapshots" / "best.json").read_text(encoding="utf-8"))["step"] == 4
+    logged = {row["step"]: row[KEY] for row in trainer.state.log_history if KEY in row}
+    assert logged == {2: 0.2, 4: 0.6, 6: 0.4, 8: 0.5}
+
+
+def test_training_stops_early_when_the_score_no_longer_rises(model_folder: Path, tmp_path: Path) -> None:
+    trainer = train(
+        model_folder, tmp_path, [0.6, 0.5, 0.4, 0.3], save_strategy="best", eval_strategy="steps", eval_steps=2
+    )
+    assert trainer.state.global_step == 6
+
+
+def test_a_failed_evaluation_neither_stops_training_nor_counts_as_a_score(model_folder: Path, tmp_path: Path) -> None:
+    strategy = {"save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2}
+    # After a failure the Trainer's evaluation of the same step asks once more.
+    trainer = train(model_folder, tmp_path, [0.2, None, None, 0.6, 0.5], **strategy)
+    assert trainer.state.global_step == 8
+    assert (trainer.state.best_metric, trainer.state.best_global_step) == (0.6, 6)
+    assert [row["step"] for row in trainer.state.log_history if KEY in row] == [2, 6, 8]
