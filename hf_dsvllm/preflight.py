@@ -215,8 +215,15 @@ def _a_model_is_loaded() -> bool:
     modeling = sys.modules.get("transformers.modeling_utils")
     if modeling is None:
         return False
+    if not _whole_models(modeling.PreTrainedModel):
+        return False
+    gc.collect()  # a model the user has let go of may still hang in a reference cycle
+    return _whole_models(modeling.PreTrainedModel)
+
+
+def _whole_models(cls: type) -> bool:
     # By type(), not isinstance(): that asks every object for its __class__, which a dead weak proxy answers by raising.
-    models = [thing for thing in gc.get_objects() if issubclass(type(thing), modeling.PreTrainedModel)]
+    models = [thing for thing in gc.get_objects() if issubclass(type(thing), cls)]
     return any(not hasattr(p, "ds_id") and not p.is_meta for model in models for p in list(model.parameters())[:1])
 
 

@@ -161,6 +161,13 @@ def test_a_model_that_is_gone_or_on_meta_is_no_model_made_before_the_arguments()
     assert model is not None
 
 
+def test_a_model_let_go_but_still_in_a_reference_cycle_does_not_count() -> None:
+    model = tiny_llama()
+    model.itself = [model]
+    del model
+    assert not preflight._a_model_is_loaded()
+
+
 def test_a_dead_weak_proxy_does_not_disturb_the_search_for_models() -> None:
     import weakref
 
