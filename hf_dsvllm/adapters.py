@@ -11,6 +11,7 @@ import importlib.util
 from typing import Any
 
 from hf_dsvllm.ds_config import zero_stage
+from hf_dsvllm.engine.server import LORA_RANKS
 from hf_dsvllm.errors import Problem
 from hf_dsvllm.presets import Preset
 from hf_dsvllm.traps import Fix, quant_storage_problems
@@ -27,8 +28,6 @@ __all__ = [
 ]
 
 ALL_LINEAR = "all-linear"  # PEFT reads the word as a string only
-# vLLM's choices for --max-lora-rank (vllm/config/lora.py).
-VLLM_LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)
 
 
 def quant_storage(zero_stage: int | None, training_dtype: str) -> str:
@@ -125,8 +124,8 @@ def why_merge_for_engine(config: Any, device: str) -> str | None:
         return "vLLM refuses modules_to_save"
     if getattr(config, "lora_target_parameters", None):
         return "vLLM refuses lora_target_parameters"
-    if config.lora_r > VLLM_LORA_RANKS[-1]:
-        return f"lora_r={config.lora_r} is above vLLM's largest rank, {VLLM_LORA_RANKS[-1]}"
+    if config.lora_r > LORA_RANKS[-1]:
+        return f"lora_r={config.lora_r} is above vLLM's largest rank, {LORA_RANKS[-1]}"
     return "vLLM serves adapters several times slower on CPUs" if device == "cpu" else None
 
 

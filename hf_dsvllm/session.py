@@ -81,7 +81,6 @@ class Session:
         self.server: EngineServer | None = None
         self._evaluator: Evaluator | None = None
         self._merge_base: Path | None = None
-        self.export_path: Path | None = None
 
     @property
     def evaluates(self) -> bool:
@@ -243,7 +242,6 @@ class Session:
 
         out = Path(self.args.export_to) if self.args.export_to else self.run_dir / "export"
         report = export_model(self.run_dir, out, which="latest", overwrite=True)
-        self.export_path = out
         say(f"exported {snapshot.kind} of step {snapshot.step} to {out} ({report.weights_bytes / 2**30:.2f} GiB). "
             f"Serve it: hf-dsvllm serve {out}")  # fmt: skip
 

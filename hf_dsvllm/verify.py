@@ -27,7 +27,7 @@ MEAN_LIMIT = {torch.bfloat16: 0.03, torch.float16: 0.003, torch.float32: 1e-4}
 SHARE_SLACK = 0.2
 # A token counts as different only if the reference itself preferred its own by more than this share of the spread.
 TIE_SHARE = 0.1
-# A few of some hundred tokens may flip: SmolLM2-135M trained at a high rate agreed on 99.1 %, a lost delta on far less.
+# A few of some hundred tokens may flip: SmolLM2-135M trained at a high rate agreed on 99.1 %.
 GREEDY_LIMIT = 0.97
 MAX_TOKENS = 48
 
