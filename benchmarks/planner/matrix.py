@@ -1,0 +1,131 @@
+"""The cells that the planner is held against: which runs are measured, in which order, and which are for testing only.
+
+Order matters: a measurement may be cut off at any moment, so what tells most comes first.  Cells of one `case` are
+alternatives for the same work (model, method, cards, length, tokens in a step): the planner's choice among them is
+compared with the best that was measured.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+from collections.abc import Iterator
+from typing import Literal
+
+__all__ = ["SHAPES", "Cell", "cells", "held_out"]
+
+# Qwen3's config.json files: hidden, intermediate, layers, heads, key-value heads, tied; head_dim 128, 151936 words.
+SHAPES: dict[str, tuple[int, int, int, int, int, bool]] = {
+    "tiny": (64, 128, 2, 2, 1, True),  # for trying the measurement itself on a CPU
+    "0.6b": (1024, 3072, 28, 16, 8, True),
+    "1.7b": (2048, 6144, 28, 16, 8, True),
+    "4b": (2560, 9728, 36, 32, 8, True),
+    "8b": (4096, 12288, 36, 32, 8, False),
+    "14b": (5120, 17408, 40, 40, 8, False),
+    "32b": (5120, 25600, 64, 64, 8, False),
+}
+HEAD_DIM = 128
+VOCAB = 151936
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Cell:
+    """One run: `micro` sequences of `length` tokens on each of `world` GPUs, `accumulation` times a step."""
+
+    shape: str
+    preset: str
+    world: int
+    micro: int
+    accumulation: int = 1
+    length: int
+    recompute: bool
+    loss: Literal["trl", "plain"] = "trl"
+    case: str = ""
+
+    @property
+    def name(self) -> str:
+        """Unique, and all that `held_out` looks at."""
+        recompute = "rc" if self.recompute else "no"
+        batch = f"{self.micro}x{self.accumulation}"
+        return f"{self.shape}-{self.preset}-w{self.world}-b{batch}-s{self.length}-{recompute}-{self.loss}"
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all GPUs in one optimizer step."""
+        return self.world * self.micro * self.accumulation * self.length
+
+    @property
+    def offloads(self) -> bool:
+        return "offload" in self.preset
+
+
+def held_out(name: str) -> bool:
+    """Whether a cell is never used to fit a constant; a coin thrown by the name, not by us."""
+    return hashlib.sha256(name.encode()).digest()[0] % 2 == 1
+
+
+def make(line: str) -> Iterator[Cell]:
+    """`case shape world length | preset batch recompute [plain]; …` → cells."""
+    head, _, rest = line.partition("|")
+    case, shape, world, length = head.split()
+    for item in rest.split(";"):
+        preset, batch, recompute, *loss = item.split()
+        micro, _, accumulation = batch.partition("x")
+        yield Cell(
+            shape=shape,
+            preset=preset,
+            world=int(world),
+            micro=int(micro),
+            accumulation=int(accumulation or 1),
+            length=int(length),
+            recompute=recompute == "rc",
+            loss="plain" if loss else "trl",
+            case="" if case == "-" else case,
+        )
+
+
+# One GPU first: four of them run at a time.  Cases A to L each do the same work in several ways.
+LINES = """
+A 1.7b 1 2048 | zero2 4 rc; zero2 4 no; zero2 2x2 no; zero1 4 no
+B 4b 1 4096   | zero2 2 rc; zero2 2 no; zero2 1x2 no; zero3 2 rc
+C 8b 1 4096   | lora 2x2 no; lora 4 rc; lora_zero2 4 rc; lora 1x4 no
+D 8b 1 2048   | qlora 4 rc; qlora 4 no; qlora 8 rc plain; qlora_zero2 4 no
+- 8b 1 4096   | lora 4 no; zero2 1 rc; lora 2 rc plain; qlora 2 no
+- 0.6b 1 1024 | zero2 8 no; none 8 no; zero2 8 no plain; ddp 4 rc
+- 1.7b 1 16384| zero2 1 rc; zero2 1 no; lora 1 rc; lora 2 no
+E 8b 4 4096   | zero2 2 rc; zero2 2 no; zero3 2 no; zero2 1x2 no; zero3 2 rc
+F 14b 4 4096  | zero3 1 no; zero2 2 rc; zero3 2 rc; zero2 1x2 rc; zero2 1x2 no
+G 8b 2 4096   | zero2 2 rc; zero3 2 rc; zero2 1x2 rc; zero3 1x2 no
+H 4b 2 8192   | zero2 1 no; zero2 1 rc; zero3 1 no; zero3 1 rc
+I 14b 1 4096  | lora 2 rc; qlora 2 rc; lora 1x2 no; qlora 1x2 no
+- 4b 1 4096   | zero2 4 rc; zero2 4 rc plain; none 1 rc; lora 4 no plain
+- 32b 1 2048  | qlora 2 rc; lora 2 rc; qlora 2 no; qlora_zero2 1 no
+- 1.7b 1 4096 | zero2_offload 4 rc; zero3_offload 4 rc; zero2 2 rc plain; zero3 2 no
+- 4b 4 16384  | zero2 1 rc; zero3 1 no; zero2_lowmem 1 rc
+- 14b 2 4096  | zero2 1 rc; zero3 1 rc; lora 2 no; qlora 2 rc
+- 32b 4 2048  | zero3 1 rc; lora 2 rc; qlora_zero2 2 rc; zero3 2 no plain
+J 1.7b 4 8192 | zero2 2 no; zero2 2 rc; ddp 1x2 no; zero1 2 no; zero2 1x2 no
+K 1.7b 2 1024 | zero2 8 no; zero2 8 rc; zero3 8 no; zero1 8 no
+- 8b 1 2048   | zero3_offload 4 rc; zero2_offload 4 rc; lora 4 no plain; zero2_lowmem 2 rc
+- 4b 2 2048   | lora_zero2 4 no; zero1 2 rc plain; zero2_offload 4 rc; zero3_offload_optimizer 4 rc
+- 8b 4 1024   | zero3 8 rc plain; zero2 8 rc; lora 8 no; zero3+lora 8 rc
+- 14b 4 8192  | zero3 1 rc; zero2 1 no
+- 8b 1 16384  | qlora 1 rc; lora 1 rc; qlora 1 no plain; lora 1 no
+- 32b 4 4096  | zero3+lora 2 rc; zero3_offload_optimizer 1 rc
+- 14b 4 4096  | zero3_offload 2 rc
+"""
+
+
+def cells() -> tuple[Cell, ...]:
+    """All of them, most informative first."""
+    return tuple(cell for line in LINES.strip().splitlines() for cell in make(line))
+
+
+def dry_cells() -> tuple[Cell, ...]:
+    """A few on a tiny shape, for trying the measurement on a CPU."""
+    lines = """
+    A tiny 1 64 | zero2 2 rc; lora 1x2 no; none 2 no plain; qlora 2 rc
+    - tiny 2 64 | zero3 2 no; ddp 1 rc plain; zero3+lora 1 rc
+    - tiny 1 64 | zero2_offload 1 rc plain; qlora_zero2 1 rc plain
+    """
+    return tuple(cell for line in lines.strip().splitlines() for cell in make(line))
