@@ -28,6 +28,8 @@ def main() -> None:
     options = parser.parse_args()
     dtype = torch.bfloat16 if options.device == "cuda" else torch.float32
     tokenizer = AutoTokenizer.from_pretrained(options.model, padding_side="left")
+    if tokenizer.pad_token is None:
+        tokenizer.pad_token = tokenizer.eos_token  # never attended to
     model = AutoModelForCausalLM.from_pretrained(options.model, dtype=dtype).to(options.device).eval()
     samples = load_task(options.prompts, limit=options.limit).samples
     prompts = [list(render_prompt(sample, tokenizer)) for sample in samples]
