@@ -1,4 +1,4 @@
-"""The `hf-dsvllm` command: presets, export, serve, doctor.  It parses and prints; the work is elsewhere.
+"""The `hf-dsvllm` command: presets, run, export, serve, doctor.  It parses and prints; the work is elsewhere.
 
 Results go to stdout and can be redirected to a file, everything said about them to stderr.  No framework is imported
 before a command needs it.
@@ -168,6 +168,74 @@ def _explain(preset: Preset, processes: int, device: str) -> None:
         )
     if preset.adapter:
         line(f"\nThe same adapter with TRL's own flags\n  {shlex.join(trl_flags(preset, device))}")
+
+
+@app.command(context_settings={**_SETTINGS, "ignore_unknown_options": True, "allow_interspersed_args": False})
+def run(
+    script: Annotated[
+        list[str],
+        typer.Argument(
+            metavar="SCRIPT [ITS ARGUMENTS] [--ds_preset NAME …]",
+            help="A script (or `trl sft` and the like), then its own arguments and ours in any order.",
+        ),
+    ],
+    num_processes: Annotated[
+        str, typer.Option("--num_processes", help="Processes on this machine; auto: one for each GPU, else one.")
+    ] = "auto",
+    module: Annotated[bool, typer.Option("-m", "--module", help="SCRIPT is the name of a module.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry_run", help="Print what would be started, and the same without this package.")
+    ] = False,
+    accelerate_config: Annotated[
+        Path | None, typer.Option("--accelerate_config", help="Start with `accelerate launch` and this file.")
+    ] = None,
+    lora_r: Annotated[int | None, typer.Option("--lora_r", min=1, help="Rank of adapters. TRL's default: 16.")] = None,
+    lora_alpha: Annotated[int | None, typer.Option("--lora_alpha", min=1, help="TRL's default: 32.")] = None,
+    lora_dropout: Annotated[float | None, typer.Option("--lora_dropout", help="TRL's default: 0.05.")] = None,
+    lora_target_modules: Annotated[
+        str | None, typer.Option("--lora_target_modules", help="Layers, with commas. Default: all linear ones.")
+    ] = None,
+    nnodes: Annotated[str | None, typer.Option("--nnodes", help="torchrun's, as the next ones: machines.")] = None,
+    node_rank: Annotated[str | None, typer.Option("--node_rank", help="Number of this machine.")] = None,
+    rdzv_backend: Annotated[str | None, typer.Option("--rdzv_backend", help="How machines meet.")] = None,
+    rdzv_endpoint: Annotated[str | None, typer.Option("--rdzv_endpoint", help="Where they meet, HOST:PORT.")] = None,
+    rdzv_id: Annotated[str | None, typer.Option("--rdzv_id", help="Name of the meeting.")] = None,
+    rdzv_conf: Annotated[str | None, typer.Option("--rdzv_conf", help="Its settings.")] = None,
+    max_restarts: Annotated[str | None, typer.Option("--max_restarts", help="Restarts of failed processes.")] = None,
+    local_addr: Annotated[str | None, typer.Option("--local_addr", help="Address of this machine.")] = None,
+    master_addr: Annotated[str | None, typer.Option("--master_addr", help="Address of the first machine.")] = None,
+    master_port: Annotated[str | None, typer.Option("--master_port", help="Port of the first machine.")] = None,
+) -> None:
+    """Run an unmodified transformers or TRL script with a preset, adapters and evaluation by vLLM.
+
+    Options of this command stand before SCRIPT; --ds_preset and its companions (docs/arguments.md) anywhere after it.
+    """
+    from hf_dsvllm.run.command import AdapterOptions, read_command
+    from hf_dsvllm.run.parent import LaunchOptions, run_command
+
+    given = {
+        "--nnodes": nnodes,
+        "--node_rank": node_rank,
+        "--rdzv_backend": rdzv_backend,
+        "--rdzv_id": rdzv_id,
+        "--rdzv_endpoint": rdzv_endpoint,
+        "--rdzv_conf": rdzv_conf,
+        "--max_restarts": max_restarts,
+        "--local_addr": local_addr,
+        "--master_addr": master_addr,
+        "--master_port": master_port,
+    }
+    options = LaunchOptions(
+        num_processes=num_processes,
+        accelerate_config=accelerate_config,
+        torchrun=tuple(word for flag, value in given.items() if value is not None for word in (flag, value)),
+        module=module,
+    )
+    targets = tuple(lora_target_modules.split(",")) if lora_target_modules else None
+    adapter = AdapterOptions(
+        lora_r=lora_r, lora_alpha=lora_alpha, lora_dropout=lora_dropout, lora_target_modules=targets
+    )
+    raise typer.Exit(run_command(options, read_command(script, module=module, adapter=adapter), dry_run=dry_run))
 
 
 @app.command()
