@@ -35,6 +35,7 @@ class Family:
     experts_field: str | None = None
     expert_width_field: str = "moe_intermediate_size"
     shared_expert: bool = False
+    experts_per_token: int = 2
     defaults: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
 
@@ -67,9 +68,10 @@ FAMILIES: Mapping[str, Family] = {
         output_bias=False,
         experts_field="num_experts",
         shared_expert=True,
+        experts_per_token=4,
         defaults={"qkv_bias": True, **kv_heads(16)},
     ),
-    "qwen3_moe": Family(qk_norm=True, experts_field="num_experts", defaults=kv_heads(4)),
+    "qwen3_moe": Family(qk_norm=True, experts_field="num_experts", experts_per_token=8, defaults=kv_heads(4)),
 }
 # transformers 5 saves Qwen3-MoE's `num_experts` under Mixtral's name.
 EXPERT_ALIASES = ("num_experts", "num_local_experts")
@@ -99,7 +101,10 @@ class Linear:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class ModelShape:
-    """Sizes of a decoder-only model.  `experts` is 0 for a dense one; `expert_parameters` include the routers."""
+    """Sizes of a decoder-only model.  `experts` is 0 for a dense one; `expert_parameters` include the routers.
+
+    `max_length` is the longest sequence the model was made for, None where its configuration does not say.
+    """
 
     model_type: str
     hidden: int
@@ -115,6 +120,10 @@ class ModelShape:
     embedding_parameters: int
     norm_parameters: int
     expert_parameters: int
+    qk_norm: bool = False
+    experts_per_token: int = 0
+    expert_intermediate: int = 0
+    max_length: int | None = None
 
     @property
     def parameters(self) -> int:
@@ -237,6 +246,10 @@ class Fields:
             raise ModelShapeError(f"{name}={value!r} in the configuration must be a positive integer")
         return value
 
+    def optional_size(self, name: str) -> int | None:
+        """A positive integer, None if the field is null or absent."""
+        return None if self.config.get(name) is None else self.size(name)
+
     def flag(self, name: bool | str, default: bool = False) -> bool:
         """A bool as it is, or the field of that name."""
         if isinstance(name, bool):
@@ -260,9 +273,10 @@ def count_shape(fields: Fields, family: Family) -> ModelShape:
     linears = attention_linears(fields, family, hidden, heads * head_dim, kv_count * head_dim, layers)
     if dense:
         linears += mlp_linears(fields, family, hidden, intermediate, dense)
-    expert_parameters = 0
+    expert_parameters = width = per_token = 0
     if sparse:
         width = fields.size(family.expert_width_field)
+        per_token = fields.size("num_experts_per_tok", family.experts_per_token)
         expert_parameters = sparse * experts * (3 * hidden * width + hidden)  # gate, up, down; a row of the router
         intermediate = intermediate or width
     if sparse and family.shared_expert:
@@ -289,6 +303,10 @@ def count_shape(fields: Fields, family: Family) -> ModelShape:
         embedding_parameters=vocab * hidden,
         norm_parameters=norms,
         expert_parameters=expert_parameters,
+        qk_norm=family.qk_norm,
+        experts_per_token=per_token,
+        expert_intermediate=width,
+        max_length=fields.optional_size("max_position_embeddings"),
     )
 
 

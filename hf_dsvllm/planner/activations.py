@@ -1,0 +1,129 @@
+"""What the forward pass leaves for the backward pass, in bytes per token; arithmetic only.
+
+The operations of a decoder layer as transformers 5 runs them (Qwen3, Llama and their kin), each with what autograd saves
+of it.  Notation: h hidden, q and k widths of queries and keys, i width of the feed-forward block, H and K heads, r rank.
+`tests/unit/test_planner_activations.py` holds these sums against the real model, traced with fake tensors.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+from hf_dsvllm.model_shape import ModelShape
+
+__all__ = ["Numerics", "checkpoint_bytes", "layer_bytes", "working_bytes"]
+
+Method = Literal["full", "lora", "qlora"]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Numerics:
+    """How a run computes.
+
+    `weight_bytes` of the model as loaded (2 or 4); `autocast` where the Trainer wraps the forward pass (no DeepSpeed);
+    `lora_r` and `dropout` of the adapters, 0 without; `adapter_bytes` 4 where they are kept in fp32.
+    """
+
+    method: Method
+    weight_bytes: int = 2
+    autocast: bool = False
+    lora_r: int = 0
+    dropout: bool = False
+    adapter_bytes: int = 2
+
+    @property
+    def mixed(self) -> bool:
+        """fp32 weights under autocast: the residual stream is fp32, products see bf16 copies."""
+        return self.autocast and self.weight_bytes == 4
+
+    @property
+    def pure_fp32(self) -> bool:
+        """Everything in fp32, as on CPUs."""
+        return self.weight_bytes == 4 and not self.autocast
+
+
+def layer_bytes(shape: ModelShape, numerics: Numerics) -> int:
+    """Bytes that one decoder layer saves for one token.
+
+    bf16, all weights trained, with norms on queries and keys (Qwen3): 16h + 10q + 10k + 8i + 8 + 8H + 4K.
+    """
+    trained = numerics.method == "full"
+    wide = 4 if numerics.mixed or numerics.pure_fp32 else 2  # of the residual stream
+    e = 4 if numerics.pure_fp32 else 2  # of what products read
+    h, q, k = shape.hidden, shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
+    saved = 2 * norm_bytes(h, trained, wide)
+    saved += linear_inputs(shape, numerics, readers=("q_proj", "k_proj", "v_proj"), width=h, stream=wide, e=e)
+    if shape.qk_norm:
+        saved += norm_bytes(q, trained, e, shape.heads) + norm_bytes(k, trained, e, shape.kv_heads)
+    saved += e * (q + 2 * k)  # rotated queries and keys, values: saved by attention
+    saved += e * q + 4 * shape.heads  # its output and the logarithm of the softmax's sum
+    saved += linear_inputs(shape, numerics, readers=("o_proj",), width=q, stream=e, e=e, kept=True)
+    saved += linear_inputs(shape, numerics, readers=("gate_proj", "up_proj"), width=h, stream=wide, e=e)
+    saved += feed_forward_bytes(shape, numerics, e)
+    return saved
+
+
+def norm_bytes(width: int, trained: bool, e: int, rows: int = 1) -> int:
+    """RMSNorm: its input in fp32 and the root; the normalised value where the scale is trained.  4w + 4 [+ e w]."""
+    return 4 * width + 4 * rows + (e * width if trained else 0)
+
+
+def linear_inputs(
+    shape: ModelShape,
+    numerics: Numerics,
+    *,
+    readers: tuple[str, ...],
+    width: int,
+    stream: int,
+    e: int,
+    kept: bool = False,
+) -> int:
+    """What `readers`, linear layers that read the same tensor of `width`, save of it.
+
+    Trained: the tensor once (a bf16 copy each under autocast from fp32).  Adapters: with dropout each saves its own
+    dropped copy and a mask of one byte, without it a cast copy each (fp32 adapters) or the tensor once; and the product
+    with A (r values).  `kept`: the tensor is saved anyway by what made it.
+    """
+    if numerics.method == "full":
+        if kept:
+            return 0
+        return e * width * (len(readers) if stream != e else 1)
+    rank = len(readers) * e * numerics.lora_r
+    if numerics.dropout:
+        return len(readers) * (e + 1) * width + rank
+    if numerics.adapter_bytes != e:
+        return len(readers) * e * width + rank
+    return rank + (0 if kept else e * width)
+
+
+def feed_forward_bytes(shape: ModelShape, numerics: Numerics, e: int) -> int:
+    """silu(gate) * up, then down: gate, silu(gate), up and, for down's weight or adapter, their product.
+
+    A mixture of experts does this for `experts_per_token` copies of each token, and gathers the tokens first.
+    """
+    dense = 3 * e * shape.intermediate + linear_inputs(
+        shape, numerics, readers=("down_proj",), width=shape.intermediate, stream=e, e=e
+    )
+    if not shape.experts:
+        return dense
+    width = shape.expert_intermediate
+    trained = numerics.method == "full"
+    copies = e * (4 if trained else 3) * width + e * shape.hidden * (2 if trained else 1)
+    return shape.experts_per_token * copies + 4 * shape.experts
+
+
+def checkpoint_bytes(shape: ModelShape, numerics: Numerics) -> int:
+    """Recompute keeps each layer's input: h values of the residual stream per token and layer."""
+    return shape.hidden * (4 if numerics.weight_bytes == 4 else 2)
+
+
+def working_bytes(shape: ModelShape, numerics: Numerics) -> int:
+    """Gradients alive at once in the backward pass of one layer, per token: around the feed-forward block.
+
+    The gradient of the layer's output (h) and, of width i, those of the product, of silu(gate) and of up, less the
+    product that is free by then.
+    """
+    e = 4 if numerics.pure_fp32 else 2
+    width = shape.intermediate if not shape.experts else shape.experts_per_token * shape.expert_intermediate
+    return 2 * e * shape.hidden + 2 * e * width
