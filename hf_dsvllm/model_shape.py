@@ -123,7 +123,7 @@ class ModelShape:
     qk_norm: bool = False
     experts_per_token: int = 0
     expert_intermediate: int = 0
-    max_length: int | None = None
+    max_length: int | None = dataclasses.field(default=None, compare=False)  # no size: says nothing of the weights
 
     @property
     def parameters(self) -> int:
