@@ -16,11 +16,10 @@ import torch
 from hf_dsvllm._compat import outside_zero3
 from hf_dsvllm.errors import ExportError, MissingDependencyError
 from hf_dsvllm.files import atomic_folder, write_json
-from hf_dsvllm.weights import TensorFolder, TensorPlan, check_free_disk, write_shards
+from hf_dsvllm.shards import write_shards
+from hf_dsvllm.weights import TensorFolder, TensorPlan, check_free_disk
 
 __all__ = ["dequantised_base", "quantised_weights", "round_trip"]
-
-GIB = 1 << 30
 
 
 def quantised_weights(base: Path, quantization: Mapping[str, Any]) -> frozenset[str]:
@@ -83,7 +82,7 @@ def dequantised_base(
             return round_trip(weight, quantization) if name in quantised else weight
 
         with atomic_folder(out) as folder:
-            write_shards(folder, plan, produce, max_shard_size_bytes=5 * GIB)
+            write_shards(folder, plan, produce)
             _copy_rest(base, folder, dtype)
     return out
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import threading
 from collections.abc import Callable, Mapping, Set
 from pathlib import Path
 from typing import Any
@@ -11,10 +12,16 @@ import torch
 
 from hf_dsvllm.errors import ExportError
 from hf_dsvllm.fourbit import quantised_weights, round_trip
-from hf_dsvllm.merge import Adapter, Update
-from hf_dsvllm.weights import TensorFolder, TensorPlan
+from hf_dsvllm.merge import Adapter, Update, named_for
+from hf_dsvllm.naming import Part, Skeleton, read_skeleton
+from hf_dsvllm.weights import TensorFolder, TensorPlan, TensorSource
 
-__all__ = ["Layout", "cast_layout", "merged_layout"]
+__all__ = ["Layout", "cast_layout", "merge_device", "merged_layout"]
+
+# fp32 weight, product, merged value and norm of one element; measured on DoRA, the most expensive kind
+MERGE_BYTES_PER_ELEMENT = 16
+# Left free on a GPU that a trainer may still be using
+GPU_MARGIN_BYTES = 2 << 30
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -22,7 +29,8 @@ class Layout:
     """What to write and how to make each tensor.
 
     `untied` names parameters that shared their value with another in the base and no longer do; `vocab_size` is set
-    if the adapter resized the embeddings.  `config_changes` follow from both.
+    if the adapter resized the embeddings.  `config_changes` follow from both.  `applied` collects the adapter's tensors
+    as they are merged, each with the number of tensors it went into.
     """
 
     plan: tuple[TensorPlan, ...]
@@ -30,6 +38,9 @@ class Layout:
     changed: tuple[str, ...]
     untied: tuple[str, ...] = ()
     vocab_size: int | None = None
+    on_gpu: bool = False
+    expected: Mapping[str, int] = dataclasses.field(default_factory=dict)
+    applied: dict[str, int] = dataclasses.field(default_factory=dict)
 
     @property
     def config_changes(self) -> dict[str, Any]:
@@ -37,40 +48,77 @@ class Layout:
         changes: dict[str, Any] = {"tie_word_embeddings": False} if self.untied else {}
         return changes if self.vocab_size is None else changes | {"vocab_size": self.vocab_size}
 
+    @property
+    def weights_bytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(planned.size_bytes for planned in self.plan)
+
+    def working_bytes(self, planned: TensorPlan) -> int:
+        """Host memory that one tensor takes from being read to being written: at least input and output."""
+        both = planned.elements * 4 + planned.size_bytes
+        merged_here = planned.name in self.changed and not self.on_gpu
+        return both + (planned.elements * MERGE_BYTES_PER_ELEMENT if merged_here else 0)
+
+    def check_applied(self) -> None:
+        """Every tensor of the adapter was merged, exactly as often as planned; ExportError otherwise."""
+        wrong = sorted(k for k in self.expected.keys() | self.applied.keys()
+                       if self.expected.get(k, 0) != self.applied.get(k, 0))  # fmt: skip
+        if wrong:
+            raise ExportError(
+                f"{len(wrong)} tensors of the adapter were not merged exactly once, such as {wrong[0]} "
+                f"({self.applied.get(wrong[0], 0)} times instead of {self.expected.get(wrong[0], 0)}): this is a bug "
+                "worth reporting with adapter_config.json."
+            )
+
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class _Output:
-    """A tensor of the export under `key`: parameter `name` of the model, made from the base's tensor `stored`."""
+    """A tensor of the export under `key`: parameter `name` of the model (or a part), made from the tensor `stored`."""
 
     key: str
     name: str
     stored: str
+    part: Part | None = None
 
 
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class _Skeleton:
-    """What a model without memory tells: its parameters, `{copy: origin}` of the tied ones, and its key prefix."""
-
-    parameters: Mapping[str, tuple[int, ...]]
-    tied: Mapping[str, str]
-    prefix: str
-    embedding: str
-
-    def name_of(self, key: str) -> str:
-        """Key in a file -> parameter; files saved from the model without its head lack the prefix (`model.`)."""
-        prefixed = f"{self.prefix}.{key}"
-        return prefixed if key not in self.parameters and prefixed in self.parameters else key
+def merge_device(largest_elements: int) -> torch.device:
+    """The GPU if there is one with room for the largest merge, else the CPU."""
+    if torch.cuda.is_available():
+        free, _ = torch.cuda.mem_get_info()
+        if free >= largest_elements * MERGE_BYTES_PER_ELEMENT + GPU_MARGIN_BYTES:
+            return torch.device("cuda")
+    return torch.device("cpu")
 
 
-def cast_layout(model_dir: Path, tensors: TensorFolder, *, dtype: torch.dtype) -> Layout:
-    """A fully trained model: its own tensors, rounded once to `dtype`; copies of tied tensors are left out."""
-    skeleton = _skeleton(model_dir)
+def cast_layout(model_dir: Path, tensors: TensorSource, *, dtype: torch.dtype, base: Path | None = None) -> Layout:
+    """A fully trained model: its own tensors, rounded once to `dtype`; copies of tied tensors are left out.
+
+    `model_dir` holds config.json.  A ZeRO checkpoint has parameters, not tensors as files have them: where transformers
+    fuses experts, the tensors of `base` tell how they are taken apart.
+    """
+    skeleton = read_skeleton(model_dir)
     copies = {copy for copy, origin in skeleton.tied.items() if _both_equal(tensors, copy, origin)}
-    names = tuple(name for name in tensors.names if name not in copies)
+    outputs = {name: _Output(key=name, name=name, stored=name) for name in tensors.names if name not in copies}
+    if not isinstance(tensors, TensorFolder) and skeleton.converters:
+        outputs = _taken_apart(skeleton, outputs, base)
+
+    def cast(key: str) -> torch.Tensor:
+        output = outputs[key]
+        if output.part is None:
+            return _cast(tensors.get(output.stored), dtype)
+        begin, end = output.part.span(tensors.shape(output.stored))
+        return _cast(tensors.flat(output.stored, begin, end), dtype).reshape(
+            _shape(output, tensors.shape(output.stored))
+        )
+
     return Layout(
-        plan=tuple(TensorPlan(name=name, shape=tensors.shape(name), dtype=dtype) for name in names),
-        produce=lambda name: tensors.get(name).to(dtype),
-        changed=names,
+        plan=tuple(
+            TensorPlan(name=key, shape=_shape(output, tensors.shape(output.stored)), dtype=dtype)
+            for key, output in outputs.items()
+        ),
+        produce=cast,
+        changed=tuple(outputs),
+        on_gpu=True,  # nothing is computed: only input and output are held
     )
 
 
@@ -82,55 +130,114 @@ def merged_layout(
     base_dtype: torch.dtype | None,
     dtype: torch.dtype,
     quantization: Mapping[str, Any] | None,
+    device: torch.device | None = None,
 ) -> Layout:
     """`base` (in the trainer's `base_dtype`, through 4 bit if `quantization`) + `adapter`, rounded once to `dtype`.
 
-    Raises ExportError if an adapted or quantised parameter is not in the base's files under its own name.
+    Merges on `device`, if not given where there is room.  Raises ExportError if an adapted or quantised parameter is
+    not in the base's files.
     """
-    skeleton = _skeleton(base)
+    skeleton = read_skeleton(base)
+    adapter = named_for(adapter, skeleton.parameters)
     quantised = frozenset() if quantization is None else quantised_weights(base, quantization)
+    largest = max(TensorPlan(name=key, shape=tensors.shape(key), dtype=dtype).elements for key in tensors.names)
+    device = merge_device(largest) if device is None else device
+    applied: dict[str, int] = {}
+    counting = threading.Lock()
 
     def merged(output: _Output, update: Update | None) -> torch.Tensor:
         weight = tensors.get(output.stored)
+        quantise = output.name in quantised and quantization is not None
+        if update is not None or quantise:
+            weight = weight.to(device)
         weight = weight if base_dtype is None else weight.to(base_dtype)
-        if output.name in quantised and quantization is not None:
-            weight = round_trip(weight, quantization)
-        return (weight if update is None else adapter.apply(update, weight)).to(dtype)
+        if quantise:
+            weight = round_trip(weight, quantization)  # type: ignore[arg-type]
+        if update is not None:
+            weight = adapter.apply(update, weight, output.part, output.name.rpartition(".")[0] in skeleton.transposed)
+        return _cast(weight, dtype).cpu()
 
-    outputs = {
-        name: _Output(key=key, name=name, stored=key) for key in tensors.names for name in [skeleton.name_of(key)]
-    }
+    def produce(key: str) -> torch.Tensor:
+        update = updates.get(of_key[key].name)
+        tensor = merged(of_key[key], update)
+        with counting:  # the experts of one parameter are made by several threads
+            for used in () if update is None else update.keys:
+                applied[used] = applied.get(used, 0) + 1
+        return tensor
+
+    outputs = _outputs(skeleton, tensors)
     updates = dict(adapter.updates)
     untied: list[str] = []
     for copy, origin in skeleton.tied.items():
-        if (
-            copy in outputs
-            and origin in outputs
-            and not _both_equal(tensors, outputs[copy].stored, outputs[origin].stored)
-        ):
+        pair = outputs.get(copy), outputs.get(origin)
+        if pair[0] and pair[1] and not _both_equal(tensors, pair[0][0].stored, pair[1][0].stored):
             continue  # stored with different values: transformers does not tie them either
         untied += _settle_tie(copy, origin, outputs, updates, merged)
     _check_names("adapted", set(adapter.updates) - set(outputs) - set(skeleton.tied), base)
     _check_names("quantised", quantised - set(outputs), base)
 
+    of_key = {output.key: output for parts in outputs.values() for output in parts}
     shapes = {
-        output.key: adapter.replaced_shape(updates.get(output.name)) or tensors.shape(output.stored)
-        for output in outputs.values()
+        key: adapter.replaced_shape(updates.get(output.name)) or tensors.shape(output.stored)
+        for key, output in of_key.items()
     }
-    of_key = {output.key: output for output in outputs.values()}
+    changed = tuple(key for key, output in of_key.items() if output.name in updates)
+    expected: dict[str, int] = {}
+    for used in (used for key in changed for used in updates[of_key[key].name].keys):
+        expected[used] = expected.get(used, 0) + 1
     return Layout(
         plan=tuple(TensorPlan(name=key, shape=shape, dtype=dtype) for key, shape in shapes.items()),
-        produce=lambda key: merged(of_key[key], updates.get(of_key[key].name)),
-        changed=tuple(key for key, output in of_key.items() if output.name in updates),
+        produce=produce,
+        changed=changed,
         untied=tuple(untied),
         vocab_size=_new_vocab_size(skeleton, of_key, shapes),
+        on_gpu=device.type == "cuda",
+        expected=expected,
+        applied=applied,
     )
+
+
+def _cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    """Rounded once; the same tensor if it is in `dtype` already."""
+    return tensor.to(dtype)
+
+
+def _outputs(skeleton: Skeleton, tensors: TensorFolder) -> dict[str, list[_Output]]:
+    """Parameter -> the tensors of the files that make it: one, or one for each expert and piece."""
+    outputs: dict[str, list[_Output]] = {}
+    for key, place in skeleton.places(tensors.names).items():
+        outputs.setdefault(place.name, []).append(_Output(key=key, name=place.name, stored=key, part=place.part))
+    return outputs
+
+
+def _taken_apart(skeleton: Skeleton, whole: dict[str, _Output], base: Path | None) -> dict[str, _Output]:
+    """A ZeRO checkpoint's fused experts, as the tensors that the files of such models have."""
+    if base is None:
+        raise ExportError(
+            "This checkpoint's experts are fused as transformers holds them; name the model that was trained with "
+            "--base, so that they are written as its files have them."
+        )
+    with TensorFolder(base) as tensors:
+        places = skeleton.places(tensors.names)
+    apart = {
+        key: _Output(key=key, name=place.name, stored=place.name, part=place.part)
+        for key, place in places.items()
+        if place.name in whole
+    }
+    fused = {output.name for output in apart.values()}
+    return apart | {key: output for key, output in whole.items() if output.name not in fused}
+
+
+def _shape(output: _Output, stored: tuple[int, ...]) -> tuple[int, ...]:
+    if output.part is None:
+        return stored
+    return (stored[1] // output.part.pieces, *stored[2:])
 
 
 def _settle_tie(
     copy: str,
     origin: str,
-    outputs: dict[str, _Output],
+    outputs: dict[str, list[_Output]],
     updates: dict[str, Update],
     merged: Callable[[_Output, Update | None], torch.Tensor],
 ) -> list[str]:
@@ -141,18 +248,18 @@ def _settle_tie(
     kept = origin if origin in outputs else copy
     if kept not in outputs:
         return []
-    stored = outputs[kept].stored
-    outputs.pop(copy if kept == origin else origin, None)
+    other = copy if kept == origin else origin
+    stored = outputs[kept][0].stored
+    outputs.pop(other, None)
     if copy not in updates and origin not in updates:
         return []
-    own = {name: _with_shared(name, updates.get(name), updates.get(other)) for name, other in _both_ways(copy, origin)}
+    own = {name: _with_shared(name, updates.get(name), updates.get(twin)) for name, twin in _both_ways(copy, origin)}
     values = {name: merged(_Output(key=name, name=name, stored=stored), update) for name, update in own.items()}
     updates |= {name: update for name, update in own.items() if update is not None}
     if torch.equal(values[copy], values[origin]):
-        updates.pop(copy if kept == origin else origin, None)
+        updates.pop(other, None)
         return []
-    other = copy if kept == origin else origin
-    outputs[other] = _Output(key=other, name=other, stored=stored)
+    outputs[other] = [_Output(key=other, name=other, stored=stored)]
     return [copy, origin]
 
 
@@ -178,13 +285,12 @@ def _check_names(what: str, lost: Set[str], base: Path) -> None:
         raise ExportError(
             f"{len(lost)} {what} parameters are not in the base's files under that name: "
             f"{', '.join(sorted(lost)[:4])}. Either {base} is not the base that was trained (name it with --base), or "
-            "transformers renames or fuses its weights on loading (as for mixtures of experts), which this merge "
-            "cannot map back."
+            "transformers converts its weights on loading in a way that this merge cannot map back."
         )
 
 
 def _new_vocab_size(
-    skeleton: _Skeleton, of_key: Mapping[str, _Output], shapes: Mapping[str, tuple[int, ...]]
+    skeleton: Skeleton, of_key: Mapping[str, _Output], shapes: Mapping[str, tuple[int, ...]]
 ) -> int | None:
     """Rows of the input embedding, if they differ from the base's."""
     before = skeleton.parameters[skeleton.embedding][0]
@@ -192,20 +298,5 @@ def _new_vocab_size(
     return next((rows for rows in after if rows != before), None)
 
 
-def _both_equal(tensors: TensorFolder, copy: str, origin: str) -> bool:
+def _both_equal(tensors: TensorSource, copy: str, origin: str) -> bool:
     return copy in tensors and origin in tensors and torch.equal(tensors.get(copy), tensors.get(origin))
-
-
-def _skeleton(folder: Path) -> _Skeleton:
-    """Build the model on the meta device: names and ties, no memory."""
-    from transformers import AutoConfig, AutoModelForCausalLM
-
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
-    embedding = model.get_input_embeddings()
-    return _Skeleton(
-        parameters={name: tuple(tensor.shape) for name, tensor in model.state_dict().items()},
-        tied=dict(model.all_tied_weights_keys),
-        prefix=model.base_model_prefix,
-        embedding=next(f"{name}.weight" for name, module in model.named_modules() if module is embedding),
-    )

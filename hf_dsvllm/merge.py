@@ -1,25 +1,27 @@
 """LoRA adapters -> what each tensor of the base becomes, in fp32, without building the model.
 
-Covers what PEFT's `LoraConfig` can train on dense models: LoRA, rsLoRA, rank and alpha patterns, DoRA, transposed
-layers, embeddings, biases, `modules_to_save`, trainable tokens.  Anything else is refused by name: an export that
-silently lacks a trained part is worse than none.
+Covers what PEFT's `LoraConfig` can train: LoRA, rsLoRA, rank and alpha patterns, DoRA, transposed layers, embeddings,
+biases, `modules_to_save`, trainable tokens, and parameters of mixtures of experts (`target_parameters`).  Anything else
+is refused by name: an export that silently lacks a trained part is worse than none.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import functools
 import json
 import math
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from hf_dsvllm.errors import ExportError
+from hf_dsvllm.naming import Part
 from hf_dsvllm.weights import TensorFolder
 
-__all__ = ["Adapter", "Update", "is_adapter", "read_adapter"]
+__all__ = ["CONFIG", "WEIGHTS", "Adapter", "Update", "is_adapter", "named_for", "read_adapter"]
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -32,9 +34,10 @@ HANDLED = frozenset(
         *("exclude_modules", "fan_in_fan_out", "inference_mode", "init_lora_weights", "layers_pattern"),
         *("layers_to_transform", "lora_alpha", "lora_bias", "lora_dropout", "megatron_core", "modules_to_save"),
         *("peft_type", "peft_version", "qalora_group_size", "r", "rank_pattern", "revision", "runtime_config"),
-        *("target_modules", "task_type", "trainable_token_indices", "use_dora", "use_rslora"),
+        *("target_modules", "target_parameters", "task_type", "trainable_token_indices", "use_dora", "use_rslora"),
     )
 )
+READ_AHEAD = 32  # tensors of an adapter kept; a few MB each
 # PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA change the base's weights in memory; the saved adapter is a delta to those.
 HARMLESS_INITS = (True, False, "gaussian", "eva", "orthogonal")
 
@@ -45,7 +48,8 @@ class Update:
 
     `replacement` (modules_to_save, trained biases, resized embeddings) stands for the base's own value; then rows are
     replaced, then the low-rank delta is added.  `shared_base` marks a replacement that PEFT writes into the base
-    layer itself, so that a tied partner sees it too.
+    layer itself, so that a tied partner sees it too.  `experts` is set for a parameter [experts, …] adapted as a
+    whole; until `named_for` knows the model, `name` is its module and `wrapper` how many wrappers PEFT put around it.
     """
 
     name: str
@@ -59,6 +63,8 @@ class Update:
     bias_delta: str | None = None
     embedding: bool = False
     scaling: float = 1.0
+    wrapper: int | None = None
+    experts: int = 0
 
     @property
     def keys(self) -> tuple[str, ...]:
@@ -75,15 +81,25 @@ class Adapter:
     config: Mapping[str, Any]
     tensors: TensorFolder
     updates: Mapping[str, Update]
+    read: Callable[[str], torch.Tensor]
 
     def replaced_shape(self, update: Update | None) -> tuple[int, ...] | None:
         """Shape of a parameter that the adapter replaces as a whole (resized embeddings); None otherwise."""
         return None if update is None or update.replacement is None else self.tensors.shape(update.replacement)
 
-    def apply(self, update: Update, base: torch.Tensor) -> torch.Tensor:
-        """The trained value of a parameter in fp32, given the base's value (any float dtype, any device)."""
+    def apply(
+        self, update: Update, base: torch.Tensor, part: Part | None = None, transposed: bool = False
+    ) -> torch.Tensor:
+        """The trained value of a parameter in fp32, given the base's value (any float dtype, any device).
+
+        With `part`, `base` is that part of a fused parameter; `transposed` fused weights are [experts, in, out].
+        """
         weight = base if update.replacement is None else self._tensor(update.replacement, base)
         weight = weight.to(torch.float32)
+        if update.experts:
+            return self._with_expert_delta(update, weight, part, transposed)
+        if part is not None:
+            raise ExportError(f"{update.name} is fused from several tensors; only LoRA on the whole of it is merged.")
         if update.rows is not None:
             weight = weight.clone()
             weight[list(update.row_indices)] = self._tensor(update.rows, base)
@@ -94,7 +110,31 @@ class Adapter:
         return weight
 
     def _tensor(self, key: str, like: torch.Tensor) -> torch.Tensor:
-        return self.tensors.get(key).to(device=like.device, dtype=torch.float32)
+        return self.read(key).to(device=like.device, dtype=torch.float32)
+
+    def _with_expert_delta(
+        self, update: Update, weight: torch.Tensor, part: Part | None, transposed: bool
+    ) -> torch.Tensor:
+        """`W[e] + s B[e] A[e]`; PEFT keeps A as [experts * r, in] and B as [out, r * experts]."""
+        assert update.lora_a is not None
+        assert update.lora_b is not None
+        low, high = self._tensor(update.lora_a, weight), self._tensor(update.lora_b, weight)
+        low = low.reshape(update.experts, -1, low.shape[-1])
+        high = high.reshape(high.shape[0], -1, update.experts).permute(2, 0, 1)
+        if part is not None:
+            low, high = low[part.expert], high[part.expert, part.rows(high.shape[1])]
+        elif weight.dim() == 2:
+            low, high = low[0], high[0]  # a plain weight, targeted by the name of its parameter
+        delta = high @ low * update.scaling
+        return self._fitting(update, weight, delta.transpose(-1, -2) if transposed else delta)
+
+    def _fitting(self, update: Update, weight: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
+        if delta.shape != weight.shape:
+            raise ExportError(
+                f"{update.name} is {tuple(weight.shape)} in the base but the adapter's delta is {tuple(delta.shape)}: "
+                f"the adapter in {self.path} was trained on another base; name the right one with --base."
+            )
+        return weight + delta
 
     def _with_delta(self, update: Update, weight: torch.Tensor) -> torch.Tensor:
         """`W + s B A`; DoRA: `m (W + s B A) / ||W + s B A||`, norm over inputs (https://arxiv.org/abs/2402.09353)."""
@@ -103,12 +143,7 @@ class Adapter:
         product = self._tensor(update.lora_b, weight) @ self._tensor(update.lora_a, weight)
         transposed = update.embedding or self._is_transposed(update, product, weight)
         delta = (product.T if transposed else product) * update.scaling
-        if delta.shape != weight.shape:
-            raise ExportError(
-                f"{update.name} is {tuple(weight.shape)} in the base but the adapter's delta is {tuple(delta.shape)}: "
-                f"the adapter in {self.path} was trained on another base; name the right one with --base."
-            )
-        merged = weight + delta
+        merged = self._fitting(update, weight, delta)
         if update.magnitude is None:
             return merged
         axis = 0 if transposed else 1
@@ -146,7 +181,45 @@ def read_adapter(folder: Path) -> Adapter:
             f"{folder / WEIGHTS} has {found}: it was saved from partitioned ZeRO-3 parameters without gathering "
             "them; export a snapshot or a later checkpoint."
         )
-    return Adapter(path=folder, config=config, tensors=tensors, updates=_sort(folder, config, tensors))
+    # The experts of one parameter are merged one by one and share the tensors read for it.
+    read = functools.lru_cache(maxsize=READ_AHEAD)(tensors.get)
+    return Adapter(path=folder, config=config, tensors=tensors, updates=_sort(folder, config, tensors), read=read)
+
+
+def named_for(adapter: Adapter, parameters: Mapping[str, tuple[int, ...]]) -> Adapter:
+    """`adapter` with `target_parameters` under the model's own names; `parameters` are its shapes by name, in order.
+
+    PEFT wraps a module once for each adapted parameter, the first one innermost, and saves only how deep a wrapper was.
+    """
+    targets = adapter.config.get("target_parameters") or ()
+    updates: dict[str, Update] = {}
+    for update in adapter.updates.values():
+        if update.wrapper is None:
+            updates[update.name] = update
+            continue
+        inside = [name for name in parameters if name.rpartition(".")[0] == update.name]
+        adapted = [name for name in inside if any(name == each or name.endswith(f".{each}") for each in targets)]
+        if update.wrapper >= len(adapted):
+            raise ExportError(
+                f"{adapter.path} adapts {update.wrapper + 1} parameters of {update.name}, and the base has "
+                f"{len(adapted)} of target_parameters={list(targets)} there: it was trained on another base (--base)."
+            )
+        name = adapted[-1 - update.wrapper]
+        shape = parameters[name]
+        updates[name] = _scaled(adapter, update, name, shape[0] if len(shape) == 3 else 1)
+    return dataclasses.replace(adapter, updates=updates)
+
+
+def _scaled(adapter: Adapter, update: Update, name: str, experts: int) -> Update:
+    assert update.lora_a is not None
+    rank, scaling = _rank_and_scaling(adapter.config, name)
+    found = adapter.tensors.shape(update.lora_a)[0]
+    if found != rank * experts:
+        raise ExportError(
+            f"{update.lora_a} has {found} rows, not {rank} for each of {experts} experts: the configuration in "
+            f"{adapter.path / CONFIG} does not belong to these weights, or the base is another one (--base)."
+        )
+    return dataclasses.replace(update, name=name, wrapper=None, experts=experts, scaling=scaling)
 
 
 def _check_config(folder: Path, config: Mapping[str, Any]) -> None:
@@ -174,12 +247,12 @@ def _sort(folder: Path, config: Mapping[str, Any], tensors: TensorFolder) -> dic
             continue
         name, values = placed
         known = fields.setdefault(name, {})
-        if set(values) & set(known) - {"scaling", "embedding"}:
+        if set(values) & set(known) - {"embedding", "wrapper"}:
             raise ExportError(f"{key} in {folder / WEIGHTS} is a second value for {name}.")
         known.update(values)
     if unknown:
         raise ExportError(f"{len(unknown)} tensors of {folder / WEIGHTS} cannot be placed: {', '.join(unknown[:5])}.")
-    updates = {name: Update(name=name, **values) for name, values in fields.items()}
+    updates = {name: Update(name=name.partition("#")[0], **values) for name, values in fields.items()}
     return {name: _complete(folder, config, tensors, update) for name, update in updates.items()}
 
 
@@ -201,6 +274,8 @@ def _place(key: str, config: Mapping[str, Any]) -> tuple[str, dict[str, Any]] | 
             continue
         module = path.removesuffix(ending)
         values: dict[str, Any] = {field: key}
+        if (wrapped := _wrapped(config, module)) is not None:
+            return f"{wrapped[0]}#{wrapped[1]}", values | {"wrapper": wrapped[1]}
         if "lora_embedding" in ending:
             values["embedding"] = True
         if field == "rows":
@@ -210,6 +285,16 @@ def _place(key: str, config: Mapping[str, Any]) -> tuple[str, dict[str, Any]] | 
         return None
     shared = ".base_layer." in path
     return path.replace(".base_layer.", "."), {"replacement": key, "shared_base": shared}
+
+
+def _wrapped(config: Mapping[str, Any], module: str) -> tuple[str, int] | None:
+    """(module, depth) if the adapter is on a parameter of the module itself, by `target_parameters`; None otherwise."""
+    plain = module.replace(".base_layer", "")
+    for target in config.get("target_parameters") or ():
+        owner = target.rpartition(".")[0]
+        if plain == owner or plain.endswith(f".{owner}"):
+            return plain, module.count(".base_layer")
+    return None
 
 
 def _row_indices(config: Mapping[str, Any], module: str) -> tuple[int, ...]:
@@ -229,18 +314,23 @@ def _complete(folder: Path, config: Mapping[str, Any], tensors: TensorFolder, up
             f"{update.rows} has {tensors.shape(update.rows)[0]} rows but trainable_token_indices in {folder / CONFIG} "
             f"names {len(update.row_indices)}."
         )
-    if update.lora_a is None and update.bias_delta is None:
+    if update.wrapper is not None or (update.lora_a is None and update.bias_delta is None):
         return update
-    from peft.utils.other import get_pattern_key
-
     module = update.name.rpartition(".")[0]
-    ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
-    rank = ranks.get(get_pattern_key(ranks, module), config["r"])
-    alpha = alphas.get(get_pattern_key(alphas, module), config["lora_alpha"])
+    rank, scaling = _rank_and_scaling(config, module)
     if update.lora_a is not None and tensors.shape(update.lora_a)[0] != rank:
         raise ExportError(
             f"{update.lora_a} has rank {tensors.shape(update.lora_a)[0]} but {folder / CONFIG} says {rank} for "
             f"{module}: the configuration does not belong to these weights."
         )
-    scaling = alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank
     return dataclasses.replace(update, scaling=scaling)
+
+
+def _rank_and_scaling(config: Mapping[str, Any], module: str) -> tuple[int, float]:
+    """`alpha / rank`, or `alpha / sqrt(rank)` for rsLoRA, with this module's (or parameter's) own rank and alpha."""
+    from peft.utils.other import get_pattern_key
+
+    ranks, alphas = config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}
+    rank = ranks.get(get_pattern_key(ranks, module), config["r"])
+    alpha = alphas.get(get_pattern_key(alphas, module), config["lora_alpha"])
+    return rank, alpha / math.sqrt(rank) if config.get("use_rslora") else alpha / rank

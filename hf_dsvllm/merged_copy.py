@@ -15,26 +15,25 @@ from hf_dsvllm._compat import outside_zero3
 from hf_dsvllm.files import atomic_folder, write_json
 from hf_dsvllm.layout import merged_layout
 from hf_dsvllm.merge import read_adapter
-from hf_dsvllm.weights import TensorFolder, check_free_disk, write_shards
+from hf_dsvllm.shards import write_shards
+from hf_dsvllm.weights import TensorFolder, check_free_disk
 
 __all__ = ["merged_copy"]
-
-SHARD_BYTES = 5 << 30
 
 
 @outside_zero3()
 def merged_copy(base: Path, adapter: Path, out: Path, *, dtype: torch.dtype) -> Path:
     """Write `base` with the PEFT adapter folder `adapter` merged in, in `dtype`, to `out`, replacing what was there.
 
-    Shard by shard: two shards of memory at most.  Raises ExportError if the adapter does not fit the base or the disk
+    Tensor by tensor: two shards of memory at most.  Raises ExportError if the adapter does not fit the base or the disk
     is full.
     """
     shutil.rmtree(out, ignore_errors=True)
     with TensorFolder(base) as tensors:
         layout = merged_layout(base, tensors, read_adapter(adapter), base_dtype=None, dtype=dtype, quantization=None)
-        check_free_disk(out, sum(planned.size_bytes for planned in layout.plan))
+        check_free_disk(out, layout.weights_bytes)
         with atomic_folder(out) as folder:
-            write_shards(folder, layout.plan, layout.produce, max_shard_size_bytes=SHARD_BYTES)
+            write_shards(folder, layout.plan, layout.produce, working_bytes=layout.working_bytes)
             config = json.loads((base / "config.json").read_text(encoding="utf-8"))
             config.pop("torch_dtype", None)
             if layout.untied:

@@ -29,6 +29,7 @@ from hf_dsvllm.engine.server import EngineServer, EngineSpec, find_vllm
 from hf_dsvllm.errors import ConfigError, DsvllmError, ExportError, Problem, WiringError
 from hf_dsvllm.evaluation import EVALS, Evaluator, Sampling
 from hf_dsvllm.files import write_json
+from hf_dsvllm.fingerprint import fingerprint_of
 from hf_dsvllm.launch import read_launch
 from hf_dsvllm.measure import RunMeasure
 from hf_dsvllm.model_shape import load_shape
@@ -185,6 +186,7 @@ class Session:
             set_aside_earlier_run(self.run_dir)
         record = {
             "base_model": str(self.model_args.model_name_or_path),
+            "base_fingerprint": fingerprint_of(str(self.model_args.model_name_or_path)),
             "preset": self.args.ds_preset,
             "adapter": _adapter_name(self.model_args),
             "quantization": adapters.quantization_record(trainer.model),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 from collections.abc import Mapping
@@ -23,6 +24,7 @@ __all__ = [
 ]
 
 Which = Literal["best", "latest", "final"]
+Kind = Literal["adapter", "full", "zero", "zero_adapter"]
 RECORD = "run.json"
 SNAPSHOTS = "snapshots"
 TOKENIZER_FILES = (
@@ -34,21 +36,29 @@ TOKENIZER_FILES = (
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class RunRecord:
-    """The part of RUN/run.json that an export needs; `folder` is RUN."""
+    """The part of RUN/run.json that an export needs; `folder` is RUN.
+
+    `base_fingerprint` is None for runs whose base has no safetensors, and for those before it was recorded.
+    """
 
     folder: Path
     base_model: str
     adapter: str | None
     quantization: Mapping[str, Any] | None
     dtype: str
+    base_fingerprint: str | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Source:
-    """The folder with the trained weights, what kind they are, and the run they came from (if it is recorded)."""
+    """The folder with the trained weights, what kind they are, and the run they came from (if it is recorded).
+
+    `zero` and `zero_adapter` are partitioned DeepSpeed checkpoints: of a whole model, and of an adapter whose own file
+    was left empty.
+    """
 
     model_dir: Path
-    kind: Literal["adapter", "full", "zero"]
+    kind: Kind
     step: int | None
     record: RunRecord | None
 
@@ -144,6 +154,7 @@ def _read_record(folder: Path) -> RunRecord:
             adapter=values["adapter"],
             quantization=values["quantization"],
             dtype=str(values["dtype"]).removeprefix("torch."),
+            base_fingerprint=values.get("base_fingerprint"),
         )
     except (ValueError, KeyError, TypeError) as error:
         raise ExportError(f"{folder / RECORD} is not a run record ({type(error).__name__}: {error}).") from error
@@ -163,21 +174,31 @@ def _snapshot(path: Path, pointer: str, record: RunRecord | None) -> Source:
     return _source(folder, kind, int(values["step"]), record)
 
 
-def _source(
-    folder: Path, kind: Literal["adapter", "full", "zero"] | None, step: int | None, record: RunRecord | None
-) -> Source:
+def _source(folder: Path, kind: Kind | None, step: int | None, record: RunRecord | None) -> Source:
     assert kind is not None
     return Source(model_dir=folder, kind=kind, step=step, record=record)
 
 
-def _kind(folder: Path) -> Literal["adapter", "full", "zero"] | None:
+def _kind(folder: Path) -> Kind | None:
     if (folder / "adapter_config.json").is_file():
-        return "adapter"
+        return "zero_adapter" if _adapter_left_behind(folder) and any(folder.glob("global_step*")) else "adapter"
     if (folder / "config.json").is_file() and any(folder.glob("model*.safetensors*")):
         return "full"
     if any(folder.glob("global_step*")):
         return "zero"
     return None
+
+
+def _adapter_left_behind(folder: Path) -> bool:
+    """Whether the adapter file is missing or holds empty tensors, as ZeRO-3 leaves it without gathering."""
+    from hf_dsvllm.weights import TensorFolder  # needs torch, which the command line's help does without
+
+    file = folder / "adapter_model.safetensors"
+    if not file.is_file():
+        return True
+    with contextlib.suppress(ExportError), TensorFolder(file) as tensors:
+        return not tensors.names or any(0 in tensors.shape(name) for name in tensors.names)
+    return False  # damaged: reading it says so
 
 
 def _step_of(folder: Path) -> int:

@@ -2,6 +2,7 @@
 
 The trained model is put together the slow, plain way: transformers loads the base (taken through 4 bit if the run was
 QLoRA), PEFT loads the adapter.  Both forwards run in fp32, so what is left is the one rounding of the merged weights.
+The prompts are fixed texts, and questions in the training chat template with the trained model's greedy answers.
 """
 
 from __future__ import annotations
@@ -17,8 +18,17 @@ import torch
 
 from hf_dsvllm.errors import ExportError
 from hf_dsvllm.fourbit import quantised_weights, round_trip
+from hf_dsvllm.weights import TensorSource
 
-__all__ = ["Verification", "adapter_reference", "compare_logits", "full_reference", "memory_shortfall"]
+__all__ = [
+    "Comparison",
+    "Verification",
+    "adapter_reference",
+    "compare_logits",
+    "full_reference",
+    "partitioned_reference",
+    "verification_device",
+]
 
 # Mean |difference| allowed, as a share of the reference logits' standard deviation.  Rounding weights to bf16 (8
 # significant bits) moves SmolLM2-135M's logits by 0.003 of their spread (measured); another base by a tenth and up.
@@ -30,6 +40,9 @@ TIE_SHARE = 0.1
 # A few of some hundred tokens may flip: SmolLM2-135M trained at a high rate agreed on 99.1 %.
 GREEDY_LIMIT = 0.97
 MAX_TOKENS = 48
+ANSWER_TOKENS = 16
+# A log-probability is a logit less the log-sum-exp of all: twice the logits' error at most, if those are alike.
+LOGPROB_FACTOR = 2
 
 PROMPTS = (
     "The capital of France is",
@@ -41,11 +54,21 @@ PROMPTS = (
     "La lune brille sur la mer et",
     "Translate to German: Good morning, how are you today?",
 )
+QUESTIONS = (
+    "What is the capital of Norway?",
+    "Write one sentence about the sea.",
+    "Extract the year: The bridge was opened in 1932.",
+    "Answer yes or no: is 17 a prime number?",
+)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Verification:
-    """Logits of the trained and the exported model side by side, over `tokens` positions of `prompts` texts."""
+    """Logits of the trained and the exported model side by side, over `tokens` positions of `prompts` texts.
+
+    `chat_prompts` of them went through the chat template; `answer_agreement` is the share of the trained model's own
+    greedy answers that the export would give too.  Log-probabilities are of the tokens that follow in the texts.
+    """
 
     prompts: int
     tokens: int
@@ -56,6 +79,9 @@ class Verification:
     greedy_agreement: float
     mean_limit: float
     greedy_limit: float
+    chat_prompts: int = 0
+    answer_agreement: float | None = None
+    mean_logprob_difference: float | None = None
     adapter_effect: float | None = None
     adapter_share: float | None = None
 
@@ -66,19 +92,34 @@ class Verification:
         The share counts only where the adapter's effect stands out of the rounding (half the mean limit and more).
         """
         close = self.mean_abs_difference <= self.mean_limit and self.greedy_agreement >= self.greedy_limit
+        if self.answer_agreement is not None:
+            close = close and self.answer_agreement >= self.greedy_limit
+        if self.mean_logprob_difference is not None:
+            close = close and self.mean_logprob_difference <= LOGPROB_FACTOR * self.mean_limit
         if self.adapter_effect is None or self.adapter_share is None or self.adapter_effect < self.mean_limit / 2:
             return close
         return close and abs(self.adapter_share - 1) <= SHARE_SLACK
 
 
-def memory_shortfall(parameters: int, vocab_size: int) -> str | None:
-    """Why the comparison cannot run here, or None: one fp32 model with room for loading, four sets of logits."""
-    logits = 4 * 4 * len(PROMPTS) * MAX_TOKENS * vocab_size
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Comparison:
+    """The figures, and what they were taken on: token ids of each text, and the trained model's log-probabilities."""
+
+    verification: Verification
+    texts: tuple[tuple[int, ...], ...]
+    logprobs: tuple[tuple[float, ...], ...]
+
+
+def verification_device(parameters: int, vocab_size: int) -> tuple[str, str | None]:
+    """Where one fp32 model with four sets of logits fits: the GPU, else the CPU, else a reason why nowhere."""
+    logits = 4 * 4 * (len(PROMPTS) + len(QUESTIONS)) * (MAX_TOKENS + ANSWER_TOKENS) * vocab_size
     needed = int(4 * parameters * 1.25) + logits
+    if torch.cuda.is_available() and torch.cuda.mem_get_info()[0] >= needed:
+        return "cuda", None
     free = psutil.virtual_memory().available
     if needed <= free:
-        return None
-    return f"comparing logits needs about {needed / 1e9:.1f} GB of memory and {free / 1e9:.1f} GB are free"
+        return "cpu", None
+    return "cpu", f"comparing logits needs about {needed / 1e9:.1f} GB of memory and {free / 1e9:.1f} GB are free"
 
 
 def adapter_reference(
@@ -88,6 +129,7 @@ def adapter_reference(
     dtype: torch.dtype,
     quantization: Mapping[str, Any] | None,
     vocab_size: int | None,
+    device: str = "cpu",
 ) -> Any:
     """The trained model: `base` loaded in `dtype`, through 4 bit where the run was, the adapter by PEFT, then fp32.
 
@@ -96,7 +138,7 @@ def adapter_reference(
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=dtype, **_placed(device))
     if quantization is not None:
         for name in quantised_weights(base, quantization):
             parameter = model.get_parameter(name)
@@ -107,28 +149,51 @@ def adapter_reference(
     return PeftModel.from_pretrained(model, adapter)
 
 
-def full_reference(folder: Path) -> Any:
+def full_reference(folder: Path, device: str = "cpu") -> Any:
     """A fully trained model as it was saved, in fp32."""
     from transformers import AutoModelForCausalLM
 
-    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32)
+    return AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, **_placed(device))
 
 
-def compare_logits(build_reference: Callable[[], Any], export: Path, dtype: torch.dtype) -> Verification:
-    """Run both models over the sample prompts, one after the other; raise ExportError if a limit is not kept."""
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    reference = build_reference().eval().to(device)
-    inputs = _inputs(export, reference.get_input_embeddings().weight.shape[0])
-    expected = _logits(reference, inputs)
+def partitioned_reference(config_dir: Path, tensors: TensorSource, device: str = "cpu") -> Any:
+    """The model of a ZeRO checkpoint, its parameters put into place one by one, in fp32."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(config_dir), dtype=torch.float32)
+    own = dict(model.named_parameters(remove_duplicate=False)) | dict(model.named_buffers())
+    for name in tensors.names:
+        if name not in own:
+            raise ExportError(f"The checkpoint has {name}, which the model of {config_dir}/config.json has not.")
+        with torch.no_grad():
+            own[name].copy_(tensors.get(name))
+    tied = model.all_tied_weights_keys
+    lost = [name for name, _ in model.named_parameters() if name not in tensors and name not in tied]
+    lost = [name for name in lost if not any(origin == name and copy in tensors for copy, origin in tied.items())]
+    if lost:
+        raise ExportError(f"The checkpoint lacks {len(lost)} parameters of the model, such as {lost[0]}.")
+    return model.to(device)
+
+
+def compare_logits(
+    build_reference: Callable[[], Any], export: Path, dtype: torch.dtype, *, device: str = "cpu", enforce: bool = True
+) -> Comparison:
+    """Run both models over the sample prompts, one after the other.
+
+    Raises ExportError if a limit is not kept, unless `enforce` is false (the difference itself is what is asked for).
+    """
+    reference = build_reference().eval()
+    texts, answered = _texts(export, reference)
+    expected = _logits(reference, texts)
     untrained = None
     if hasattr(reference, "disable_adapter"):
         with reference.disable_adapter():
-            untrained = _logits(reference, inputs)
+            untrained = _logits(reference, texts)
     del reference
     gc.collect()
-    actual = _logits(_load_export(export).eval().to(device), inputs)
-    result = _measure(expected, actual, dtype, device=device, untrained=untrained)
-    if not result.passed:
+    actual = _logits(_load_export(export, device).eval(), texts)
+    result = _measure(expected, actual, texts, answered, dtype, device=device, untrained=untrained)
+    if enforce and not result.passed:
         raise ExportError(
             "The exported model differs from the trained one: mean |logit difference| "
             f"{result.mean_abs_difference:.4g} (allowed {result.mean_limit:.4g}), greedy agreement "
@@ -136,13 +201,28 @@ def compare_logits(build_reference: Callable[[], Any], export: Path, dtype: torc
             f"{result.adapter_share} (1 +- {SHARE_SLACK}). Either the base is not the one trained on (--base), or this "
             "is a bug worth reporting with run.json."
         )
-    return result
+    logprobs = [_next_logprobs(logits, ids) for logits, ids in zip(_split(expected, texts), texts, strict=True)]
+    return Comparison(
+        verification=result,
+        texts=tuple(tuple(ids[0].tolist()) for ids in texts),
+        logprobs=tuple(tuple(each.tolist()) for each in logprobs),
+    )
 
 
 def _measure(
-    expected: torch.Tensor, actual: torch.Tensor, dtype: torch.dtype, *, device: str, untrained: torch.Tensor | None
+    expected: torch.Tensor,
+    actual: torch.Tensor,
+    texts: list[torch.Tensor],
+    answered: list[int],
+    dtype: torch.dtype,
+    *,
+    device: str,
+    untrained: torch.Tensor | None,
 ) -> Verification:
-    """All [tokens, vocabulary].  `share` is the regression of the export's change on the trained model's change."""
+    """All logits [tokens of all texts, vocabulary]; `answered` is where the answer in a text begins (its end: none).
+
+    `share` is the regression of the export's change on the trained model's change.
+    """
     if expected.shape != actual.shape:
         raise ExportError(f"Logits have shape {tuple(actual.shape)}, the trained model's {tuple(expected.shape)}.")
     difference = (actual - expected).abs()
@@ -153,44 +233,95 @@ def _measure(
         effect = float(change.abs().mean())
         share = float(((actual - untrained) * change).sum() / change.square().sum()) if effect else None
     lost = expected.max(dim=-1).values - expected.gather(-1, actual.argmax(dim=-1, keepdim=True)).squeeze(-1)
+    agrees = (lost <= TIE_SHARE * spread).float()
+    answers = [rows[begin - 1 : -1] for rows, begin in zip(_split(agrees, texts), answered, strict=True)]
+    answer = torch.cat([rows for rows, ids, begin in zip(answers, texts, answered, strict=True) if begin < ids.shape[1]]
+                       or [torch.empty(0)])  # fmt: skip
+    both = [zip(_split(logits, texts), texts, strict=True) for logits in (expected, actual)]
+    logprobs = [torch.cat([_next_logprobs(rows, ids) for rows, ids in pairs]) for pairs in both]
     return Verification(
-        prompts=len(PROMPTS),
+        prompts=len(texts),
         tokens=expected.shape[0],
         device=device,
         mean_abs_difference=float(difference.mean()),
         max_abs_difference=float(difference.max()),
         reference_std=spread,
-        greedy_agreement=float((lost <= TIE_SHARE * spread).float().mean()),
+        greedy_agreement=float(agrees.mean()),
         mean_limit=MEAN_LIMIT[dtype] * spread,
         greedy_limit=GREEDY_LIMIT,
         adapter_effect=effect,
         adapter_share=share,
+        chat_prompts=sum(begin < ids.shape[1] for ids, begin in zip(texts, answered, strict=True)),
+        answer_agreement=float(answer.mean()) if answer.numel() else None,
+        mean_logprob_difference=float((logprobs[0] - logprobs[1]).abs().mean()),
     )
 
 
-def _load_export(folder: Path) -> Any:
+def _split(rows: torch.Tensor, texts: list[torch.Tensor]) -> tuple[torch.Tensor, ...]:
+    """[tokens of all texts, …] -> one of [tokens, …] for each text."""
+    return rows.split([ids.shape[1] for ids in texts])
+
+
+def _next_logprobs(logits: torch.Tensor, ids: torch.Tensor) -> torch.Tensor:
+    """Log-probability of every token after the first; `logits` [tokens, vocabulary], `ids` [1, tokens]."""
+    return logits[:-1].log_softmax(dim=-1).gather(-1, ids[0, 1:, None]).squeeze(-1)
+
+
+def _load_export(folder: Path, device: str) -> Any:
     from transformers import AutoModelForCausalLM
 
-    model, info = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32, output_loading_info=True)
+    model, info = AutoModelForCausalLM.from_pretrained(
+        folder, dtype=torch.float32, output_loading_info=True, **_placed(device)
+    )
     wrong = {kind: sorted(map(str, names))[:3] for kind, names in info.items() if names and kind != "error_msgs"}
     if wrong:
         raise ExportError(f"transformers does not load the export cleanly: {wrong}.")
     return model
 
 
-def _inputs(folder: Path, vocab_size: int) -> list[torch.Tensor]:
-    """Token ids [1, <= MAX_TOKENS] per prompt, by the exported tokenizer; seeded random ids if the model has none."""
+def _placed(device: str) -> dict[str, Any]:
+    """Arguments that load a model straight to a GPU, without a copy in host memory."""
+    return {} if device == "cpu" else {"device_map": {"": device}}
+
+
+def _texts(folder: Path, reference: Any) -> tuple[list[torch.Tensor], list[int]]:
+    """Token ids [1, tokens] of every text by the exported tokenizer, and where the trained model's answer begins.
+
+    Seeded random ids if the model has no tokenizer; no questions if it has no chat template.
+    """
     if not (folder / "tokenizer_config.json").is_file():
+        vocab_size = reference.get_input_embeddings().weight.shape[0]
         generator = torch.Generator().manual_seed(0)
-        return [torch.randint(0, vocab_size, (1, MAX_TOKENS), generator=generator) for _ in PROMPTS]
+        random = [torch.randint(0, vocab_size, (1, MAX_TOKENS), generator=generator) for _ in PROMPTS]
+        return random, [MAX_TOKENS] * len(random)
     from transformers import AutoTokenizer
 
     tokenizer = AutoTokenizer.from_pretrained(folder)
-    return [tokenizer(text, return_tensors="pt").input_ids[:, :MAX_TOKENS] for text in PROMPTS]
+    plain = [tokenizer(text, return_tensors="pt").input_ids[:, :MAX_TOKENS] for text in PROMPTS]
+    if not tokenizer.chat_template:
+        return plain, [ids.shape[1] for ids in plain]
+    asked = [
+        tokenizer.apply_chat_template(
+            [{"role": "user", "content": question}], add_generation_prompt=True, return_tensors="pt", return_dict=True
+        ).input_ids
+        for question in QUESTIONS
+    ]
+    answered = [_answer(reference, ids) for ids in asked]
+    return [*plain, *answered], [ids.shape[1] for ids in (*plain, *asked)]
 
 
 @torch.inference_mode()
-def _logits(model: Any, inputs: list[torch.Tensor]) -> torch.Tensor:
-    """[all tokens, vocabulary] on the CPU."""
-    rows = [model(input_ids=ids.to(model.device)).logits[0].float().cpu() for ids in inputs]
+def _answer(model: Any, ids: torch.Tensor) -> torch.Tensor:
+    """`ids` [1, tokens] with the model's greedy continuation; the end of the answer does not stop it."""
+    from transformers import GenerationConfig
+
+    greedy = GenerationConfig(do_sample=False, max_new_tokens=ANSWER_TOKENS, eos_token_id=None, pad_token_id=0)
+    ids = ids.to(model.device)
+    return model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=greedy).cpu().clone()
+
+
+@torch.inference_mode()
+def _logits(model: Any, texts: list[torch.Tensor]) -> torch.Tensor:
+    """[tokens of all texts, vocabulary] on the CPU."""
+    rows = [model(input_ids=ids.to(model.device)).logits[0].float().cpu() for ids in texts]
     return torch.cat(rows)

@@ -1,6 +1,7 @@
-"""Folders of safetensors: read one tensor at a time, write shard by shard, hash what was read.
+"""Folders of safetensors: one tensor at a time, read with plain reads; hashes of what was read.
 
-Knows nothing of adapters or models; peak memory is one output shard plus the tensor in hand.
+Memory maps are not used: their pages count as memory of the process, and a merge that streams 16 GB would seem to hold
+them.  Knows nothing of adapters or models.
 """
 
 from __future__ import annotations
@@ -8,23 +9,38 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import os
 import shutil
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
-from typing import Any
+from typing import Protocol
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 
 from hf_dsvllm.errors import ExportError
-from hf_dsvllm.files import write_json
 
-__all__ = ["TensorFolder", "TensorPlan", "check_free_disk", "sha256_of", "torch_dtype", "write_shards"]
+__all__ = [
+    "INDEX",
+    "SINGLE",
+    "TensorFolder",
+    "TensorPlan",
+    "TensorSource",
+    "check_free_disk",
+    "hash_files",
+    "sha256_of",
+    "torch_dtype",
+]
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+# The dtypes an unquantised checkpoint can have; others are named in an error.
+FLOATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
+OTHERS = {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
+          "BOOL": torch.bool}  # fmt: skip
+HASHERS = 8  # SHA-256 runs at about 1.5 GB/s on a core with SHA extensions; a disk array is faster than one of them
 
 
 def torch_dtype(name: str) -> torch.dtype:
@@ -40,6 +56,13 @@ def sha256_of(path: Path) -> str:
     """SHA-256 of a file's bytes, in hexadecimal."""
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def hash_files(files: Iterable[Path]) -> dict[str, str]:
+    """File name -> SHA-256, several files at a time (hashing leaves the interpreter's lock alone)."""
+    paths = list(files)
+    with ThreadPoolExecutor(min(HASHERS, os.cpu_count() or 1)) as pool:
+        return dict(zip([path.name for path in paths], pool.map(sha256_of, paths), strict=True))
 
 
 def check_free_disk(folder: Path, needed_bytes: int) -> None:
@@ -62,12 +85,55 @@ class TensorPlan:
     dtype: torch.dtype
 
     @property
-    def size_bytes(self) -> int:
-        """`prod(shape) * itemsize`"""
-        count = self.dtype.itemsize
+    def elements(self) -> int:
+        """`prod(shape)`"""
+        count = 1
         for dimension in self.shape:
             count *= dimension
         return count
+
+    @property
+    def size_bytes(self) -> int:
+        """`prod(shape) * itemsize`"""
+        return self.elements * self.dtype.itemsize
+
+
+class TensorSource(Protocol):
+    """Named tensors that are read one at a time: a folder of safetensors, or a partitioned ZeRO checkpoint."""
+
+    path: Path
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """All keys."""
+
+    def __contains__(self, name: str) -> bool: ...
+
+    def shape(self, name: str) -> tuple[int, ...]:
+        """Shape of a tensor, without reading it."""
+
+    def dtype(self, name: str) -> torch.dtype:
+        """Dtype of a tensor, without reading it."""
+
+    def get(self, name: str) -> torch.Tensor:
+        """Read one tensor; safe to call from several threads."""
+
+    def flat(self, name: str, begin: int, end: int) -> torch.Tensor:
+        """The elements `begin` to `end` of a flattened tensor, and nothing else read."""
+
+    def sha256(self) -> dict[str, str]:
+        """File name -> SHA-256 of everything the tensors are read from."""
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class _Entry:
+    """Where one tensor lies."""
+
+    file: Path
+    code: str
+    shape: tuple[int, ...]
+    offset: int
+    size_bytes: int
 
 
 class TensorFolder:
@@ -78,15 +144,15 @@ class TensorFolder:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self._file_of: dict[str, Path] = {}
-        self._open: dict[Path, safe_open] = {}
-        for file in self._find_files():
-            handle = self._open_file(file)
-            for name in handle.keys():  # noqa: SIM118  safe_open has keys() but is no mapping
-                if name in self._file_of:
-                    raise ExportError(f"{name} is both in {self._file_of[name].name} and {file.name} of {path}.")
-                self._file_of[name] = file
-        self._check_index()
+        self._entries: dict[str, _Entry] = {}
+        self._open: dict[Path, int] = {}
+        try:
+            for file in self._find_files():
+                self._read_header(file)
+            self._check_index()
+        except BaseException:
+            self.close()
+            raise
 
     def __enter__(self) -> TensorFolder:
         return self
@@ -94,14 +160,19 @@ class TensorFolder:
     def __exit__(self, kind: type[BaseException] | None, error: BaseException | None, at: TracebackType | None) -> None:
         self.close()
 
+    def __del__(self) -> None:
+        self.close()
+
     def close(self) -> None:
-        """Let go of the memory maps."""
+        """Close the files; safe to call twice."""
+        for descriptor in self._open.values():
+            os.close(descriptor)
         self._open.clear()
 
     @property
     def names(self) -> tuple[str, ...]:
         """All keys, in the order of the files."""
-        return tuple(self._file_of)
+        return tuple(self._entries)
 
     @property
     def files(self) -> tuple[Path, ...]:
@@ -109,31 +180,36 @@ class TensorFolder:
         return tuple(sorted(self._open))
 
     def __contains__(self, name: str) -> bool:
-        return name in self._file_of
+        return name in self._entries
 
     def shape(self, name: str) -> tuple[int, ...]:
         """Shape of a tensor, from the header alone."""
-        return tuple(self._slice(name).get_shape())
+        return self._entry(name).shape
 
     def dtype(self, name: str) -> torch.dtype:
         """Dtype of a tensor, from the header alone."""
-        codes = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
-        code = self._slice(name).get_dtype()
-        if code not in codes:
+        entry = self._entry(name)
+        if entry.code not in FLOATS:
             raise ExportError(
-                f"{name} in {self._file_of[name]} has dtype {code}: this looks like a quantised checkpoint; "
+                f"{name} in {entry.file} has dtype {entry.code}: this looks like a quantised checkpoint; "
                 "name the model in 16 or 32 bit that it was made from with --base."
             )
-        return codes[code]
+        return FLOATS[entry.code]
 
     def get(self, name: str) -> torch.Tensor:
-        """Read one tensor."""
-        return self._handle(name).get_tensor(name)
+        """Read one tensor into memory of its own; safe to call from several threads."""
+        entry = self._entry(name)
+        return self._read(name, 0, entry.size_bytes).reshape(entry.shape)
+
+    def flat(self, name: str, begin: int, end: int) -> torch.Tensor:
+        """The elements `begin` to `end` of a flattened tensor, and nothing else read."""
+        itemsize = self.dtype(name).itemsize
+        return self._read(name, begin * itemsize, end * itemsize)
 
     def sha256(self) -> dict[str, str]:
         """File name -> SHA-256 of every safetensors file and of the index, if there is one."""
-        files = [*self.files, *([self.path / INDEX] if self.path.is_dir() and (self.path / INDEX).is_file() else [])]
-        return {file.name: sha256_of(file) for file in files}
+        index = self.path / INDEX
+        return hash_files([*self.files, *([index] if self.path.is_dir() and index.is_file() else [])])
 
     def _find_files(self) -> Sequence[Path]:
         if self.path.is_file():
@@ -153,79 +229,61 @@ class TensorFolder:
         raise ExportError(f"No model.safetensors and no {INDEX} in {self.path}{why}.")
 
     def _index(self) -> dict[str, str]:
-        return json.loads((self.path / INDEX).read_text(encoding="utf-8"))["weight_map"]
+        try:
+            return dict(json.loads((self.path / INDEX).read_text(encoding="utf-8"))["weight_map"])
+        except (ValueError, KeyError, TypeError) as error:
+            raise ExportError(f"{self.path / INDEX} is no index of weights ({error}); copy it again.") from error
 
     def _check_index(self) -> None:
         if self.path.is_file() or not (self.path / INDEX).is_file():
             return
-        lost = sorted(set(self._index()) - set(self._file_of))
+        lost = sorted(set(self._index()) - set(self._entries))
         if lost:
             raise ExportError(f"{self.path / INDEX} names {len(lost)} tensors that its files lack, such as {lost[0]}.")
 
-    def _open_file(self, file: Path) -> safe_open:
+    def _read_header(self, file: Path) -> None:
         try:
-            self._open[file] = safe_open(file, framework="pt")
+            safe_open(file, framework="pt")  # checks that offsets, sizes and the file's length belong together
         except (SafetensorError, OSError) as error:
             raise ExportError(
                 f"{file} ({file.stat().st_size} bytes) cannot be read as safetensors: {error}. "
                 "It is probably truncated: copy or download it again."
             ) from error
-        return self._open[file]
+        descriptor = self._open[file] = os.open(file, os.O_RDONLY)
+        length = int.from_bytes(os.pread(descriptor, 8, 0), "little")
+        for name, values in json.loads(os.pread(descriptor, length, 8)).items():
+            if name == "__metadata__":
+                continue
+            if name in self._entries:
+                raise ExportError(f"{name} is both in {self._entries[name].file.name} and {file.name} of {self.path}.")
+            begin, end = values["data_offsets"]
+            self._entries[name] = _Entry(
+                file=file,
+                code=values["dtype"],
+                shape=tuple(values["shape"]),
+                offset=8 + length + begin,
+                size_bytes=end - begin,
+            )
 
-    def _handle(self, name: str) -> safe_open:
-        if name not in self._file_of:
+    def _read(self, name: str, begin: int, end: int) -> torch.Tensor:
+        """The bytes `begin` to `end` of a tensor, as a vector of its dtype."""
+        entry = self._entry(name)
+        dtype = (FLOATS | OTHERS).get(entry.code) or self.dtype(name)
+        raw = torch.empty(end - begin, dtype=torch.uint8)
+        _read_exactly(self._open[entry.file], memoryview(raw.numpy()), entry.offset + begin, entry.file)
+        return raw.view(dtype)
+
+    def _entry(self, name: str) -> _Entry:
+        if name not in self._entries:
             raise ExportError(f"No tensor {name} in {self.path}.")
-        return self._open[self._file_of[name]]
-
-    def _slice(self, name: str) -> Any:
-        return self._handle(name).get_slice(name)
+        return self._entries[name]
 
 
-def write_shards(
-    folder: Path, plan: Sequence[TensorPlan], produce: Callable[[str], torch.Tensor], *, max_shard_size_bytes: int
-) -> tuple[str, ...]:
-    """Write `produce(name)` for every planned tensor; return the file names.
-
-    A tensor of another shape or dtype than planned, or with NaN or infinity, raises ExportError.
-    """
-    groups = list(_grouped(plan, max_shard_size_bytes))
-    count = len(groups)
-    weight_map: dict[str, str] = {}
-    for number, group in enumerate(groups, start=1):
-        file = SINGLE if count == 1 else f"model-{number:05d}-of-{count:05d}.safetensors"
-        shard = {planned.name: _checked(planned, produce(planned.name)) for planned in group}
-        save_file(shard, folder / file, metadata={"format": "pt"})
-        weight_map |= dict.fromkeys(shard, file)
-        del shard
-    if count > 1:
-        total = sum(planned.size_bytes for planned in plan)
-        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-    return tuple(dict.fromkeys(weight_map.values()))
-
-
-def _grouped(plan: Sequence[TensorPlan], limit_bytes: int) -> Iterator[list[TensorPlan]]:
-    """Consecutive tensors whose sum stays within `limit_bytes`; a larger single tensor is a shard of its own."""
-    group: list[TensorPlan] = []
-    size = 0
-    for planned in plan:
-        if group and size + planned.size_bytes > limit_bytes:
-            yield group
-            group, size = [], 0
-        group.append(planned)
-        size += planned.size_bytes
-    if group:
-        yield group
-
-
-def _checked(planned: TensorPlan, tensor: torch.Tensor) -> torch.Tensor:
-    if tuple(tensor.shape) != planned.shape or tensor.dtype != planned.dtype:
-        raise ExportError(
-            f"{planned.name} came out as {tuple(tensor.shape)} {tensor.dtype}, not {planned.shape} {planned.dtype}."
-        )
-    if not torch.isfinite(tensor).all():
-        bad = int((~torch.isfinite(tensor)).sum())
-        raise ExportError(
-            f"{planned.name} has {bad} NaN or infinite values: the training diverged, the snapshot is damaged, "
-            f"or a value exceeds the range of {planned.dtype}; export an earlier snapshot or another dtype."
-        )
-    return tensor.contiguous()
+def _read_exactly(descriptor: int, into: memoryview, offset: int, file: Path) -> None:
+    """One read is at most 2 GiB on Linux, and fewer bytes than asked for are allowed at any time."""
+    done = 0
+    while done < len(into):
+        count = os.preadv(descriptor, [into[done:]], offset + done)
+        if count == 0:
+            raise ExportError(f"{file} became shorter while it was read; is something writing to it?")
+        done += count

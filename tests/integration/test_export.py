@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -9,15 +10,21 @@ from pathlib import Path
 
 import pytest
 import torch
+import yaml
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig, LlamaConfig
 
+from hf_dsvllm import export as export_module
 from hf_dsvllm import layout as layout_module
+from hf_dsvllm import shards as shards_module
 from hf_dsvllm import weights as weights_module
+from hf_dsvllm.claim import claimed
 from hf_dsvllm.errors import ExportError
 from hf_dsvllm.export import REPORT, export_model
+from hf_dsvllm.fingerprint import fingerprint
 from hf_dsvllm.fourbit import dequantised_base, quantised_weights
+from hf_dsvllm.manifest import MANIFEST, check_manifest
 from tests.tiny import write_tiny_model
 
 NF4 = {
@@ -215,9 +222,99 @@ def test_the_same_inputs_reuse_the_export_and_others_need_overwrite(run: Path, t
     with pytest.raises(ExportError, match="--overwrite"):
         export(run, out)
     replaced = export(run, out, overwrite=True)
+    check_manifest(out)
     assert replaced.inputs != first.inputs
     assert nothing_finished(tmp_path / "none")
     assert [item.name for item in tmp_path.iterdir() if item.name.startswith(".")] == []
+
+
+def test_an_export_that_was_changed_afterwards_is_not_reused(run: Path, tmp_path: Path) -> None:
+    out = tmp_path / "out"
+    export(run, out)
+    weights = out / "model.safetensors"
+    whole = weights.read_bytes()
+    weights.write_bytes(whole[:-1] + bytes([whole[-1] ^ 1]))
+    with pytest.raises(ExportError, match=r"other contents \['model.safetensors'\]"):
+        export(run, out)
+    weights.write_bytes(whole)
+    (out / "chat_template.jinja").unlink()
+    with pytest.raises(ExportError, match=r"missing \['chat_template.jinja'\]"):
+        export(run, out)
+    (out / MANIFEST).unlink()
+    with pytest.raises(ExportError, match="no finished export"):
+        export(run, out)
+    assert not export(run, out, overwrite=True).reused
+
+
+def test_the_manifest_and_the_card_say_what_was_made_from_what(run: Path, tmp_path: Path) -> None:
+    (run / "evals").mkdir()
+    scores = {"step": 4, "scores": {"eval_gen_test_exact": 0.75}, "standard_errors": {"eval_gen_test_exact": 0.02}}
+    (run / "evals" / "scores.jsonl").write_text(json.dumps(scores))
+    export(run, tmp_path / "out")
+    manifest = json.loads((tmp_path / "out" / MANIFEST).read_text())
+    assert set(manifest["made_from"]) == {"base", "adapter", "tokenizer", "settings"}
+    digest = hashlib.sha256((tmp_path / "base" / "model.safetensors").read_bytes()).hexdigest()
+    assert manifest["made_from"]["base"]["model.safetensors"] == digest
+    assert set(manifest["result"]) == {file.name for file in (tmp_path / "out").iterdir()} - {MANIFEST}
+    card = (tmp_path / "out" / "README.md").read_text()
+    assert yaml.safe_load(card.split("---")[1])["library_name"] == "transformers"
+    assert "| test_exact | 0.75 | 0.02 |" in card
+    assert "| preset | lora |" in card
+    assert str(tmp_path) not in card
+
+
+def test_two_exports_to_one_folder_at_a_time_are_refused(run: Path, tmp_path: Path) -> None:
+    with claimed(tmp_path / "out"), pytest.raises(ExportError, match="Another process is exporting"):
+        export(run, tmp_path / "out")
+    assert not export(run, tmp_path / "out").reused
+
+
+def test_a_qlora_adapter_on_the_original_weights_says_how_far_it_is(tmp_path: Path) -> None:
+    base = write_wide_base(tmp_path / "base")
+    run = write_run(tmp_path / "run", base, quantization=NF4)
+    faithful = export(run, tmp_path / "faithful").verification
+    report = export(run, tmp_path / "original", base="original")
+    assert report.verification.mean_abs_difference > 3 * faithful.mean_abs_difference
+    assert any("merged onto the original weights" in note and "of their spread" in note for note in report.notes)
+    settings = load_file(tmp_path / "original" / "model.safetensors")
+    assert torch.equal(
+        settings["model.embed_tokens.weight"], load_file(base / "model.safetensors")["model.embed_tokens.weight"]
+    )
+    plain = write_run(tmp_path / "plain", base)
+    with pytest.raises(ExportError, match="QLoRA"):
+        export(plain, tmp_path / "out", base="original")
+
+
+def swap(tensors: dict[str, torch.Tensor]) -> None:
+    one, other = "model.embed_tokens.weight", "lm_head.weight"
+    tensors[one], tensors[other] = tensors[other], tensors[one]
+
+
+def lose_a_delta(tensors: dict[str, torch.Tensor], base: dict[str, torch.Tensor]) -> None:
+    tensors["model.layers.0.mlp.down_proj.weight"] = base["model.layers.0.mlp.down_proj.weight"]
+
+
+@pytest.mark.parametrize("what", ["swapped tied weights", "a dropped delta"])
+def test_tensors_that_are_wrong_on_disk_are_caught_by_the_logits(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, what: str
+) -> None:
+    base = write_tiny_model(tmp_path / "base", dtype="bfloat16")
+    model = AutoModelForCausalLM.from_pretrained(base)
+    settings = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["down_proj", "lm_head"])
+    move(get_peft_model(model, settings), std=0.2).save_pretrained(tmp_path / "adapter")
+
+    def written(folder: Path, *_: object) -> None:
+        tensors = load_file(folder / "model.safetensors")
+        if what == "a dropped delta":
+            lose_a_delta(tensors, load_file(base / "model.safetensors"))
+        else:
+            swap(tensors)
+        save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
+
+    monkeypatch.setattr(export_module, "_check_written", written)
+    with pytest.raises(ExportError, match="differs from the trained one"):
+        export(tmp_path / "adapter", tmp_path / "out")
+    assert nothing_finished(tmp_path / "out")
 
 
 def test_a_folder_that_is_no_export_is_never_replaced(run: Path, tmp_path: Path) -> None:
@@ -294,8 +391,10 @@ def test_a_delta_dropped_or_applied_twice_is_caught_by_the_logits(
 ) -> None:
     apply = layout_module.Adapter.apply
 
-    def wrong(self: layout_module.Adapter, update: layout_module.Update, base: torch.Tensor) -> torch.Tensor:
-        return base.float() + times * (apply(self, update, base) - base.float())
+    def wrong(
+        self: layout_module.Adapter, update: layout_module.Update, base: torch.Tensor, *more: object
+    ) -> torch.Tensor:
+        return base.float() + times * (apply(self, update, base, *more) - base.float())
 
     monkeypatch.setattr(layout_module.Adapter, "apply", wrong)
     with pytest.raises(ExportError, match="differs from the trained one"):
@@ -303,10 +402,40 @@ def test_a_delta_dropped_or_applied_twice_is_caught_by_the_logits(
     assert nothing_finished(tmp_path / "out")
 
 
-def test_the_base_given_by_hand_is_recorded(run: Path, tmp_path: Path) -> None:
+def test_a_base_given_by_hand_that_holds_the_same_weights_is_taken(run: Path, tmp_path: Path) -> None:
+    (tmp_path / "base").rename(tmp_path / "moved")
+    report = export(run, tmp_path / "out", base=str(tmp_path / "moved"))
+    assert report.base == str(tmp_path / "moved")
+    assert any("nothing on this machine tells" in note for note in report.notes)
+
+
+def test_another_base_of_the_same_shape_is_caught(run: Path, tmp_path: Path) -> None:
     other = write_tiny_model(tmp_path / "other", seed=9, dtype="bfloat16")
-    report = export(run, tmp_path / "out", base=str(other))
-    assert report.base == str(other)
+    with pytest.raises(ExportError, match="is not the base that was trained"):
+        export(run, tmp_path / "out", base=str(other))
+    record_fingerprint(run, tmp_path / "base")
+    shutil.rmtree(tmp_path / "base")
+    with pytest.raises(ExportError, match="its weights differ from those on record"):
+        export(run, tmp_path / "out", base=str(other))
+    shutil.copytree(other, tmp_path / "base")
+    with pytest.raises(ExportError, match="overwritten since"):
+        export(run, tmp_path / "out")
+    assert nothing_finished(tmp_path / "out")
+
+
+def record_fingerprint(run: Path, base: Path) -> None:
+    record = json.loads((run / "run.json").read_text())
+    (run / "run.json").write_text(json.dumps(record | {"base_fingerprint": fingerprint(base)}))
+
+
+def test_an_adapter_that_was_trained_on_another_base_is_caught(run: Path, tmp_path: Path) -> None:
+    other = write_tiny_model(tmp_path / "other", seed=9, dtype="bfloat16")
+    stranger = write_run(tmp_path / "stranger", other)
+    shutil.rmtree(run / "snapshots" / "step-4")
+    shutil.copytree(stranger / "snapshots" / "step-4", run / "snapshots" / "step-4")
+    with pytest.raises(ExportError, match="was trained on another base"):
+        export(run, tmp_path / "out")
+    assert nothing_finished(tmp_path / "out")
 
 
 def test_an_interrupted_write_leaves_nothing_finished(
@@ -315,7 +444,7 @@ def test_an_interrupted_write_leaves_nothing_finished(
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(weights_module, "save_file", interrupted)
+    monkeypatch.setattr(shards_module, "_write_exactly", interrupted)
     with pytest.raises(KeyboardInterrupt):
         export(run, tmp_path / "out")
     assert nothing_finished(tmp_path / "out")
@@ -331,7 +460,7 @@ def test_an_interrupted_overwrite_keeps_the_old_export(
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(weights_module, "save_file", interrupted)
+    monkeypatch.setattr(shards_module, "_write_exactly", interrupted)
     with pytest.raises(KeyboardInterrupt):
         export(run, tmp_path / "out", overwrite=True)
     assert (tmp_path / "out" / REPORT).read_text() == before

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
+import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file, save_file
-from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig
+from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MixtralConfig, Qwen3MoeConfig
 
 from hf_dsvllm.errors import ExportError
 from hf_dsvllm.layout import Layout, merged_layout
@@ -165,6 +166,67 @@ def test_transposed_layers_are_merged_the_right_way_round(tmp_path: Path) -> Non
         assert_equal_to_peft(tmp_path / "base", write_adapter(tmp_path / "base", folder, **settings))
 
 
+MIXTURES = {
+    "Qwen3": Qwen3MoeConfig(
+        **LLAMA | {"attention_bias": False}, num_experts=4, num_experts_per_tok=2, moe_intermediate_size=24
+    ),
+    "Mixtral": MixtralConfig(**LLAMA | {"attention_bias": False}, num_local_experts=3, num_experts_per_tok=2),
+}
+BOTH = {"target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj"]}
+EXPERTS = {
+    "both": BOTH,
+    "one": {"target_parameters": ["mlp.experts.down_proj"]},
+    "patterns": BOTH
+    | {"rank_pattern": {"experts.down_proj": 2}, "alpha_pattern": {"layers.0.mlp.experts.gate_up_proj": 5}},
+}
+
+
+@pytest.mark.parametrize("kind", EXPERTS)
+@pytest.mark.parametrize("mixture", MIXTURES)
+def test_adapters_on_the_experts_of_a_mixture_are_merged(tmp_path: Path, mixture: str, kind: str) -> None:
+    torch.manual_seed(1)
+    base, out = tmp_path / "base", tmp_path / "out"
+    AutoModelForCausalLM.from_config(MIXTURES[mixture], dtype=torch.bfloat16).save_pretrained(base)
+    adapter = write_adapter(base, tmp_path / "adapter", target_modules=["q_proj"], **EXPERTS[kind])
+    layout, merged = merge(base, adapter)
+    layout.check_applied()
+    untouched = load_file(base / "model.safetensors")
+    assert merged.keys() == untouched.keys()
+    assert set(layout.changed) == {name for name in merged if not torch.equal(merged[name], untouched[name])}
+    out.mkdir()
+    save_file(merged, out / "model.safetensors")
+    shutil.copyfile(base / "config.json", out / "config.json")
+    found = AutoModelForCausalLM.from_pretrained(out, dtype=torch.float32).state_dict()
+    for name, expected in reference(base, adapter).items():
+        assert bf16_steps(found[name], expected) <= 1, name
+
+
+def test_an_adapter_on_another_number_of_experts_is_refused(tmp_path: Path) -> None:
+    for name, experts in (("a", 4), ("b", 5)):
+        torch.manual_seed(1)
+        config = Qwen3MoeConfig(**LLAMA, num_experts=experts, num_experts_per_tok=2, moe_intermediate_size=24)
+        AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16).save_pretrained(tmp_path / name)
+    adapter = write_adapter(tmp_path / "a", tmp_path / "adapter", target_modules=["q_proj"], **BOTH)
+    with pytest.raises(ExportError, match="for each of 5 experts"):
+        merge(tmp_path / "b", adapter)
+
+
+def test_a_delta_that_was_left_out_or_applied_twice_is_noticed(tmp_path: Path) -> None:
+    base = write_base(tmp_path / "base", tied=True)
+    adapter = read_adapter(write_adapter(base, tmp_path / "adapter", target_modules=["q_proj"]))
+    with TensorFolder(base) as tensors:
+        layout = merged_layout(base, tensors, adapter, base_dtype=None, dtype=torch.bfloat16, quantization=None)
+        for name in layout.changed[1:]:
+            layout.produce(name)
+        with pytest.raises(ExportError, match=r"2 tensors of the adapter were not merged exactly once.*0 times"):
+            layout.check_applied()
+        layout.produce(layout.changed[0])
+        layout.check_applied()
+        layout.produce(layout.changed[0])
+        with pytest.raises(ExportError, match="2 times instead of 1"):
+            layout.check_applied()
+
+
 def test_only_adapted_tensors_change(tmp_path: Path) -> None:
     base = write_base(tmp_path / "base", tied=True)
     layout, merged = merge(base, write_adapter(base, tmp_path / "adapter", target_modules=["q_proj"]))
@@ -185,7 +247,7 @@ def rewrite_config(adapter: Path, **changes: object) -> None:
         ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa'"),
         ({"peft_type": "IA3"}, "peft_type='IA3'"),
         ({"layer_replication": [[0, 2]]}, "layer_replication"),
-        ({"target_parameters": ["mlp.experts.gate_up_proj"]}, "target_parameters"),
+        ({"megatron_config": {"some": 1}}, "megatron_config"),
         ({"r": 8}, "rank 4"),
     ],
 )

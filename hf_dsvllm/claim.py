@@ -1,0 +1,90 @@
+"""One export at a time writes to a folder, and clears away what a killed one left beside it.
+
+Nothing at the target itself is ever half written: a new export is made in a hidden folder beside it and renamed.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import fcntl
+import os
+import re
+import shutil
+from collections.abc import Iterator
+from pathlib import Path
+
+from hf_dsvllm.errors import ExportError
+from hf_dsvllm.files import atomic_folder
+
+__all__ = ["claimed", "replacing"]
+
+
+@contextlib.contextmanager
+def claimed(out: Path) -> Iterator[None]:
+    """Hold the only right to write `out`; ExportError if another process has it.
+
+    The lock ends with the process, however that ends.  Leftovers of killed exports are removed, and an earlier export
+    that a kill caught between the two renames of a replacement is put back.
+    """
+    out.parent.mkdir(parents=True, exist_ok=True)
+    lock = out.parent / f".{out.name}.lock"
+    descriptor = _locked(lock, out)
+    try:
+        _clear(out)
+        yield
+    finally:
+        lock.unlink(missing_ok=True)
+        os.close(descriptor)
+
+
+@contextlib.contextmanager
+def replacing(out: Path) -> Iterator[Path]:
+    """Yield an empty folder that becomes `out` when the block ends without an error; needs `claimed`.
+
+    An `out` that exists is swapped by two renames and only then removed.
+    """
+    if out.is_dir() and not any(out.iterdir()):
+        out.rmdir()
+    if not out.exists():
+        with atomic_folder(out) as folder:
+            yield folder
+        return
+    fresh, old = _beside(out, "new"), _beside(out, "old")
+    with atomic_folder(fresh) as folder:
+        yield folder
+    os.rename(out, old)
+    os.rename(fresh, out)
+    shutil.rmtree(old, ignore_errors=True)
+
+
+def _locked(lock: Path, out: Path) -> int:
+    while True:
+        descriptor = os.open(lock, os.O_CREAT | os.O_RDWR, 0o666)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError as error:
+            os.close(descriptor)
+            raise ExportError(
+                f"Another process is exporting to {out} (it holds {lock}); wait for it, or name another folder."
+            ) from error
+        with contextlib.suppress(FileNotFoundError):
+            if os.stat(lock).st_ino == os.fstat(descriptor).st_ino:
+                return descriptor
+        os.close(descriptor)  # the last owner removed the file between our open and our lock
+
+
+def _clear(out: Path) -> None:
+    old, fresh = _beside(out, "old"), _beside(out, "new")
+    if old.exists() and not out.exists():
+        os.rename(old, out)
+    for folder in (old, fresh):
+        shutil.rmtree(folder, ignore_errors=True)
+    # What tempfile.mkdtemp makes in `atomic_folder`: eight characters, none of them a dot.
+    temporary = re.compile(rf"\.({re.escape(out.name)}|{re.escape(fresh.name)})\.[a-z0-9_]{{8}}\.tmp")
+    for item in out.parent.iterdir():
+        if temporary.fullmatch(item.name) and item.is_dir():
+            shutil.rmtree(item, ignore_errors=True)
+
+
+def _beside(out: Path, what: str) -> Path:
+    return out.parent / f".{out.name}.{what}"

@@ -1,0 +1,202 @@
+"""Everything an export is made from, opened and checked before a byte is written."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import tempfile
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hf_dsvllm.errors import ExportError
+from hf_dsvllm.fingerprint import fingerprint, fingerprint_of
+from hf_dsvllm.layout import Layout, cast_layout, merged_layout
+from hf_dsvllm.merge import Adapter, read_adapter
+from hf_dsvllm.source import Source, find_tokenizer, local_base, tokenizer_files
+from hf_dsvllm.weights import TensorFolder, TensorSource, sha256_of, torch_dtype
+from hf_dsvllm.zero_checkpoint import ZeroCheckpoint, write_adapter
+
+__all__ = ["ORIGINAL", "Job", "inputs_of", "layout_of", "open_job"]
+
+ORIGINAL = "original"  # --base original: the 16-bit weights that a QLoRA run quantised
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """A source with its base, adapter and tokenizer.  `quantization` is the training's own.
+
+    With `onto_original` the adapter goes onto the base's unquantised weights, which is another model than the trained.
+    """
+
+    source: Source
+    base: Path | None
+    tensors: TensorSource
+    adapter: Adapter | None
+    quantization: Mapping[str, Any] | None
+    onto_original: bool
+    base_dtype: torch.dtype | None
+    dtype: torch.dtype
+    tokenizer: Path | None
+    notes: tuple[str, ...]
+
+    @property
+    def config_dir(self) -> Path:
+        """Where config.json is taken from."""
+        own = (self.source.model_dir / "config.json").is_file()
+        return self.base if self.base is not None and (self.adapter is not None or not own) else self.source.model_dir
+
+
+def open_job(source: Source, dtype: torch.dtype, base_name: str | None, stack: contextlib.ExitStack) -> Job:
+    """Open everything; what is opened or made for it ends with `stack`.  ExportError if something does not fit."""
+    record = source.record
+    notes: list[str] = []
+    adapter = _open_adapter(source, stack)
+    original = base_name == ORIGINAL
+    given = None if original else base_name
+    recorded = (record.base_model if record else None) or (adapter and adapter.config.get("base_model_name_or_path"))
+    if adapter is not None and not (given or recorded):
+        raise ExportError(f"{source.model_dir} does not say which base it was trained on; name it with --base PATH.")
+    name = given or recorded
+    base = local_base(name) if name and (adapter is not None or given) else _base_if_there(name)
+    if adapter is not None:
+        assert base is not None
+        _refuse_quantised(base)
+        notes += _check_base(source, adapter, base, given, recorded)
+    quantization = record.quantization if record and adapter is not None else None
+    if original and quantization is None:
+        raise ExportError(
+            "--base original is for adapters of a QLoRA run, whose base was quantised: this source has no record of "
+            "that. Leave it out, or name the run folder."
+        )
+    if adapter is not None and record is None:
+        notes.append(
+            "no run.json: the base is taken as it is, not through 4 bit; for a QLoRA run export its run folder"
+        )
+    return Job(
+        source=source,
+        base=base,
+        tensors=stack.enter_context(_open_tensors(source, base)),
+        adapter=adapter,
+        quantization=quantization,
+        onto_original=original,
+        base_dtype=torch_dtype(record.dtype) if record and adapter is not None and not original else None,
+        dtype=dtype,
+        tokenizer=find_tokenizer(source, base),
+        notes=tuple(notes),
+    )
+
+
+def layout_of(job: Job) -> Layout:
+    """Which tensors are written and how each is made."""
+    if job.adapter is None:
+        layout = cast_layout(job.config_dir, job.tensors, dtype=job.dtype, base=job.base)
+        _same_as_base(job, layout)
+        return layout
+    assert job.base is not None
+    assert isinstance(job.tensors, TensorFolder)
+    return merged_layout(
+        job.base,
+        job.tensors,
+        job.adapter,
+        base_dtype=job.base_dtype,
+        dtype=job.dtype,
+        quantization=None if job.onto_original else job.quantization,
+    )
+
+
+def inputs_of(job: Job, max_shard_size_bytes: int) -> dict[str, Any]:
+    """Everything that decides the exported bytes: SHA-256 of every file read, and the settings."""
+    weights = "weights" if job.adapter is None else "base"
+    hashes: dict[str, Any] = {f"{weights}/{name}": digest for name, digest in job.tensors.sha256().items()}
+    if job.adapter is not None:
+        hashes |= {f"adapter/{name}": digest for name, digest in job.adapter.tensors.sha256().items()}
+        hashes["adapter/adapter_config.json"] = sha256_of(job.adapter.path / "adapter_config.json")
+    hashes[f"{weights}/config.json"] = sha256_of(job.config_dir / "config.json")
+    if job.tokenizer is not None:
+        hashes |= {f"tokenizer/{file.name}": sha256_of(file) for file in tokenizer_files(job.tokenizer)}
+    return hashes | {
+        "dtype": str(job.dtype),
+        "base_dtype": str(job.base_dtype),
+        "max_shard_size_bytes": max_shard_size_bytes,
+        "quantization": None if job.quantization is None else dict(job.quantization),
+        "onto_original": job.onto_original,
+    }
+
+
+def _open_adapter(source: Source, stack: contextlib.ExitStack) -> Adapter | None:
+    if source.kind == "zero_adapter":
+        folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="hf-dsvllm-adapter-"))
+        return read_adapter(write_adapter(source.model_dir, Path(folder)))
+    return read_adapter(source.model_dir) if source.kind == "adapter" else None
+
+
+def _open_tensors(source: Source, base: Path | None) -> TensorFolder | ZeroCheckpoint:
+    if source.kind in ("adapter", "zero_adapter"):
+        assert base is not None
+        return TensorFolder(base)
+    if source.kind == "full":
+        return TensorFolder(source.model_dir)
+    if not (source.model_dir / "config.json").is_file() and base is None:
+        raise ExportError(
+            f"{source.model_dir} has no config.json beside its DeepSpeed shards; name the model that was trained with "
+            "--base, or copy its config.json there."
+        )
+    return ZeroCheckpoint(source.model_dir)
+
+
+def _base_if_there(name: str | None) -> Path | None:
+    """A full model does not need its base; if it lies on this disk, it is compared with."""
+    return Path(name) if name and Path(name).is_dir() else None
+
+
+def _refuse_quantised(base: Path) -> None:
+    config = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    if config.get("quantization_config"):
+        raise ExportError(
+            f"{base} is stored quantised ({config['quantization_config'].get('quant_method')}): a merge needs the "
+            "16-bit model it was made from; name it with --base."
+        )
+
+
+def _check_base(source: Source, adapter: Adapter, base: Path, given: str | None, recorded: str | None) -> list[str]:
+    """The base has the weights that were trained on, as far as that is on record; returns what could not be told."""
+    now = fingerprint(base)
+    record = source.record
+    if record is not None and record.base_fingerprint not in (None, now):
+        raise ExportError(
+            f"{base} is not the base that {record.folder} was trained on: its weights differ from those on record. It "
+            "was overwritten since, or --base names another model; name the right one with --base."
+        )
+    own = adapter.config.get("base_model_name_or_path")
+    if record is not None and own and own != record.base_model and fingerprint_of(own) not in (None, now):
+        raise ExportError(
+            f"The adapter in {source.model_dir} was trained on another base, {own}, than its run, {record.base_model}: "
+            "it does not belong to this run. Export the adapter's own run, or the adapter alone with --base."
+        )
+    if given and recorded and given != recorded and (record is None or record.base_fingerprint is None):
+        trained = fingerprint_of(recorded) if Path(recorded).is_dir() else None
+        if trained not in (None, now):
+            raise ExportError(f"--base {given} is not the base that was trained: its weights differ from {recorded}.")
+        if trained is None:
+            return [f"nothing on this machine tells whether {given} is the base that was trained on, {recorded}"]
+    return []
+
+
+def _same_as_base(job: Job, layout: Layout) -> None:
+    """A full model has its base's tensors and shapes, up to tied copies and resized embeddings."""
+    if job.base is None:
+        return
+    with TensorFolder(job.base) as tensors:
+        base = {name: tensors.shape(name) for name in tensors.names}
+    ours = {planned.name: planned.shape for planned in layout.plan}
+    lost = [name for name in base if name not in ours and "lm_head" not in name and "embed" not in name]
+    reshaped = [name for name in base if name in ours and ours[name][1:] != base[name][1:]]
+    if lost or reshaped:
+        raise ExportError(
+            f"{job.source.model_dir} is not the recorded base {job.base}, trained: missing {lost[:3]}, other shape "
+            f"{reshaped[:3]}. The snapshot is damaged, or --base is wrong."
+        )

@@ -1,0 +1,121 @@
+"""What an export was made from and what it is, by hashes: the report, the manifest, and whether one may be reused."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib.metadata
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from hf_dsvllm.errors import ExportError
+from hf_dsvllm.files import write_json
+from hf_dsvllm.verify import Verification
+from hf_dsvllm.weights import hash_files
+
+__all__ = ["MANIFEST", "REPORT", "ExportReport", "check_manifest", "reusable", "versions", "write_manifest"]
+
+REPORT = "export_report.json"
+MANIFEST = "manifest.json"
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class ExportReport:
+    """What was exported from what, and the proof; written as `export_report.json` into the export itself.
+
+    `inputs` (file name -> SHA-256, and the settings) decides whether an existing export may be reused.
+    `write_seconds` is merging and writing alone, `seconds` everything.
+    """
+
+    out: str
+    source: str
+    kind: str
+    step: int | None
+    base: str | None
+    quantization: Mapping[str, Any] | None
+    dtype: str
+    tensors: int
+    changed_tensors: int
+    untied: tuple[str, ...]
+    parameters: int
+    weights_bytes: int
+    shards: int
+    verification: Verification | None
+    verification_skipped: str | None
+    notes: tuple[str, ...]
+    inputs: Mapping[str, Any]
+    versions: Mapping[str, str]
+    merged_on: str
+    write_seconds: float
+    seconds: float
+    reused: bool = False
+
+
+def write_manifest(folder: Path, inputs: Mapping[str, Any]) -> None:
+    """Hashes of base, adapter, tokenizer and of every file in `folder`, as manifest.json."""
+    written = hash_files(sorted(item for item in folder.iterdir() if item.is_file() and item.name != MANIFEST))
+    groups: dict[str, dict[str, Any]] = {}
+    for key, value in inputs.items():
+        group, slash, name = key.partition("/")
+        groups.setdefault(group if slash else "settings", {})[name if slash else key] = value
+    write_json(folder / MANIFEST, {"format": 1, "made_from": groups, "result": written})
+
+
+def check_manifest(folder: Path) -> None:
+    """Every file of an export is as it was written; ExportError names those that are missing or changed."""
+    try:
+        expected = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["result"]
+    except (OSError, ValueError, KeyError) as error:
+        raise ExportError(
+            f"{folder / MANIFEST} is missing or damaged ({type(error).__name__}): this folder is no finished export; "
+            "make it again with --overwrite."
+        ) from error
+    lost = sorted(name for name in expected if not (folder / name).is_file())
+    found = hash_files(folder / name for name in expected if name not in lost)
+    changed = sorted(name for name, digest in found.items() if expected[name] != digest)
+    if lost or changed:
+        raise ExportError(
+            f"The export in {folder} was changed after it was made: missing {lost}, other contents {changed}. "
+            "Make it again with --overwrite."
+        )
+
+
+def reusable(out: Path, inputs: Mapping[str, Any], overwrite: bool) -> ExportReport | None:
+    """The report of a finished export from the same inputs; None if `out` is free or is to be replaced.
+
+    ExportError if `out` is something else, an export of other inputs, or one whose files were changed.
+    """
+    if not occupied(out):
+        return None
+    if not (out / REPORT).is_file():
+        raise ExportError(f"{out} exists and is no export of hf-dsvllm; name another folder or remove it yourself.")
+    if overwrite:
+        return None
+    values = json.loads((out / REPORT).read_text(encoding="utf-8"))
+    known = values["inputs"]
+    if known != json.loads(json.dumps(inputs)):
+        stale = sorted(key for key in inputs.keys() | known.keys() if inputs.get(key) != known.get(key))
+        raise ExportError(
+            f"{out} holds an export made from other inputs ({', '.join(stale[:4])} differ); "
+            "use --overwrite to replace it, or name another folder."
+        )
+    check_manifest(out)
+    checked = values["verification"]
+    values |= {"verification": None if checked is None else Verification(**checked), "reused": True}
+    return ExportReport(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
+
+
+def occupied(out: Path) -> bool:
+    """Whether something is at `out`, other than an empty folder."""
+    return out.exists() and not (out.is_dir() and not any(out.iterdir()))
+
+
+def versions() -> dict[str, str]:
+    """Versions of what decides the exported bytes."""
+    found: dict[str, str] = {}
+    for name in ("hf-dsvllm", "torch", "transformers", "peft", "bitsandbytes", "safetensors"):
+        with contextlib.suppress(importlib.metadata.PackageNotFoundError):
+            found[name] = importlib.metadata.version(name)
+    return found

@@ -1,0 +1,209 @@
+"""Writes safetensors shards as a stream: several tensors are read, merged and written at a time, none is kept.
+
+The header of a safetensors file depends on names, shapes and dtypes alone, so it is written first and every tensor goes
+to its place as soon as it is made.  `safetensors.save_file` wants a whole shard in memory.  Tensors of different shards
+are interleaved: writes to one file wait for each other in the kernel.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import os
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
+from itertools import zip_longest
+from pathlib import Path
+
+import torch
+
+from hf_dsvllm.errors import ExportError
+from hf_dsvllm.files import write_json
+from hf_dsvllm.weights import INDEX, SINGLE, TensorPlan
+
+__all__ = ["DEFAULT_SHARD_BYTES", "shard_names", "write_shards"]
+
+DEFAULT_SHARD_BYTES = 5 * 10**9  # what save_pretrained of transformers 4 wrote, and what vLLM loads in parallel
+WORKERS = 8  # enough to keep a GPU, a page cache and a RAID busy; more only adds memory
+SMALL_BYTES = 64 << 20  # below it threads cost more than they bring
+CODES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
+
+
+def write_shards(
+    folder: Path,
+    plan: Sequence[TensorPlan],
+    produce: Callable[[str], torch.Tensor],
+    *,
+    max_shard_size_bytes: int = DEFAULT_SHARD_BYTES,
+    working_bytes: Callable[[TensorPlan], int] = lambda planned: 3 * planned.size_bytes,
+    memory_bytes: int | None = None,
+    workers: int | None = None,
+) -> tuple[str, ...]:
+    """Write `produce(name)` for every planned tensor to `folder`; return the file names.
+
+    `produce` is called from up to `workers` threads.  `working_bytes` is the host memory one tensor takes while it is
+    made and written; tensors under way together take at most `memory_bytes` (two shards if not given), a larger one is
+    made alone.  A tensor of another shape or dtype than planned, or with NaN or infinity, raises ExportError; the
+    files are then incomplete.
+    """
+    groups = list(_grouped(plan, max_shard_size_bytes))
+    names = shard_names(len(groups))
+    total = sum(planned.size_bytes for planned in plan)
+    workers = workers or (1 if total < SMALL_BYTES else min(WORKERS, os.cpu_count() or 1))
+    gate = _MemoryGate(2 * max_shard_size_bytes if memory_bytes is None else memory_bytes)
+    with contextlib.ExitStack() as stack:
+        shards = [stack.enter_context(_Shard(folder / name, group)) for name, group in zip(names, groups, strict=True)]
+        tasks = [
+            (shard, planned)
+            for row in zip_longest(*groups)
+            for shard, planned in zip(shards, row, strict=True)
+            if planned is not None
+        ]
+
+        def work(shard: _Shard, planned: TensorPlan) -> None:
+            with gate.hold(working_bytes(planned)):
+                shard.write(planned, _checked(planned, produce(planned.name)))
+
+        if workers == 1:
+            for task in tasks:
+                work(*task)
+        else:
+            _run(tasks, work, gate, workers)
+    if len(groups) > 1:
+        weight_map = {planned.name: name for name, group in zip(names, groups, strict=True) for planned in group}
+        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    return names
+
+
+def shard_names(count: int) -> tuple[str, ...]:
+    """What `count` files of weights are called; without weights there is no file."""
+    if count <= 1:
+        return (SINGLE,) * count
+    return tuple(f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1))
+
+
+class _Shard:
+    """One safetensors file: its header is written at opening, tensors are put to their places in any order."""
+
+    def __init__(self, path: Path, group: Sequence[TensorPlan]) -> None:
+        entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
+        self._offsets: dict[str, int] = {}
+        offset = 0
+        for planned in group:
+            span = [offset, offset + planned.size_bytes]
+            entries[planned.name] = {
+                "dtype": CODES[planned.dtype],
+                "shape": list(planned.shape),
+                "data_offsets": span,
+            }
+            self._offsets[planned.name] = offset
+            offset += planned.size_bytes
+        header = json.dumps(entries, separators=(",", ":")).encode()
+        header += b" " * (-len(header) % 8)  # the format aligns the tensors to 8 bytes
+        self._start = 8 + len(header)
+        self._descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
+        _write_exactly(self._descriptor, memoryview(len(header).to_bytes(8, "little") + header), 0)
+
+    def __enter__(self) -> _Shard:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        os.close(self._descriptor)
+
+    def write(self, planned: TensorPlan, tensor: torch.Tensor) -> None:
+        """Put one tensor to its place."""
+        raw = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
+        _write_exactly(self._descriptor, raw, self._start + self._offsets[planned.name])
+
+
+class _MemoryGate:
+    """Lets tensors through as long as they take no more than `limit` bytes together, a larger one only alone."""
+
+    def __init__(self, limit_bytes: int) -> None:
+        self._limit = limit_bytes
+        self._held = 0
+        self._closed = False
+        self._changed = threading.Condition()
+
+    @contextlib.contextmanager
+    def hold(self, size_bytes: int) -> Iterator[None]:
+        with self._changed:
+            self._changed.wait_for(
+                lambda: self._closed or self._held == 0 or self._held + size_bytes <= self._limit,
+            )
+            if self._closed:
+                raise _Stopped
+            self._held += size_bytes
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._held -= size_bytes
+                self._changed.notify_all()
+
+    def close(self) -> None:
+        """Nothing is let through any more: another tensor failed, or the user interrupts."""
+        with self._changed:
+            self._closed = True
+            self._changed.notify_all()
+
+
+class _Stopped(Exception):
+    """A tensor that was not begun because another one failed."""
+
+
+def _run(
+    tasks: Sequence[tuple[_Shard, TensorPlan]],
+    work: Callable[[_Shard, TensorPlan], None],
+    gate: _MemoryGate,
+    workers: int,
+) -> None:
+    """Do all tasks; the first failure (or an interrupt) stops the others and is raised."""
+    with ThreadPoolExecutor(workers, thread_name_prefix="export") as pool:
+        try:
+            futures = [pool.submit(work, *task) for task in tasks]
+            done, _ = wait(futures, return_when=FIRST_EXCEPTION)
+        except BaseException:
+            gate.close()
+            raise
+        gate.close()
+    problems = [future.exception() for future in done]
+    for problem in problems:
+        if problem is not None and not isinstance(problem, _Stopped):
+            raise problem
+
+
+def _write_exactly(descriptor: int, data: memoryview, offset: int) -> None:
+    done = 0
+    while done < len(data):
+        done += os.pwrite(descriptor, data[done:], offset + done)
+
+
+def _grouped(plan: Sequence[TensorPlan], limit_bytes: int) -> Iterator[list[TensorPlan]]:
+    """Consecutive tensors whose sum stays within `limit_bytes`; a larger single tensor is a shard of its own."""
+    group: list[TensorPlan] = []
+    size = 0
+    for planned in plan:
+        if group and size + planned.size_bytes > limit_bytes:
+            yield group
+            group, size = [], 0
+        group.append(planned)
+        size += planned.size_bytes
+    if group:
+        yield group
+
+
+def _checked(planned: TensorPlan, tensor: torch.Tensor) -> torch.Tensor:
+    if tuple(tensor.shape) != planned.shape or tensor.dtype != planned.dtype:
+        raise ExportError(
+            f"{planned.name} came out as {tuple(tensor.shape)} {tensor.dtype}, not {planned.shape} {planned.dtype}."
+        )
+    # The smallest and the largest value tell of NaN and infinity without a mask as large as the tensor.
+    if tensor.numel() and not torch.isfinite(torch.stack(torch.aminmax(tensor))).all():
+        bad = int((~torch.isfinite(tensor)).sum())
+        raise ExportError(
+            f"{planned.name} has {bad} NaN or infinite values: the training diverged, the snapshot is damaged, "
+            f"or a value exceeds the range of {planned.dtype}; export an earlier snapshot or another dtype."
+        )
+    return tensor.contiguous().cpu()
