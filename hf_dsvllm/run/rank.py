@@ -82,15 +82,16 @@ def execute(command: Command) -> None:
         return
     if not sys.flags.safe_path:
         sys.path[0] = str(command.path.resolve().parent)
+    file = os.path.abspath(command.target)  # as python does since 3.9
     main_module = types.ModuleType("__main__")
     main_module.__dict__.update(
-        __file__=command.target,
+        __file__=file,
         __builtins__=__builtins__,
-        __loader__=importlib.machinery.SourceFileLoader("__main__", command.target),
+        __loader__=importlib.machinery.SourceFileLoader("__main__", file),
         __cached__=None,
     )
     sys.modules["__main__"] = main_module
-    exec(compile(command.path.read_bytes(), command.target, "exec"), main_module.__dict__)
+    exec(compile(command.path.read_bytes(), file, "exec"), main_module.__dict__)
 
 
 def what_is_missing(run: Run) -> str | None:

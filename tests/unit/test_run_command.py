@@ -1,0 +1,152 @@
+"""Whose argument is it: the script's and ours are told apart anywhere on the command line, in YAML and .args files."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from hf_dsvllm.errors import ConfigError
+from hf_dsvllm.run.command import AdapterOptions, nearest_of_ours, read_command, read_rank, split
+
+
+@pytest.fixture
+def script(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A script in the working directory."""
+    monkeypatch.chdir(tmp_path)
+    Path("train.py").write_text("", encoding="utf-8")
+    return "train.py"
+
+
+def problems(error: pytest.ExceptionInfo[ConfigError]) -> str:
+    return str(error.value)
+
+
+def test_ours_are_taken_out_and_the_rest_keeps_its_order() -> None:
+    words = [
+        "data",
+        "--lr",
+        "1e-3",
+        "--ds_preset",
+        "zero3",
+        "--flag",
+        "--gen_eval_file",
+        "a.jsonl",
+        "b.jsonl",
+        "--out=x",
+    ]
+    rest, ours, wrong = split(words)
+    assert rest == ["data", "--lr", "1e-3", "--flag", "--out=x"]
+    assert ours == {"ds_preset": "zero3", "gen_eval_file": ["a.jsonl", "b.jsonl"]}
+    assert wrong == []
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (["--ds-preset=zero2"], {"ds_preset": "zero2"}),
+        (["--gen_eval_steps", "5"], {"gen_eval_steps": 5}),
+        (["--gen_eval_temperature=0.5"], {"gen_eval_temperature": 0.5}),
+        (["--gen_eval_on_start", "false"], {"gen_eval_on_start": False}),
+        (["--gen_eval_on_start", "--x"], {"gen_eval_on_start": True}),
+        (["--no_gen_eval_on_start"], {"gen_eval_on_start": False}),
+        (["--no-gen-eval-on-start"], {"gen_eval_on_start": False}),
+        (["--vllm_args", "--enforce-eager --seed 1"], {"vllm_args": "--enforce-eager --seed 1"}),
+        (["--vllm_args=--enforce-eager"], {"vllm_args": "--enforce-eager"}),
+    ],
+)
+def test_every_way_to_write_a_flag_is_read_like_the_trainers_parser_would(
+    words: list[str], expected: dict[str, object]
+) -> None:
+    assert split(words)[1:] == (expected, [])
+
+
+def test_what_stands_after_two_dashes_is_the_scripts() -> None:
+    assert split(["--", "--ds_preset", "zero3"]) == (["--", "--ds_preset", "zero3"], {}, [])
+
+
+def test_all_wrong_values_are_reported_at_once(script: str) -> None:
+    with pytest.raises(ConfigError) as error:
+        read_command([script, "--gen_eval_steps", "many", "--gen_eval_temperature", "hot", "--ds_preset"])
+    assert "--gen_eval_steps many is not a whole number" in problems(error)
+    assert "--gen_eval_temperature hot is not a number" in problems(error)
+    assert "--ds_preset has no value" in problems(error)
+
+
+def test_a_wrong_path_names_the_nearest_scripts(script: str) -> None:
+    with pytest.raises(ConfigError, match=r"script trian\.py does not exist\n.*did you mean train\.py"):
+        read_command(["trian.py"])
+
+
+def test_a_folder_is_no_script(script: str) -> None:
+    Path("folder").mkdir()
+    with pytest.raises(ConfigError, match="script folder is a folder"):
+        read_command(["folder"])
+
+
+def test_trl_and_a_name_stand_for_trls_own_script() -> None:
+    command = read_command(["trl", "sft", "--ds_preset", "zero2", "--max_length", "8"])
+    assert command.path is not None
+    assert command.path.parts[-3:] == ("trl", "scripts", "sft.py")
+    assert command.script_args == ("--max_length", "8")
+    assert command.words[:2] == ("trl", "sft")
+
+
+def test_a_script_trl_does_not_ship_is_answered_by_those_it_does() -> None:
+    with pytest.raises(ConfigError, match=r"trl ppo is no training script.*\n.*dpo, .*sft"):
+        read_command(["trl", "ppo"])
+
+
+def test_ours_may_stand_in_the_yaml_file_of_trls_parser(script: str) -> None:
+    Path("run.yaml").write_text("ds_preset: zero3\nlearning_rate: 0.1\n", encoding="utf-8")
+    command = read_command([script, "--config", "run.yaml"])
+    assert command.value("ds_preset") == "zero3"
+    assert command.given["ds_preset"].place == "run.yaml"
+
+
+def test_ours_may_stand_in_the_args_file_of_the_script(script: str) -> None:
+    Path("train.args").write_text("--ds_preset lora --learning_rate 0.1\n", encoding="utf-8")
+    assert read_command([script]).value("ds_preset") == "lora"
+
+
+def test_two_places_that_differ_are_an_error_naming_both(script: str) -> None:
+    Path("run.yaml").write_text("ds_preset: zero3\n", encoding="utf-8")
+    Path("train.args").write_text("--gen_eval_limit 3", encoding="utf-8")
+    with pytest.raises(ConfigError) as error:
+        read_command([script, "--ds_preset", "zero2", "--config", "run.yaml", "--gen_eval_limit", "4"])
+    assert "ds_preset: the command line says 'zero2', run.yaml says 'zero3'" in problems(error)
+    assert "gen_eval_limit: the command line says 4, train.args says 3" in problems(error)
+
+
+def test_two_places_that_agree_are_none(script: str) -> None:
+    Path("run.yaml").write_text("ds_preset: zero3\n", encoding="utf-8")
+    assert read_command([script, "--ds_preset", "zero3", "--config", "run.yaml"]).value("ds_preset") == "zero3"
+
+
+def test_a_yaml_file_that_cannot_be_read_is_named(script: str) -> None:
+    Path("run.yaml").write_text("a: [", encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"--config run\.yaml cannot be read"):
+        read_command([script, "--config", "run.yaml"])
+
+
+def test_a_rank_reads_what_the_parent_writes(script: str) -> None:
+    adapter = AdapterOptions(lora_r=4, lora_dropout=0.0, lora_target_modules=("q_proj", "v_proj"))
+    words = [script, "--seed", "1", "--ds_preset", "lora"]
+    assert read_rank([*adapter.words(), *words]) == read_command(words, adapter=adapter)
+    module = ["package.module", "--ds_preset", "lora"]
+    assert read_rank(["-m", *module]) == read_command(module, module=True)
+
+
+def test_adapter_options_of_a_script_stay_the_scripts(script: str) -> None:
+    command = read_rank([script, "--lora_r", "4", "--ds_preset", "lora"])
+    assert command.script_args == ("--lora_r", "4")
+    assert command.adapter.chosen() == {}
+
+
+@pytest.mark.parametrize(
+    ("flag", "near"),
+    [("--ds_prest", "--ds_preset"), ("--ds-presets=zero3", "--ds_preset"), ("--gen_eval_files", "--gen_eval_file"),
+     ("--learning_rate", None), ("--ds_preset", None)],
+)  # fmt: skip
+def test_a_misspelt_flag_is_recognised(flag: str, near: str | None) -> None:
+    assert nearest_of_ours(flag) == near

@@ -1,0 +1,112 @@
+"""A rank runs the script as python itself would: same `__main__`, argv, path, pickling, tracebacks and exit codes."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+# What a script can see of the way it was started.
+SEEN = """
+import json, multiprocessing, pickle, sys
+import beside
+
+
+class Thing:
+    pass
+
+
+def double(x):
+    return 2 * x
+
+
+if __name__ == "__main__":
+    copy = pickle.loads(pickle.dumps(Thing()))
+    with multiprocessing.get_context("spawn").Pool(1) as pool:
+        doubled = pool.map(double, [1, 2])
+    spec = sys.modules["__main__"].__spec__
+    print(json.dumps({
+        "argv": sys.argv, "path": sys.path[0], "file": __file__, "name": __name__, "package": __package__,
+        "main": sys.modules["__main__"].__dict__ is globals(), "same": type(copy) is Thing, "doubled": doubled,
+        "beside": beside.__file__, "spec": spec and spec.name, "imported": sorted({"torch", "trl"} & set(sys.modules)),
+    }))
+"""
+OURS = ("--ds_preset", "zero3")
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """`scripts/seen.py` with a module beside it, and the same as a package."""
+    for name in ("scripts", "pkg"):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / "seen.py").write_text(SEEN, encoding="utf-8")
+        (tmp_path / name / "beside.py").write_text("", encoding="utf-8")
+    text = SEEN.replace("import beside", "from . import beside")
+    (tmp_path / "pkg" / "seen.py").write_text(text, encoding="utf-8")
+    return tmp_path
+
+
+def python(folder: Path, *words: str, **env: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, *words], cwd=folder, env=os.environ | env, capture_output=True, text=True, check=False
+    )
+
+
+def as_rank(folder: Path, *words: str, **env: str) -> subprocess.CompletedProcess[str]:
+    return python(folder, "-m", "hf_dsvllm.run", *words, *OURS, **env)
+
+
+@pytest.mark.parametrize("words", [("scripts/seen.py", "a", "--b"), ("-m", "pkg.seen", "a", "--b")])
+def test_a_script_sees_what_it_sees_under_python(words: tuple[str, ...], folder: Path) -> None:
+    plain, ours = python(folder, *words), as_rank(folder, *words)
+    assert plain.returncode == 0, plain.stderr
+    assert ours.stdout == plain.stdout, ours.stderr
+
+
+def test_a_script_that_is_not_a_trainer_script_is_told_so(folder: Path) -> None:
+    ended = as_rank(folder, "scripts/seen.py")
+    assert ended.returncode == 2
+    assert "the script made no TrainingArguments: it is not a Trainer script" in ended.stderr
+
+
+@pytest.mark.parametrize(
+    ("code", "expected"),
+    [("import sys; sys.exit(3)", 3), ("raise SystemExit('bye')", 1), ("1 / 0", 1), ("raise KeyboardInterrupt", 130)],
+)
+def test_the_exit_code_is_kept_and_left_for_the_parent(code: str, expected: int, folder: Path) -> None:
+    (folder / "end.py").write_text(code, encoding="utf-8")
+    ended = as_rank(folder, "end.py", HF_DSVLLM_EXIT_FILE=str(folder / "code"))
+    assert ended.returncode == expected
+    assert (folder / "code").read_text(encoding="utf-8") == str(expected)
+    assert ("bye" in ended.stderr) == ("bye" in code)
+
+
+def test_a_traceback_shows_the_scripts_frames_alone(folder: Path) -> None:
+    (folder / "end.py").write_text("def fall():\n    1 / 0\n\n\nfall()\n", encoding="utf-8")
+    ours, plain = as_rank(folder, "end.py"), python(folder, "end.py")
+    assert ours.stderr == plain.stderr
+
+
+def test_after_a_failure_a_misspelt_flag_is_named(folder: Path) -> None:
+    (folder / "end.py").write_text("import sys; sys.exit(2)", encoding="utf-8")
+    ended = as_rank(folder, "end.py", "--gen_eval_files", "x", "--learning_rate", "1")
+    assert (
+        "--gen_eval_files was left to the script: it is not one of hf-dsvllm's, whose nearest is --gen_eval_file"
+        in (ended.stderr)
+    )
+    assert "learning_rate" not in ended.stderr
+
+
+def test_environment_hooks_of_the_user_keep_working(folder: Path) -> None:
+    (folder / "sitecustomize.py").write_text("print('customized')", encoding="utf-8")
+    (folder / "end.py").write_text("import os; print(os.environ['PYTHONPATH'])", encoding="utf-8")
+    paths = f"{folder}{os.pathsep}{os.environ['PYTHONPATH']}"
+    assert as_rank(folder, "end.py", PYTHONPATH=paths).stdout == f"customized\n{paths}\n"
+
+
+def test_asking_for_help_is_no_failure(folder: Path) -> None:
+    (folder / "end.py").write_text("import argparse; argparse.ArgumentParser().parse_args()", encoding="utf-8")
+    assert as_rank(folder, "end.py", "--help").returncode == 0
