@@ -1,0 +1,162 @@
+"""How fast a card is: data-sheet numbers made realistic, or the rates measured on this machine.
+
+Each row of `CARDS` is the vendor's data sheet (dense bf16 tensor FLOP/s without sparsity, memory bandwidth, one
+direction of the link between cards and of the host link).  What a program reaches of it is a share (`REACHED`), and
+those shares were measured on one card only, an H200: 785 of 989 TFLOP/s in large products, 4.27 of 4.8 TB/s copying,
+55 of 64 GB/s to the host.  For other cards they are an assumption; `hf-dsvllm doctor --calibrate` replaces it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from hf_dsvllm.hardware import find_card
+
+__all__ = ["CARDS", "CPU_RATES", "Card", "Rates", "calibration_file", "rates_of", "stored_rates"]
+
+TERA, GIGA = 1e12, 1e9
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Card:
+    """Data-sheet numbers in TFLOP/s, GB/s.  `nvlink`: whether `link` is NVLink; otherwise cards talk over PCIe."""
+
+    tflops: float
+    memory_gb_per_s: float
+    link_gb_per_s: float
+    host_gb_per_s: float
+    nvlink: bool = False
+    bf16: bool = True
+
+
+PCIE3, PCIE4, PCIE5 = 16.0, 32.0, 64.0
+# NVIDIA's data sheets; V100 and T4 have no bf16 (their number is fp16).
+CARDS: Mapping[str, Card] = {
+    "A10-24GB": Card(tflops=125, memory_gb_per_s=600, link_gb_per_s=PCIE4, host_gb_per_s=PCIE4),
+    "A100-40GB": Card(tflops=312, memory_gb_per_s=1555, link_gb_per_s=300, host_gb_per_s=PCIE4, nvlink=True),
+    "A100-80GB": Card(tflops=312, memory_gb_per_s=2039, link_gb_per_s=300, host_gb_per_s=PCIE4, nvlink=True),
+    "A10G-24GB": Card(tflops=70, memory_gb_per_s=600, link_gb_per_s=PCIE4, host_gb_per_s=PCIE4),
+    "A40-48GB": Card(tflops=149.7, memory_gb_per_s=696, link_gb_per_s=PCIE4, host_gb_per_s=PCIE4),
+    "B200-180GB": Card(tflops=2250, memory_gb_per_s=8000, link_gb_per_s=900, host_gb_per_s=PCIE5, nvlink=True),
+    "H100-80GB": Card(tflops=989, memory_gb_per_s=3350, link_gb_per_s=450, host_gb_per_s=PCIE5, nvlink=True),
+    "H200-141GB": Card(tflops=989, memory_gb_per_s=4800, link_gb_per_s=450, host_gb_per_s=PCIE5, nvlink=True),
+    "L4-24GB": Card(tflops=121, memory_gb_per_s=300, link_gb_per_s=PCIE4, host_gb_per_s=PCIE4),
+    "L40S-48GB": Card(tflops=362, memory_gb_per_s=864, link_gb_per_s=PCIE4, host_gb_per_s=PCIE4),
+    "RTX3090-24GB": Card(tflops=71, memory_gb_per_s=936, link_gb_per_s=PCIE4, host_gb_per_s=PCIE4),
+    "RTX4090-24GB": Card(tflops=165, memory_gb_per_s=1008, link_gb_per_s=PCIE4, host_gb_per_s=PCIE4),
+    "RTX5090-32GB": Card(tflops=210, memory_gb_per_s=1792, link_gb_per_s=PCIE5, host_gb_per_s=PCIE5),
+    "RTX6000Ada-48GB": Card(tflops=364, memory_gb_per_s=960, link_gb_per_s=PCIE4, host_gb_per_s=PCIE4),
+    "RTXA6000-48GB": Card(tflops=155, memory_gb_per_s=768, link_gb_per_s=PCIE4, host_gb_per_s=PCIE4),
+    "T4-16GB": Card(tflops=65, memory_gb_per_s=320, link_gb_per_s=PCIE3, host_gb_per_s=PCIE3, bf16=False),
+    "V100-16GB": Card(tflops=125, memory_gb_per_s=900, link_gb_per_s=150, host_gb_per_s=PCIE3, nvlink=True, bf16=False),
+    "V100-32GB": Card(tflops=125, memory_gb_per_s=900, link_gb_per_s=150, host_gb_per_s=PCIE3, nvlink=True, bf16=False),
+}
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Reached:
+    """What an H200 reached of its data sheet (torch 2.11, CUDA 13; benchmarks/planner/results/rates.json)."""
+
+    product: float = 0.794  # 785 of 989 TFLOP/s, 8192 x 8192 x 8192
+    attention_forward: float = 0.307  # 304 TFLOP/s, sdpa flash, causal, head_dim 128
+    attention_backward: float = 0.246  # 243 TFLOP/s
+    memory: float = 0.89  # 4.27 of 4.8 TB/s
+    link: float = 0.75  # of NVLink: large collectives
+    pcie_link: float = 0.45  # cards without NVLink send through the host: an assumption
+    host: float = 0.86  # 55 of 64 GB/s
+
+
+REACHED = Reached()
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Rates:
+    """What the speed model computes with: FLOP/s, bytes/s, seconds; `source` says where it is from."""
+
+    product_flops: float
+    attention_forward_flops: float
+    attention_backward_flops: float
+    memory_bytes_per_s: float
+    link_bytes_per_s: float
+    host_bytes_per_s: float
+    adam_parameters_per_s: float
+    launch_s: float
+    source: str
+
+
+# Measured on the host of an H200: one small operation from Python, DeepSpeedCPUAdam with 16 threads.
+LAUNCH_S = 6e-6
+ADAM_PARAMETERS_PER_S = 1.0e9
+CPU_RATES = Rates(
+    product_flops=8e10,
+    attention_forward_flops=4e10,
+    attention_backward_flops=4e10,
+    memory_bytes_per_s=1.2e10,
+    link_bytes_per_s=1e9,
+    host_bytes_per_s=1e10,
+    adam_parameters_per_s=2e8,
+    launch_s=LAUNCH_S,
+    source="an assumption for one CPU core and its neighbour",
+)
+
+
+def rates_of(card: str) -> Rates:
+    """The catalogue's rates of a card, by any spelling `hardware.find_card` takes; HardwareError for an unknown one."""
+    name = find_card(card)
+    found = CARDS[name]
+    reached = REACHED.link if found.nvlink else REACHED.pcie_link
+    return Rates(
+        product_flops=found.tflops * TERA * REACHED.product,
+        attention_forward_flops=found.tflops * TERA * REACHED.attention_forward,
+        attention_backward_flops=found.tflops * TERA * REACHED.attention_backward,
+        memory_bytes_per_s=found.memory_gb_per_s * GIGA * REACHED.memory,
+        link_bytes_per_s=found.link_gb_per_s * GIGA * reached,
+        host_bytes_per_s=found.host_gb_per_s * GIGA * REACHED.host,
+        adam_parameters_per_s=ADAM_PARAMETERS_PER_S,
+        launch_s=LAUNCH_S,
+        source="measured on an H200" if name.startswith("H200") else f"data sheet of {name}, derated as an H200 is",
+    )
+
+
+def calibration_file() -> Path:
+    """Where `hf-dsvllm doctor --calibrate` keeps this machine's rates: HF_DSVLLM_HOME, or the user's cache folder."""
+    home = os.environ.get("HF_DSVLLM_HOME")
+    base = Path(home) if home else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "hf-dsvllm"
+    return base / "calibration.json"
+
+
+def stored_rates(file: Path | None = None) -> Mapping[str, Any] | None:
+    """This machine's measured rates as a record, None where it was never calibrated."""
+    path = file or calibration_file()
+    try:
+        record = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return record if isinstance(record, dict) else None
+
+
+def from_record(record: Mapping[str, Any]) -> Rates:
+    """A record of `hf_dsvllm.calibrate` → rates: the best product, attention at the middle length."""
+    base = rates_of("H200") if record["device"] == "cuda" else CPU_RATES
+    links = [max(found["all_gather"].values()) for found in record.get("collectives", {}).values()]
+
+    def middle(name: str, default: float) -> float:
+        values = sorted(record.get(name, {}).values())
+        return values[len(values) // 2] if values else default
+
+    return Rates(
+        product_flops=max(record["matmul_flops"].values()),
+        attention_forward_flops=middle("attention_forward_flops", base.attention_forward_flops),
+        attention_backward_flops=middle("attention_backward_flops", base.attention_backward_flops),
+        memory_bytes_per_s=record["copy_bytes_per_s"],
+        link_bytes_per_s=min(links, default=base.link_bytes_per_s),
+        host_bytes_per_s=record.get("host_to_device_bytes_per_s", base.host_bytes_per_s),
+        adam_parameters_per_s=record.get("adam_parameters_per_s") or base.adam_parameters_per_s,
+        launch_s=record.get("launch_s", base.launch_s),
+        source=f"measured on this machine ({record['device_name']})",
+    )
