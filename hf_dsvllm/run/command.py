@@ -165,7 +165,7 @@ def split(words: Sequence[str]) -> tuple[list[str], dict[str, Any], list[Problem
     return rest, ours, problems
 
 
-def nearest_of_ours(flag: str, *, cutoff: float = 0.8) -> str | None:
+def nearest_of_ours(flag: str, *, cutoff: float = 0.9) -> str | None:
     """Our argument that `flag` may have been meant to be; None when none is near."""
     name = flag.partition("=")[0].lstrip("-").replace("-", "_")
     if name in _KINDS:

@@ -2,15 +2,18 @@
 
 from __future__ import annotations
 
+import copy
 import copyreg
 import dataclasses
 from collections.abc import Iterable
 from typing import Any
 
+from hf_dsvllm.console import say
 from hf_dsvllm.errors import ConfigError, Problem
 from hf_dsvllm.fields import PresetFields
 from hf_dsvllm.run.lines import script_line
 from hf_dsvllm.run.state import Run
+from hf_dsvllm.traps import Fix
 
 __all__ = ["ForArguments"]
 
@@ -59,15 +62,27 @@ class ForArguments:
         if model_args is None or not any(thing is run.args for thing in things):
             return
         if isinstance(run.args, RewardConfig):
-            run.refuse_evaluation("RewardConfig")
-            if model_args.lora_task_type == "CAUSAL_LM":
-                model_args.lora_task_type = "SEQ_CLS"
+            self._settle_reward_model(model_args)
         for name, value in run.command.adapter.chosen().items():
             setattr(model_args, name, value)
         run.model_args = model_args
         run.prepare()
         if run.adapter:
             run.lines["adapter"] = f"{run.adapter} by TRL's own ModelConfig"
+
+    def _settle_reward_model(self, model_args: Any) -> None:
+        """A reward model has a head that adapters leave trainable, and gives no text to evaluate."""
+        run = self._run
+        run.refuse_evaluation("a reward model")
+        if not run.adapter:
+            return
+        if model_args.lora_task_type == "CAUSAL_LM":
+            model_args.lora_task_type = "SEQ_CLS"
+            say(str(Fix("lora_task_type", "CAUSAL_LM", "SEQ_CLS", "the head is trained too")))
+        if run.adapter == "qlora" and model_args.dtype == "float32":
+            # TRL casts whatever is trained beside a 4-bit model to bf16 (read in 1.16, reward_trainer.py).
+            model_args.dtype = "bfloat16"
+            say(str(Fix("dtype", "float32", "bfloat16", "TRL casts the head of a 4-bit reward model to bf16")))
 
     def _subclass(self, cls: Any, base: Any) -> type:
         run = self._run
@@ -84,15 +99,26 @@ class ForArguments:
         def __reduce_ex__(args: Any, protocol: Any) -> tuple[Any, ...]:
             del protocol
             # As the script's own class: training_args.bin loads where this package is not installed.
-            return copyreg.__newobj__, (cls,), args.__dict__  # type: ignore[attr-defined]
+            return copyreg._reconstructor, (cls, object, None), args.__dict__  # type: ignore[attr-defined]
+
+        def __deepcopy__(args: Any, memo: dict[int, Any]) -> Any:
+            twin = memo[id(args)] = object.__new__(made)
+            twin.__dict__.update(copy.deepcopy(args.__dict__, memo))
+            return twin
+
+        def __copy__(args: Any) -> Any:
+            twin = object.__new__(made)
+            twin.__dict__.update(args.__dict__)
+            return twin
 
         fields = [
             (field.name, field.type, _with_default(field, given.value))
             for field in dataclasses.fields(base)
             if (given := run.command.given.get(field.name)) is not None
         ]
-        members = {"__post_init__": __post_init__, "__reduce_ex__": __reduce_ex__, "__doc__": cls.__doc__}
-        made = dataclasses.make_dataclass(cls.__name__, fields, bases=(base,), namespace=members)
+        members = {method.__name__: method for method in (__post_init__, __reduce_ex__, __deepcopy__, __copy__)}
+        made: Any = dataclasses.make_dataclass(cls.__name__, fields, bases=(base,), namespace=members)
+        made.__doc__ = cls.__doc__
         made.__module__, made.__qualname__ = cls.__module__, cls.__qualname__
         return made
 

@@ -167,7 +167,8 @@ def _report(run: Run, session: Any, trainer: Any) -> Any:
         def on_train_begin(self, *_args: Any, **_kwargs: Any) -> None:
             parts = list(run.lines.values())
             for name, config in getattr(trainer.model, "peft_config", {}).items():
-                parts.append(f"adapter {name} on {', '.join(sorted(config.target_modules or ()))}")
+                layers = sorted({target.rpartition(".")[2] for target in config.target_modules or ()})
+                parts.append(f"adapter {name!r} on {', '.join(layers)}")
             tasks = ", ".join(task.name for task in session.tasks)
             parts.append(f"vLLM answers {tasks}" if tasks else "no evaluation by generation")
             say(f"wired: {'; '.join(parts)}")

@@ -17,19 +17,19 @@ class Rows(torch.utils.data.Dataset):
         return {"input_ids": tokens, "labels": tokens}
 
 
-training_args = TrainingArguments(
-    output_dir=OUT,
-    max_steps=2,
-    per_device_train_batch_size=2,
-    learning_rate=1e-2,
-    logging_steps=1,
-    save_strategy="no",
-    report_to="none",
-    disable_tqdm=True,
-    dataloader_num_workers=1,
-    dataloader_multiprocessing_context="spawn",
-)
 if __name__ == "__main__":
+    training_args = TrainingArguments(
+        output_dir=OUT,
+        max_steps=2,
+        per_device_train_batch_size=2,
+        learning_rate=1e-2,
+        logging_steps=1,
+        save_strategy="no",
+        report_to="none",
+        disable_tqdm=True,
+        dataloader_num_workers=1,
+        dataloader_multiprocessing_context="spawn",
+    )
     model = AutoModelForCausalLM.from_pretrained(MODEL)
     trainer = Trainer(model=model, args=training_args, train_dataset=Rows(), data_collator=default_data_collator)
     trainer.train()

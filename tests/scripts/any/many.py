@@ -3,8 +3,8 @@
     torchrun --nproc_per_node 2 many.py CASES.json
 
 The libraries are imported once; then each case is a fork, before any thread or process group exists, with a port of its
-own.  CASES is a list of {"name", "argv" (what stands after `python -m hf_dsvllm.run`; with "plain" after `python`),
-"port", "log"}; OUT.<name>.<rank> in the log folder holds what the case said and its exit code is the last line.
+own.  CASES is a list of `cases.Case` as JSON with a "port", a "folder" to run in and a "log" folder; NAME.RANK.log
+there holds what a case said, and its exit code in the last line.
 """
 
 from __future__ import annotations
@@ -66,13 +66,14 @@ def one(case: dict[str, Any]) -> int:
     os.dup2(log, 2)
     os.environ["MASTER_PORT"] = str(case["port"])
     os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)  # the port's first process makes the store itself
-    os.environ.update(case.get("env", {}))
-    if not case.get("plain"):
+    os.environ.update(case["env"])
+    os.chdir(case["folder"])
+    sys.path[0] = case["folder"]  # as after `python -m`
+    if not case["plain"]:
         from hf_dsvllm.run.rank import main as run
 
         return run(case["argv"])
     sys.argv = case["argv"]
-    sys.path[0] = os.path.dirname(sys.argv[0])
     runpy.run_path(sys.argv[0], run_name="__main__")
     return 0
 

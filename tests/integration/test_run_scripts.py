@@ -1,0 +1,292 @@
+"""Unmodified scripts under every kind of preset: TRL's own five, and those people write; two processes, one torchrun.
+
+Each case is what a rank of `hf-dsvllm run` does; the command line around it is in test_run_command_line.py.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+from collections.abc import Mapping
+from pathlib import Path
+
+import pytest
+
+from tests.scripts.any.cases import HERE, SHORT, Case, Outcome, run_all, write_place
+
+pytestmark = [pytest.mark.slow, pytest.mark.distributed, pytest.mark.timeout(580)]
+
+TRL = {
+    "sft": ("--max_length", "64"),
+    "dpo": ("--max_length", "64"),
+    "reward": ("--max_length", "64"),
+    "kto": ("--max_length", "64"),
+    "grpo": ("--reward_funcs", "think_format_reward", "--num_generations", "2", "--max_completion_length", "8"),
+}
+TRL_PRESETS = ("zero2", "zero3", "qlora")
+OWN_PRESETS = ("zero2", "zero3", "lora", "qlora")
+OWN = ("clm", "fixed", "own_loss", "module")
+ON_CPU = ("--use_cpu", "true", "--bf16", "false")
+ENGINES = {
+    "zero2": "DeepSpeedEngine, ZeRO stage 2, 2 processes",
+    "zero3": "DeepSpeedEngine, ZeRO stage 3, 2 processes",
+    "lora": "DistributedDataParallel, 2 processes",
+    "qlora": "DistributedDataParallel, 2 processes",
+}
+
+
+def trl_words(folder: Path, script: str, name: str) -> list[str]:
+    data = {"reward": "dpo"}.get(script, script)
+    named = ["--model_name_or_path", str(folder / "model"), "--dataset_name", str(folder / data)]
+    return [*named, "--output_dir", str(folder / "out" / name), *SHORT, *TRL[script]]
+
+
+def clm_words(folder: Path, name: str) -> list[str]:
+    named = ["--model_name_or_path", str(folder / "model"), "--train_file", str(folder / "texts.jsonl")]
+    return [*named, "--output_dir", str(folder / "out" / name), *SHORT]
+
+
+def ours(preset: str, *more: str) -> list[str]:
+    return ["--ds_preset", preset, "--export_to", "none", *more]
+
+
+def trl_cases(folder: Path) -> list[Case]:
+    asked = ("--gen_eval_file", str(folder / "questions.jsonl"), "--gen_eval_max_new_tokens", "8")
+    cases = []
+    for preset in TRL_PRESETS:
+        for script in TRL:
+            name = f"{script}-{preset}"
+            evaluated = asked if name == "dpo-zero2" else ()
+            cases.append(
+                Case(name=name, argv=["trl", script, *trl_words(folder, script, name), *ours(preset, *evaluated)])
+            )
+    return cases
+
+
+def own_cases(folder: Path) -> list[Case]:
+    cases = []
+    for preset in OWN_PRESETS:
+        for script in OWN:
+            name = f"{script}-{preset}"
+            if script == "clm":
+                argv = [str(HERE / "clm.py"), *clm_words(folder, name)]
+            elif script == "module":
+                argv = ["-m", "package.train", *clm_words(folder, name)]
+            else:
+                argv = [str(HERE / f"{script}.py"), str(folder / "model"), str(folder / "out" / name)]
+            cases.append(Case(name=name, argv=[*argv, *ours(preset)]))
+    return cases
+
+
+def plain_cases(folder: Path) -> list[Case]:
+    """The same scripts with what a person would write by hand: a DeepSpeed JSON, TRL's adapter flags."""
+    import trl
+
+    cases = []
+    scripts = Path(trl.__file__).parent / "scripts"
+    for stage in (2, 3):
+        # No train_batch_size: without a process group DeepSpeed takes the world for 1 when ZeRO-3 loads the model.
+        config = {
+            "zero_optimization": {"stage": stage, "stage3_gather_16bit_weights_on_model_save": True},
+            "train_micro_batch_size_per_gpu": "auto",
+            "gradient_accumulation_steps": "auto",
+            "gradient_clipping": "auto",
+        }
+        file = folder / f"hand_written_{stage}.json"
+        file.write_text(json.dumps(config), encoding="utf-8")
+        more = [*ON_CPU, "--deepspeed", str(file)]
+        name = f"clm-plain{stage}"
+        cases.append(Case(name=name, plain=True, argv=[str(HERE / "clm.py"), *clm_words(folder, name), *more]))
+        name = f"sft-plain{stage}"
+        cases.append(
+            Case(name=name, plain=True, argv=[str(scripts / "sft.py"), *trl_words(folder, "sft", name), *more])
+        )
+    name = "sft-plainqlora"
+    flags = ["--use_peft", "--lora_target_modules", "all-linear", "--load_in_4bit", "--use_bnb_nested_quant"]
+    argv = [str(scripts / "sft.py"), *trl_words(folder, "sft", name), *ON_CPU, *flags]
+    return [*cases, Case(name=name, plain=True, argv=argv)]
+
+
+def resumed_cases(folder: Path) -> list[Case]:
+    """A QLoRA run of a script that knows no PEFT, saving after each step, and one that goes on after the first."""
+    cases = []
+    for name, more in (("saved", ()), ("resumed", ("--resume_from_checkpoint", f"{folder}/out/saved/checkpoint-1"))):
+        words = clm_words(folder, name)
+        words[words.index("--save_strategy") + 1] = "steps"
+        argv = [str(HERE / "clm.py"), *words, "--save_steps", "1", *more, *ours("qlora")]
+        cases.append(Case(name=name, argv=argv))
+    return cases
+
+
+ODD = {
+    "made_whole_first": ("zero3",),
+    "only_arguments": ("zero2",),
+    "own_optimizer": ("lora",),
+    "no_callbacks": ("zero2",),
+    "catches_everything": ("lora",),
+    "own_quantisation": ("qlora",),
+    "classifier": ("qlora",),
+    "from_config": ("zero3",),
+    "second_trainer": ("lora",),
+    "saves_its_own_variable": ("lora",),
+    "only_evaluates": ("zero2",),
+    "default_arguments": ("lora",),
+}
+
+
+def odd_cases(folder: Path) -> list[Case]:
+    cases = []
+    for what, (preset,) in ODD.items():
+        argv = [str(HERE / "odd.py"), what, str(folder / "model"), str(folder / "out" / what), *ours(preset)]
+        cases.append(Case(name=what, argv=argv))
+    recipe = HERE.parents[2] / "recipes" / "sft.py"
+    cases.append(Case(name="recipe", argv=[str(recipe), *ours("zero2")]))
+    questions = ["--gen_eval_file", str(folder / "questions.jsonl")]
+    argv = ["trl", "reward", *trl_words(folder, "reward", "asked_reward"), *ours("zero2", *questions)]
+    return [
+        *cases,
+        Case(name="asked_reward", argv=argv),
+        Case(name="help", argv=["trl", "sft", "--help", *ours("zero2")]),
+    ]
+
+
+@pytest.fixture(scope="module")
+def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Outcome]:
+    folder = write_place(tmp_path_factory.mktemp("scripts"))
+    makers = (trl_cases, own_cases, plain_cases, resumed_cases, odd_cases)
+    return run_all(folder, [case for make in makers for case in make(folder)])
+
+
+# -- TRL's own scripts
+
+
+@pytest.mark.parametrize("preset", TRL_PRESETS)
+@pytest.mark.parametrize("script", TRL)
+def test_trls_own_scripts_train_and_save(script: str, preset: str, outcomes: Mapping[str, Outcome]) -> None:
+    done = outcomes[f"{script}-{preset}"].trained()
+    assert done.running.startswith(ENGINES[preset])
+    assert len(done.printed_losses()) == 2
+    saved = "adapter_model.safetensors" if preset == "qlora" else "model.safetensors"
+    assert (done.out / saved).stat().st_size > 10_000
+    assert f"at {script}.py:" in done.wired
+    if preset == "qlora":
+        assert "layers in 4 bit" in done.running
+        assert "adapter 'default' on down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj" in done.wired
+
+
+@pytest.mark.vllm
+def test_vllm_answers_while_trls_dpo_script_trains(outcomes: Mapping[str, Outcome]) -> None:
+    done = outcomes["dpo-zero2"].trained()
+    scores = [json.loads(line) for line in (done.out / "evals" / "scores.jsonl").read_text().splitlines()]
+    assert [row["step"] for row in scores] == [0, 2], done.log[-3000:]
+    assert "vLLM answers questions" in done.wired
+
+
+# -- scripts of one's own
+
+
+@pytest.mark.parametrize("preset", OWN_PRESETS)
+@pytest.mark.parametrize("script", OWN)
+def test_scripts_that_know_nothing_of_presets_or_adapters_train_with_them(
+    script: str, preset: str, outcomes: Mapping[str, Outcome]
+) -> None:
+    done = outcomes[f"{script}-{preset}"].trained()
+    assert done.running.startswith(ENGINES[preset])
+    assert len(done.losses()) == 2
+    saved = "adapter_model.safetensors" if "lora" in preset else "model.safetensors"
+    assert (done.out / saved).is_file()
+    assert ("layers in 4 bit" in done.running) == (preset == "qlora")
+    assert ("adapters in 14 layers" in done.running) == ("lora" in preset)
+
+
+def test_the_line_at_the_start_names_the_doors_and_their_lines(outcomes: Mapping[str, Outcome]) -> None:
+    wired = outcomes["clm-qlora"].wired
+    for part in ("our flags in the parser at clm.py:", "TrainingArguments at clm.py:", "Trainer at clm.py:",
+                 "LlamaForCausalLM loaded in 4 bit at clm.py:", "LlamaForCausalLM given adapters at clm.py:",
+                 "no evaluation by generation"):  # fmt: skip
+        assert part in wired
+    assert "Doubled at own_loss.py:" in outcomes["own_loss-zero3"].wired
+
+
+@pytest.mark.parametrize("stage", [2, 3])
+def test_losses_are_those_of_a_hand_written_deepspeed_file(stage: int, outcomes: Mapping[str, Outcome]) -> None:
+    plain, preset = outcomes[f"clm-plain{stage}"].trained(), outcomes[f"clm-zero{stage}"]
+    assert preset.losses() == pytest.approx(plain.losses(), abs=1e-6)
+    assert outcomes[f"module-zero{stage}"].losses() == preset.losses()
+    assert outcomes[f"sft-zero{stage}"].printed_losses() == outcomes[f"sft-plain{stage}"].trained().printed_losses()
+
+
+def test_losses_of_qlora_are_those_of_trls_own_flags(outcomes: Mapping[str, Outcome]) -> None:
+    assert outcomes["sft-qlora"].printed_losses() == outcomes["sft-plainqlora"].trained().printed_losses()
+
+
+def test_a_qlora_run_of_a_plain_script_resumes_from_its_adapters(outcomes: Mapping[str, Outcome]) -> None:
+    saved, resumed = outcomes["saved"].trained(), outcomes["resumed"].trained()
+    assert (saved.out / "checkpoint-1" / "adapter_model.safetensors").is_file()
+    assert resumed.losses() == pytest.approx(saved.losses(), abs=1e-6)
+
+
+def test_saved_arguments_load_without_this_package(outcomes: Mapping[str, Outcome]) -> None:
+    file = outcomes["sft-zero2"].out / "training_args.bin"
+    code = (
+        "import sys; sys.modules['hf_dsvllm'] = None; import torch;"
+        f"args = torch.load({str(file)!r}, weights_only=False); print(type(args).__name__, args.ds_preset)"
+    )
+    loaded = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
+    assert loaded.stdout.splitlines()[-1] == "SFTConfig zero2"
+
+
+# -- scripts that do something unusual
+
+
+def test_a_script_may_classify(outcomes: Mapping[str, Outcome]) -> None:
+    done = outcomes["classifier"].trained()
+    assert "LlamaForSequenceClassification loaded in 4 bit" in done.wired
+
+
+def test_a_model_made_from_a_configuration_is_sharded_too(outcomes: Mapping[str, Outcome]) -> None:
+    assert "ZeRO stage 3" in outcomes["from_config"].trained().running
+
+
+def test_a_second_trainer_is_wired_too(outcomes: Mapping[str, Outcome]) -> None:
+    assert outcomes["second_trainer"].trained().log.count("hf-dsvllm: wired:") == 2
+
+
+def test_the_scripts_own_variable_saves_its_adapters(outcomes: Mapping[str, Outcome]) -> None:
+    mine = outcomes["saves_its_own_variable"].trained().out / "mine"
+    assert (mine / "adapter_model.safetensors").is_file()
+    assert not (mine / "model.safetensors").exists()
+
+
+def test_a_script_that_only_evaluates_ends_well_and_says_so(outcomes: Mapping[str, Outcome]) -> None:
+    assert "did not call train()" in outcomes["only_evaluates"].trained().log
+
+
+def test_a_trainer_without_arguments_gets_ours(outcomes: Mapping[str, Outcome]) -> None:
+    assert outcomes["default_arguments"].codes == (0, 0)
+
+
+def test_our_flags_are_in_the_scripts_help(outcomes: Mapping[str, Outcome]) -> None:
+    done = outcomes["help"].trained()
+    for flag in ("--gen_eval_file", "--vllm_args", "--learning_rate", "--dataset_name"):
+        assert flag in done.log
+    assert "(default: zero2)" in done.log
+
+
+@pytest.mark.parametrize(
+    ("name", "reason"),
+    [
+        ("made_whole_first", r"the model is made at odd.py:\d+, the training arguments at odd.py:\d+\n    fix: swap"),
+        ("only_arguments", "the script made TrainingArguments and no Trainer"),
+        ("own_optimizer", r"the trainer at odd.py:\d+ gets an optimizer made before the adapters of preset lora exist"),
+        ("no_callbacks", "Trainer starts to train without the callback of this run"),
+        ("catches_everything", r"(?s)went on after ConfigError.*gets an optimizer made before the adapters"),
+        ("own_quantisation", r"preset qlora trains on a 4-bit model, the one given to the trainer at odd.py:\d+"),
+        ("asked_reward", "--gen_eval_file asks for answers in text, a reward model gives none"),
+        ("recipe", "DsvllmSFTConfig is an argument class of hf_dsvllm"),
+    ],
+)
+def test_what_cannot_be_wired_stops_with_the_reason(name: str, reason: str, outcomes: Mapping[str, Outcome]) -> None:
+    assert re.search(reason, outcomes[name].refused().log), outcomes[name].log[-3000:]

@@ -1,0 +1,105 @@
+"""Scripts that do one thing wrong, or one thing unusual: `odd.py WHAT MODEL OUT`."""
+
+import copy
+import sys
+
+import torch
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    LlamaForCausalLM,
+    Trainer,
+    TrainingArguments,
+    default_data_collator,
+)
+
+WHAT, MODEL, OUT = sys.argv[1:]
+ROWS = [{"input_ids": (row := [4 + (s + k) % 300 for k in range(32)]), "labels": row} for s in range(16)]
+
+
+def arguments(**more):
+    return TrainingArguments(
+        OUT, max_steps=2, per_device_train_batch_size=2, logging_steps=1, save_strategy="no", report_to="none",
+        disable_tqdm=True, **more,
+    )  # fmt: skip
+
+
+def train(model, args, data=ROWS, **more):
+    trainer = Trainer(model=model, args=args, train_dataset=data, data_collator=default_data_collator, **more)
+    trainer.train()
+    return trainer
+
+
+def load():
+    return AutoModelForCausalLM.from_pretrained(MODEL)
+
+
+def made_whole_first():
+    model = LlamaForCausalLM(AutoConfig.from_pretrained(MODEL))
+    train(model, arguments())
+
+
+def only_arguments():
+    arguments()
+
+
+def own_optimizer():
+    args, model = arguments(), load()
+    train(model, args, optimizers=(torch.optim.SGD(model.parameters(), 0.1), None))
+
+
+def no_callbacks():
+    args = arguments()
+    trainer = Trainer(model=load(), args=args, train_dataset=ROWS, data_collator=default_data_collator)
+    trainer.callback_handler.callbacks.clear()
+    trainer.train()
+
+
+def catches_everything():
+    try:
+        own_optimizer()
+    except Exception as error:
+        print("went on after", type(error).__name__)
+
+
+def own_quantisation():
+    args = arguments()
+    model = LlamaForCausalLM(AutoConfig.from_pretrained(MODEL))
+    train(model, args)
+
+
+def classifier():
+    args = arguments()
+    model = AutoModelForSequenceClassification.from_pretrained(MODEL, num_labels=2)
+    train(model, args, data=[{"input_ids": row["input_ids"], "labels": n % 2} for n, row in enumerate(ROWS)])
+
+
+def from_config():
+    args = arguments()
+    train(AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(MODEL)), args)
+
+
+def second_trainer():
+    args, model = arguments(), load()
+    train(model, args)
+    train(model, copy.deepcopy(args))
+
+
+def saves_its_own_variable():
+    args, model = arguments(), load()
+    train(model, args)
+    model.save_pretrained(OUT + "/mine")
+
+
+def only_evaluates():
+    args = arguments()
+    trainer = Trainer(model=load(), args=args, eval_dataset=ROWS, data_collator=default_data_collator)
+    trainer.evaluate()
+
+
+def default_arguments():
+    train(load(), None)
+
+
+globals()[WHAT]()
