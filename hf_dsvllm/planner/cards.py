@@ -124,10 +124,9 @@ def rates_of(card: str) -> Rates:
 
 
 def calibration_file() -> Path:
-    """Where `hf-dsvllm doctor --calibrate` keeps this machine's rates: HF_DSVLLM_HOME, or the user's cache folder."""
-    home = os.environ.get("HF_DSVLLM_HOME")
-    base = Path(home) if home else Path(os.environ.get("XDG_CACHE_HOME", Path.home() / ".cache")) / "hf-dsvllm"
-    return base / "calibration.json"
+    """Where `hf-dsvllm doctor --calibrate` keeps this machine's rates: beside the engine registry, under the user's state."""
+    base = os.environ.get("XDG_STATE_HOME")
+    return (Path(base) if base else Path.home() / ".local" / "state") / "hf-dsvllm" / "calibration.json"
 
 
 def stored_rates(file: Path | None = None) -> Mapping[str, Any] | None:

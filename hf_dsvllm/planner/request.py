@@ -1,0 +1,154 @@
+"""The words of `hf-dsvllm plan` → a `Job`, with every problem of them in one `ConfigError`."""
+
+from __future__ import annotations
+
+import dataclasses
+import difflib
+import re
+
+from hf_dsvllm.errors import ConfigError, DsvllmError, HardwareError, Problem
+from hf_dsvllm.hardware import Machine, detect, parse_machine
+from hf_dsvllm.model_shape import ModelShape, load_shape
+from hf_dsvllm.planner.cards import CARDS, CPU_RATES, Rates, from_record, rates_of, stored_rates
+from hf_dsvllm.planner.search import Job
+
+__all__ = ["METHODS", "Request", "job_of", "parse_bytes"]
+
+METHODS = ("full", "lora", "qlora", "any")
+UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
+UNITS["TIB"] = 2**40
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Request:
+    """What was asked, as typed.  `gpus` None is this machine; `eval_sequences` 0 is no evaluation by vLLM."""
+
+    model: str
+    gpus: str | None = None
+    seq_len: int = 2048
+    global_batch: int = 32
+    method: str = "any"
+    loss: str = "trl"
+    lora_r: int = 16
+    host_ram: str | None = None
+    nvme: str | None = None
+    eval_sequences: int = 0
+    eval_length: int = 1024
+
+
+def job_of(request: Request) -> Job:
+    """Everything looked up and checked.  Raises ConfigError with all problems."""
+    problems: list[Problem] = []
+    shape = found_shape(request, problems)
+    machine = found_machine(request, problems)
+    host = sized(request.host_ram, "--host_ram", problems)
+    nvme = sized(request.nvme, "--nvme", problems)
+    problems += number_problems(request, shape, machine)
+    if problems or shape is None or machine is None:
+        raise ConfigError(problems)
+    on_gpu = bool(machine.gpus)
+    return Job(
+        shape=shape,
+        machine=machine,
+        rates=rates_for(request, machine),
+        length=request.seq_len,
+        global_batch=request.global_batch,
+        method=request.method,  # type: ignore[arg-type]
+        loss=request.loss,  # type: ignore[arg-type]
+        lora_r=request.lora_r,
+        host_bytes=host or machine.ram_bytes,
+        nvme_bytes=nvme,
+        evaluation=(request.eval_sequences, request.eval_length) if request.eval_sequences else None,
+        device="cuda" if on_gpu else "cpu",
+    )
+
+
+def found_shape(request: Request, problems: list[Problem]) -> ModelShape | None:
+    try:
+        return load_shape(request.model)
+    except DsvllmError as error:
+        problems.append(Problem(str(error), "name a local folder with a config.json, or a hub id that can be reached"))
+        return None
+
+
+def found_machine(request: Request, problems: list[Problem]) -> Machine | None:
+    try:
+        return detect() if request.gpus is None else parse_machine(request.gpus)
+    except HardwareError as error:
+        problems.append(Problem(str(error), "--gpus 4xH100-80GB, or leave it out for this machine"))
+        return None
+
+
+def rates_for(request: Request, machine: Machine) -> Rates:
+    """This machine's measured rates where it was calibrated and is the one asked about, else the catalogue's."""
+    record = stored_rates() if request.gpus is None else None
+    device = "cuda" if machine.gpus else "cpu"
+    if record is not None and record.get("device") == device:
+        return from_record(record)
+    return rates_of(catalogue_name(machine)) if machine.gpus else CPU_RATES
+
+
+def catalogue_name(machine: Machine) -> str:
+    """The card of the catalogue that a detected one is: by name, and of several sizes the nearest in memory."""
+    gpu = machine.gpus[0]
+    if gpu.name in CARDS:
+        return gpu.name
+    squeezed = re.sub(r"nvidia|geforce|[\s_-]", "", gpu.name.lower())
+    same = [card for card in CARDS if squeezed.startswith(card.rpartition("-")[0].lower())]
+    if not same:
+        same = [card for card in CARDS if card.rpartition("-")[0].lower() in squeezed]
+    if not same:
+        near = difflib.get_close_matches(squeezed, [card.lower() for card in CARDS], n=1, cutoff=0.0)
+        same = [card for card in CARDS if card.lower() in near]
+    longest = max(len(card.rpartition("-")[0]) for card in same)
+    same = [card for card in same if len(card.rpartition("-")[0]) == longest]
+    return min(same, key=lambda card: abs(int(card.rpartition("-")[2][:-2]) * 10**9 - gpu.memory_bytes))
+
+
+def sized(text: str | None, flag: str, problems: list[Problem]) -> int | None:
+    if text is None:
+        return None
+    size = parse_bytes(text)
+    if size is None:
+        problems.append(Problem(f"{flag} {text} is not a size", f"{flag} 512GB or 2TB"))
+    return size
+
+
+def parse_bytes(text: str) -> int | None:
+    """`512GB` → bytes; None for anything that is no positive size."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]I?B|)", text.strip().upper())
+    size = int(float(found[1]) * UNITS[found[2]]) if found else 0
+    return size if size > 0 else None
+
+
+def number_problems(request: Request, shape: ModelShape | None, machine: Machine | None) -> list[Problem]:
+    """Lengths, batches and words that cannot be."""
+    problems = []
+    if request.method not in METHODS:
+        near = difflib.get_close_matches(request.method, METHODS, n=1)
+        hint = f"did you mean {near[0]}? " if near else ""
+        problems.append(Problem(f"--method {request.method} is not known", f"{hint}use {', '.join(METHODS)}"))
+    if request.loss not in ("trl", "plain"):
+        problems.append(Problem(f"--loss {request.loss} is not known", "use trl (SFTTrainer) or plain (Trainer)"))
+    for name, value in (("seq_len", request.seq_len), ("global_batch", request.global_batch), ("lora_r", request.lora_r)):
+        if value < 1:
+            problems.append(Problem(f"--{name} {value} must be at least 1", f"--{name} a positive number"))
+    longest = shape.max_length if shape else None
+    if longest is not None and request.seq_len > longest:
+        problems.append(
+            Problem(
+                f"--seq_len {request.seq_len} is longer than the model's max_position_embeddings={longest}",
+                f"--seq_len {longest} or less",
+            )
+        )
+    count = len(machine.gpus) if machine else 0
+    if count > 1 and request.global_batch >= 1 and request.global_batch % count:
+        down = request.global_batch // count * count
+        choices = " or ".join(str(value) for value in (down, down + count) if value)
+        problems.append(
+            Problem(
+                f"--global_batch {request.global_batch} sequences cannot be split evenly over {count} GPUs",
+                f"--global_batch {choices}",
+            )
+        )
+    return problems

@@ -1,0 +1,202 @@
+"""Every way to run a job on a machine, what each takes, and the fastest that fits."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Literal
+
+from hf_dsvllm.hardware import Gpu, Machine
+from hf_dsvllm.model_shape import ModelShape
+from hf_dsvllm.planner.cards import Rates
+from hf_dsvllm.planner.footprint import Footprint, Loss, Setup, gpu_footprint
+from hf_dsvllm.planner.host import Engine, HostFootprint, disk_bytes, engine_footprint, host_footprint
+from hf_dsvllm.planner.speed import StepTime, step_time
+from hf_dsvllm.presets import Preset, get_preset
+
+__all__ = ["Candidate", "Job", "Plan", "make_plan", "usable_bytes"]
+
+Wanted = Literal["full", "lora", "qlora", "any"]
+GIB = 2**30
+# Bytes of a card that the allocator never gets: CUDA context, cuBLAS and NCCL buffers.
+OUTSIDE_BYTES = int(1.2 * GIB)
+# Safety: share of the card that a plan leaves free for what formulas miss and for fragmentation.
+MARGIN = 0.05
+HOST_MARGIN = 0.05
+# Listing order decides between equals: what is simpler, or known better, stands first.
+PRESETS: dict[str, tuple[str, ...]] = {
+    "full": (
+        "zero2", "zero1", "zero3", "none", "ddp",
+        "zero2_offload", "zero3_offload_optimizer", "zero3_offload", "zero3_nvme",
+    ),
+    "lora": ("lora", "lora_zero2", "zero3+lora", "zero3_offload+lora"),
+    "qlora": ("qlora", "qlora_zero2"),
+}  # fmt: skip
+LARGEST_MICRO = 64
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Job:
+    """What is to be done, on what.  `global_batch` in sequences of `length` tokens; sizes of the machine in bytes.
+
+    `evaluation`: sequences vLLM answers at once and their length, None without evaluation.
+    """
+
+    shape: ModelShape
+    machine: Machine
+    rates: Rates
+    length: int
+    global_batch: int
+    method: Wanted = "any"
+    loss: Loss = "trl"
+    lora_r: int = 16
+    host_bytes: int | None = None
+    nvme_bytes: int | None = None
+    evaluation: tuple[int, int] | None = None
+    device: Literal["cuda", "cpu"] = "cuda"
+
+    @property
+    def gpu(self) -> Gpu:
+        """The smallest card: every process does the same work."""
+        return min(self.machine.gpus, key=lambda gpu: gpu.memory_bytes)
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Candidate:
+    """One way to run the job, with what it takes; `lacking` says why it does not fit, () if it does."""
+
+    setup: Setup
+    footprint: Footprint
+    host: HostFootprint
+    disk_bytes: int
+    step: StepTime
+    placement: str
+    engine: Engine | None
+    lacking: tuple[str, ...]
+
+    @property
+    def fits(self) -> bool:
+        return not self.lacking
+
+    @property
+    def gpu_bytes(self) -> int:
+        """Peak of the GPU that carries most: with an engine beside the trainer, both."""
+        shared = self.engine.awake if self.engine is not None and self.placement == "shared" else 0
+        return self.footprint.peak + shared
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Plan:
+    """All candidates, best first, and the choice: None if nothing fits."""
+
+    job: Job
+    candidates: tuple[Candidate, ...]
+    chosen: Candidate | None
+
+
+def make_plan(job: Job, *, presets: Sequence[str] | None = None) -> Plan:
+    """Try every preset, micro-batch, recompute choice and place for the evaluation that keeps the global batch."""
+    found = sorted(every_candidate(job, presets), key=rank)
+    chosen = next((candidate for candidate in found if candidate.fits), None)
+    return Plan(job=job, candidates=tuple(found), chosen=chosen)
+
+
+def rank(candidate: Candidate) -> tuple[bool, float, float]:
+    """What fits first, then the fastest; of equals (to a thousandth) the one that needs less."""
+    speed = candidate.step.tokens_per_second
+    return (not candidate.fits, -float(f"{speed:.3g}"), candidate.gpu_bytes)
+
+
+def every_candidate(job: Job, presets: Sequence[str] | None) -> Iterator[Candidate]:
+    for world, placement in placements(job):
+        if job.global_batch % world:
+            continue
+        for preset in wanted_presets(job, presets, world):
+            for micro in micro_batches(job.global_batch // world):
+                for recompute in (False, True):
+                    yield judge(job, preset, world, micro, recompute, placement)
+
+
+def placements(job: Job) -> Iterator[tuple[int, str]]:
+    """Processes that train, and where vLLM answers: no evaluation, beside rank 0, or on a GPU of its own."""
+    count = len(job.machine.gpus) if job.device == "cuda" else 1
+    if job.evaluation is None or job.device == "cpu":
+        yield count, "none"
+        return
+    yield count, "shared"
+    if count > 1:
+        yield count - 1, "spare"
+
+
+def wanted_presets(job: Job, names: Sequence[str] | None, world: int) -> Iterator[Preset]:
+    methods = ("full", "lora", "qlora") if job.method == "any" else (job.method,)
+    for name in names or [name for method in methods for name in PRESETS[method]]:
+        preset = get_preset(name)
+        if preset.name == "none" and world > 1:
+            continue
+        if preset.name == "ddp" and world == 1:
+            continue
+        if preset.needs_nvme and not job.nvme_bytes:
+            continue
+        yield preset
+
+
+def micro_batches(per_process: int) -> list[int]:
+    """Micro-batches that divide the sequences of one process."""
+    return [size for size in range(1, min(per_process, LARGEST_MICRO) + 1) if per_process % size == 0]
+
+
+def judge(job: Job, preset: Preset, world: int, micro: int, recompute: bool, placement: str) -> Candidate:
+    """One candidate with everything it takes and lacks."""
+    setup = Setup(
+        shape=job.shape,
+        preset=preset,
+        world=world,
+        micro=micro,
+        accumulation=job.global_batch // world // micro,
+        length=job.length,
+        recompute=recompute,
+        loss=job.loss,
+        lora_r=job.lora_r,
+        device=job.device,
+    )
+    footprint, host = gpu_footprint(setup), host_footprint(setup)
+    engine = None
+    if job.evaluation is not None and placement != "none":
+        engine = engine_footprint(setup, sequences=job.evaluation[0], length=job.evaluation[1])
+    candidate = Candidate(
+        setup=setup,
+        footprint=footprint,
+        host=host,
+        disk_bytes=disk_bytes(setup),
+        step=step_time(setup, job.rates),
+        placement=placement,
+        engine=engine,
+        lacking=(),
+    )
+    return dataclasses.replace(candidate, lacking=tuple(shortfalls(job, candidate)))
+
+
+def usable_bytes(card_bytes: int) -> int:
+    """usable = (card - outside) * (1 - margin)"""
+    return int((card_bytes - OUTSIDE_BYTES) * (1 - MARGIN))
+
+
+def shortfalls(job: Job, candidate: Candidate) -> Iterator[str]:
+    """What the machine has too little of."""
+    if job.device == "cuda":
+        usable = usable_bytes(job.gpu.memory_bytes)
+        if candidate.gpu_bytes > usable:
+            beside = " with vLLM beside it" if candidate.placement == "shared" else ""
+            yield f"GPU {gib(candidate.gpu_bytes)} of {gib(usable)} usable{beside}"
+        if candidate.engine is not None and candidate.placement == "spare" and candidate.engine.awake > usable:
+            yield f"vLLM's GPU {gib(candidate.engine.awake)} of {gib(usable)} usable"
+    host = candidate.host.peak + (0 if job.device == "cuda" else candidate.footprint.peak)
+    if job.host_bytes is not None and host > job.host_bytes * (1 - HOST_MARGIN):
+        yield f"host RAM {gib(host)} of {gib(job.host_bytes * (1 - HOST_MARGIN))} usable"
+    if candidate.host.nvme and job.nvme_bytes is not None and candidate.host.nvme > job.nvme_bytes:
+        yield f"NVMe {gib(candidate.host.nvme)} of {gib(job.nvme_bytes)}"
+
+
+def gib(size_bytes: float) -> str:
+    return f"{size_bytes / GIB:.1f} GiB"
