@@ -203,6 +203,9 @@ def check_command(words: list[str]) -> None:
         check_recipe(rest[0], rest[1:])
     elif program == "torchrun" or (program == "accelerate" and rest[0] == "launch"):
         given = parse(launchers()[program], rest[1:] if program == "accelerate" else rest)
+        if given.module:
+            assert importlib.util.find_spec(given.training_script), given.training_script
+            return
         check_recipe(given.training_script, list(given.training_script_args))
     else:
         assert program in FOREIGN, f"{program}: not a command this test knows how to check"

@@ -12,7 +12,8 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 # Where a message of a configuration starts its life; each of them must be explained in troubleshooting.md.
-PROBLEM_MODULES = ("arguments", "preflight", "traps", "launch", "adapters", "checks", "memory", "data")
+PROBLEM_MODULES = ("arguments", "preflight", "traps", "launch", "adapters", "checks", "memory", "data",
+                   "run/command", "run/parent", "run/state", "run/for_arguments", "run/for_trainers")  # fmt: skip
 
 
 def as_text(node: ast.expr) -> str:
