@@ -239,6 +239,47 @@ def run(
 
 
 @app.command()
+def plan(
+    model: Annotated[str, typer.Argument(help="A model folder, a config.json, or a hub id.")],
+    gpus: Annotated[
+        str | None, typer.Option("--gpus", help="Cards, like 4xH100-80GB. Default: those of this machine.")
+    ] = None,
+    seq_len: Annotated[int, typer.Option("--seq_len", help="Tokens of a sequence.")] = 2048,
+    global_batch: Annotated[int, typer.Option("--global_batch", help="Sequences in one update, of all GPUs.")] = 32,
+    method: Annotated[str, typer.Option("--method", help="full, lora, qlora or any.")] = "any",
+    loss: Annotated[str, typer.Option("--loss", help="trl (SFTTrainer) or plain (Trainer).")] = "trl",
+    lora_r: Annotated[int, typer.Option("--lora_r", help="Rank of adapters.")] = 16,
+    host_ram: Annotated[str | None, typer.Option("--host_ram", help="Memory of the machine, like 512GB.")] = None,
+    nvme: Annotated[str | None, typer.Option("--nvme", help="Free room on a local NVMe disk, like 2TB.")] = None,
+    eval_sequences: Annotated[
+        int, typer.Option("--eval_sequences", help="Answers vLLM writes at once during training; 0 without evaluation.")
+    ] = 0,
+    eval_length: Annotated[int, typer.Option("--eval_length", help="Tokens of a prompt with its answer.")] = 1024,
+    explain: Annotated[bool, typer.Option("--explain", help="Draw the memory of each phase.")] = False,
+    as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
+    html: Annotated[Path | None, typer.Option("--html", help="Write the plan as a page to this file.")] = None,
+) -> None:
+    """Say what fits, what is fastest and why, before anything is loaded; exit code 1 if nothing fits."""
+    from hf_dsvllm.planner.request import Request
+    from hf_dsvllm.planner.view import show
+
+    request = Request(
+        model=model,
+        gpus=gpus,
+        seq_len=seq_len,
+        global_batch=global_batch,
+        method=method,
+        loss=loss,
+        lora_r=lora_r,
+        host_ram=host_ram,
+        nvme=nvme,
+        eval_sequences=eval_sequences,
+        eval_length=eval_length,
+    )
+    raise typer.Exit(0 if show(request, explain=explain, as_json=as_json, html_file=html) else 1)
+
+
+@app.command()
 def export(
     source: Annotated[Path, typer.Argument(help="A run folder, a checkpoint, a snapshot or an adapter.")],
     out: Annotated[Path, typer.Option(help="Folder to write; it must not exist, or be an export of the same.")],

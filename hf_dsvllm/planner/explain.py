@@ -131,7 +131,9 @@ def suggestions(job: Job) -> list[str]:
         if job.method == "full":
             plan = make_plan(dataclasses.replace(job, method=method))
             if plan.chosen is not None:
-                found.append(f"{plan.chosen.setup.preset.name} on the same machine ({gib(plan.chosen.gpu_bytes)} a GPU)")
+                found.append(
+                    f"{plan.chosen.setup.preset.name} on the same machine ({gib(plan.chosen.gpu_bytes)} a GPU)"
+                )
                 break
     if job.host_bytes is not None:
         plan = make_plan(dataclasses.replace(job, host_bytes=None))

@@ -130,7 +130,11 @@ def number_problems(request: Request, shape: ModelShape | None, machine: Machine
         problems.append(Problem(f"--method {request.method} is not known", f"{hint}use {', '.join(METHODS)}"))
     if request.loss not in ("trl", "plain"):
         problems.append(Problem(f"--loss {request.loss} is not known", "use trl (SFTTrainer) or plain (Trainer)"))
-    for name, value in (("seq_len", request.seq_len), ("global_batch", request.global_batch), ("lora_r", request.lora_r)):
+    for name, value in (
+        ("seq_len", request.seq_len),
+        ("global_batch", request.global_batch),
+        ("lora_r", request.lora_r),
+    ):
         if value < 1:
             problems.append(Problem(f"--{name} {value} must be at least 1", f"--{name} a positive number"))
     longest = shape.max_length if shape else None
