@@ -28,7 +28,14 @@ import httpx
 
 from hf_dsvllm.engine import supervisor
 from hf_dsvllm.engine.registry import record_path
-from hf_dsvllm.engine.server import SCRUBBED, SCRUBBED_PREFIXES, find_vllm, lora_rank_bound
+from hf_dsvllm.engine.server import (
+    API_SERVER,
+    FORKING_API_SERVER,
+    SCRUBBED,
+    SCRUBBED_PREFIXES,
+    find_vllm,
+    lora_rank_bound,
+)
 from hf_dsvllm.errors import EngineError
 from hf_dsvllm.source import find_record, has_chat_template
 
@@ -91,6 +98,8 @@ def serve(
         return 0
     _check_address(host, port, env, extra)
     find_vllm(interpreter, device=chosen)
+    if chosen == "cpu":
+        line[1 : 1 + len(API_SERVER)] = FORKING_API_SERVER
     keyed = bool(env.get("VLLM_API_KEY"))
     curl = curl_command(_url(host, port), served_name, chat=_target(path).chat, keyed=keyed)
     with _supervised(line, env) as process:
@@ -119,7 +128,7 @@ def vllm_command(
     """
     target = _target(path)
     served_name = name or path.absolute().name
-    line = [str(python), "-m", "vllm.entrypoints.openai.api_server", "--model", target.model]
+    line = [str(python), *API_SERVER, "--model", target.model]
     line += ["--host", host, "--port", str(port)]
     if target.tokenizer is not None:
         line += ["--tokenizer", str(target.tokenizer)]

@@ -25,7 +25,8 @@ def option(line: list[str], name: str) -> str:
 
 def test_the_command_runs_the_module_on_the_socket_with_sampling_defaults_of_its_own() -> None:
     line = command(CPU, SOCKET)
-    assert line[:3] == ["/venv/bin/python", "-m", "vllm.entrypoints.openai.api_server"]
+    assert (line[0], Path(line[1]).name) == ("/venv/bin/python", "forking_api_server.py")
+    assert command(GPU, SOCKET)[:3] == ["/venv/bin/python", "-m", "vllm.entrypoints.openai.api_server"]
     assert option(line, "--model") == "/models/m"
     assert option(line, "--uds") == "/run/x/api.sock"
     assert option(line, "--generation-config") == "vllm"
@@ -94,7 +95,7 @@ def test_on_cpu_the_cache_is_whole_gib_and_threads_are_not_pinned() -> None:
 def test_only_the_cpu_engine_loads_our_worker_extension_and_keeps_the_users_pythonpath() -> None:
     folder, kept = environment(CPU, {"PYTHONPATH": "/own"})["PYTHONPATH"].split(os.pathsep)
     assert kept == "/own"
-    assert [file.name for file in Path(folder).glob("*.py")] == ["dsvllm_worker.py"]
+    assert sorted(file.name for file in Path(folder).glob("*.py")) == ["dsvllm_worker.py", "forking_api_server.py"]
     assert "--worker-extension-cls" in command(CPU, SOCKET)
     assert "--worker-extension-cls" not in command(GPU, SOCKET)
     assert "PYTHONPATH" not in environment(GPU, {})

@@ -6,7 +6,7 @@ copy stays, and the server answers with new layers under the old head (seen with
 On GPUs nothing is packed for unquantised layers, and the shared storage is enough.
 
 Remove it when tests/integration/test_engine_vllm.py passes without (vLLM's tracker of such cases: issue #48312).  The
-folder holds nothing else, since it is put on vLLM's PYTHONPATH.
+folder holds only what runs inside vLLM, since it is put on vLLM's PYTHONPATH.
 """
 
 from __future__ import annotations
