@@ -20,7 +20,7 @@ from hf_dsvllm import __version__
 from hf_dsvllm.console import friendly_errors, say
 from hf_dsvllm.errors import ExportError
 from hf_dsvllm.presets import Preset, available_presets, get_preset
-from hf_dsvllm.source import Which
+from hf_dsvllm.source import Format, Which
 
 __all__ = ["app", "main"]
 
@@ -285,8 +285,24 @@ def export(
     out: Annotated[Path, typer.Option(help="Folder to write; it must not exist, or be an export of the same.")],
     which: Annotated[Which, typer.Option(help="Which weights of a run.")] = "latest",
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",
-    base: Annotated[str | None, typer.Option(help="Base model, instead of the recorded one.")] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(help="Base model, instead of the recorded one; original: the weights QLoRA had quantised."),
+    ] = None,
     max_shard_size: Annotated[str, typer.Option("--max_shard_size", help="Largest safetensors file.")] = "5GB",
+    form: Annotated[
+        Format, typer.Option("--format", help="merged: one whole model; adapter: the adapter alone, for vLLM.")
+    ] = "merged",
+    prove_in_vllm: Annotated[
+        bool, typer.Option("--prove_in_vllm", help="Also start vLLM on the result and compare there.")
+    ] = False,
+    vllm_python: Annotated[
+        Path | None,
+        typer.Option("--vllm_python", help="Interpreter of another environment that has vLLM. Default: this one."),
+    ] = None,
+    push_to_hub: Annotated[
+        str | None, typer.Option("--push_to_hub", help="OWNER/NAME to upload to; a new repository is private.")
+    ] = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace another export at --out.")] = False,
 ) -> None:
     """Merge, check and write a trained model as one folder that transformers and vLLM load."""
@@ -294,7 +310,16 @@ def export(
     from hf_dsvllm.export import export_model
 
     report = export_model(
-        source, out, which=which, dtype=dtype, base=base, max_shard_size_bytes=size, overwrite=overwrite
+        source,
+        out,
+        which=which,
+        dtype=dtype,
+        base=base,
+        max_shard_size_bytes=size,
+        format=form,
+        overwrite=overwrite,
+        vllm_python=vllm_python,
+        prove_in_vllm=prove_in_vllm,
     )
     gib = report.weights_bytes / 2**30
     say(f"{'already there' if report.reused else 'written'}: {report.parameters:,} parameters, {gib:.2f} GiB")
@@ -303,6 +328,10 @@ def export(
     for note in report.notes:
         say(note)
     print(report.out)
+    if push_to_hub is not None:
+        from hf_dsvllm.hub import push_to_hub as push
+
+        print(push(Path(report.out), push_to_hub))
     say(f"serve it: hf-dsvllm serve {shlex.quote(report.out)}")
 
 

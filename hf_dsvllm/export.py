@@ -5,26 +5,30 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import math
 import shutil
 import time
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from tqdm import tqdm
 
 from hf_dsvllm._compat import outside_zero3
+from hf_dsvllm.adapter_format import adapter_layout, write_adapter_config
 from hf_dsvllm.card import write_card
 from hf_dsvllm.claim import claimed, replacing
+from hf_dsvllm.engine import find_vllm
 from hf_dsvllm.errors import ExportError
 from hf_dsvllm.export_job import Job, inputs_of, layout_of, open_job
 from hf_dsvllm.files import write_json
 from hf_dsvllm.layout import Layout
 from hf_dsvllm.manifest import REPORT, ExportReport, occupied, reusable, versions, write_manifest
+from hf_dsvllm.merge import Adapter
 from hf_dsvllm.shards import DEFAULT_SHARD_BYTES, write_shards
-from hf_dsvllm.source import Which, find_source, has_chat_template, tokenizer_files
+from hf_dsvllm.source import Format, Which, find_source, has_chat_template, tokenizer_files
 from hf_dsvllm.verify import (
     Comparison,
     Verification,
@@ -34,9 +38,14 @@ from hf_dsvllm.verify import (
     partitioned_reference,
     verification_device,
 )
-from hf_dsvllm.weights import TensorFolder, check_free_disk, torch_dtype
+from hf_dsvllm.verify_engine import EngineVerification
+from hf_dsvllm.verify_engine import prove_in_vllm as in_vllm
+from hf_dsvllm.weights import SINGLE, TensorFolder, check_free_disk, torch_dtype
 
 __all__ = ["REPORT", "ExportReport", "export_model"]
+
+
+ADAPTER_FILE = "adapter_model.safetensors"
 
 
 @outside_zero3()
@@ -48,53 +57,65 @@ def export_model(
     dtype: str = "bfloat16",
     max_shard_size_bytes: int = DEFAULT_SHARD_BYTES,
     base: str | None = None,
+    format: Format = "merged",  # noqa: A002  the flag's own name
     overwrite: bool = False,
     progress: bool = True,
+    vllm_python: Path | None = None,
+    prove_in_vllm: bool = False,
 ) -> ExportReport:
     """Merge, check and write the model of `source` to the folder `out`; return the report that lies in it.
 
     `source` is a run folder, a Trainer checkpoint (adapter, full, or ZeRO without gathered weights), a snapshot or a
     bare adapter.  `base` overrides the recorded base model; "original" puts a QLoRA adapter onto the unquantised
-    weights.  An existing `out` made from the same inputs, and unchanged since, is returned as it is; another one needs
-    `overwrite`.  Raises ExportError; then nothing at `out` looks finished.
+    weights.  `format="adapter"` writes the adapter alone, as vLLM applies it.  `prove_in_vllm` starts vLLM (of
+    `vllm_python`, or this environment) on the result.  An existing `out` made from the same inputs, and unchanged
+    since, is returned as it is; another one needs `overwrite`.  Raises ExportError; then nothing at `out` looks
+    finished.
     """
     started = time.monotonic()
     found = find_source(source, which)
     target = torch_dtype(dtype)
     out = out.absolute()
+    engine = find_vllm(vllm_python, device=_engine_device()) if prove_in_vllm else None
     with contextlib.ExitStack() as stack:
         stack.enter_context(claimed(out))
         job = open_job(found, target, base, stack)
+        _check_format(job, format)
         hashing = stack.enter_context(ThreadPoolExecutor(1))
-        inputs: Future[dict[str, Any]] = hashing.submit(inputs_of, job, max_shard_size_bytes)
+        inputs: Future[dict[str, Any]] = hashing.submit(inputs_of, job, max_shard_size_bytes, format)
         if occupied(out):
             existing = reusable(out, inputs.result(), overwrite)
             if existing is not None:
                 return existing
-        layout = layout_of(job)
+        layout = layout_of(job) if format == "merged" else adapter_layout(_adapter(job))
         check_free_disk(out, int(layout.weights_bytes * 1.02) + (64 << 20))
         with replacing(out) as folder:
             before_writing = time.monotonic()
-            shards = _write(folder, job, layout, max_shard_size_bytes, progress)
+            shards = _write(folder, job, layout, max_shard_size_bytes, progress, format)
             write_seconds = time.monotonic() - before_writing
-            comparison, skipped = _verify(folder, job, layout)
+            comparison, skipped = _verify(folder, job, layout, format)
             verification = None if comparison is None else comparison.verification
+            proof = None
+            if engine is not None and comparison is not None:
+                proof = _prove(folder, job, comparison, engine, format)
             report = ExportReport(
                 out=str(out),
                 source=str(found.model_dir),
                 kind=found.kind,
+                format=format,
                 step=found.step,
                 base=None if job.base is None else str(job.base),
                 quantization=job.quantization,
-                dtype=str(target).removeprefix("torch."),
+                dtype=str(layout.plan[0].dtype).removeprefix("torch."),
                 tensors=len(layout.plan),
                 changed_tensors=len(layout.changed),
                 untied=layout.untied,
-                parameters=layout.weights_bytes // target.itemsize,
+                parameters=sum(planned.elements for planned in layout.plan),
                 weights_bytes=layout.weights_bytes,
                 shards=len(shards),
                 verification=verification,
                 verification_skipped=skipped,
+                verification_in_vllm=proof,
                 notes=(*job.notes, *_untied_note(layout), *_original_note(job, verification)),
                 inputs=inputs.result(),
                 versions=versions(),
@@ -108,7 +129,43 @@ def export_model(
     return report
 
 
-def _write(folder: Path, job: Job, layout: Layout, max_shard_size_bytes: int, progress: bool) -> tuple[str, ...]:
+def _adapter(job: Job) -> Adapter:
+    assert job.adapter is not None
+    return job.adapter
+
+
+def _check_format(job: Job, format: Format) -> None:  # noqa: A002
+    if format == "merged":
+        return
+    if job.adapter is None:
+        raise ExportError(f"--format adapter needs an adapter; {job.source.model_dir} holds a whole model.")
+    if job.quantization is not None and not job.onto_original:
+        raise ExportError(
+            "The adapter of a QLoRA run belongs on the base as it was quantised, which vLLM does not make alike: leave "
+            "--format out, or add --base original to accept another model than the trained one."
+        )
+
+
+def _engine_device() -> Literal["cuda", "cpu"]:
+    return "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _prove(folder: Path, job: Job, comparison: Comparison, python: Path, format: Format) -> EngineVerification:  # noqa: A002
+    if format == "merged":
+        return in_vllm(folder, comparison, python=python, device=_engine_device())
+    rank = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["r"]
+    return in_vllm(folder, comparison, python=python, device=_engine_device(), base=job.base, rank=rank)
+
+
+def _write(
+    folder: Path,
+    job: Job,
+    layout: Layout,
+    max_shard_size_bytes: int,
+    progress: bool,
+    format: Format,  # noqa: A002
+) -> tuple[str, ...]:
+    merged = format == "merged"
     with tqdm(total=len(layout.plan), desc="export", unit="tensor", disable=not progress) as bar, _exact_products():
 
         def produce(name: str) -> torch.Tensor:
@@ -120,15 +177,20 @@ def _write(folder: Path, job: Job, layout: Layout, max_shard_size_bytes: int, pr
             folder,
             layout.plan,
             produce,
-            max_shard_size_bytes=max_shard_size_bytes,
+            # vLLM and PEFT read an adapter from one file
+            max_shard_size_bytes=max_shard_size_bytes if merged else layout.weights_bytes,
             working_bytes=layout.working_bytes,
+            single=SINGLE if merged else ADAPTER_FILE,
         )
     layout.check_applied()
-    _check_written(folder, layout)
-    _write_config(folder, job, layout)
-    for origin in (job.base, job.source.model_dir):
-        if origin is not None and (origin / "generation_config.json").is_file():
-            shutil.copyfile(origin / "generation_config.json", folder / "generation_config.json")
+    _check_written(folder if merged else folder / ADAPTER_FILE, layout)
+    if merged:
+        _write_config(folder, job, layout)
+        for origin in (job.base, job.source.model_dir):
+            if origin is not None and (origin / "generation_config.json").is_file():
+                shutil.copyfile(origin / "generation_config.json", folder / "generation_config.json")
+    else:
+        write_adapter_config(folder, _adapter(job), str(job.base))
     if job.tokenizer is not None:
         for file in tokenizer_files(job.tokenizer):
             shutil.copyfile(file, folder / file.name)
@@ -167,30 +229,55 @@ def _write_config(folder: Path, job: Job, layout: Layout) -> None:
     )
 
 
-def _verify(folder: Path, job: Job, layout: Layout) -> tuple[Comparison | None, str | None]:
+def _verify(
+    folder: Path,
+    job: Job,
+    layout: Layout,
+    format: Format,  # noqa: A002
+) -> tuple[Comparison | None, str | None]:
     """The comparison of logits, or the reason why it could not be made here."""
-    parameters = layout.weights_bytes // job.dtype.itemsize
-    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
-    device, skipped = verification_device(parameters, config.get("vocab_size", 0))
+    config = json.loads((job.config_dir / "config.json").read_text(encoding="utf-8"))
+    device, skipped = verification_device(_parameters(job, layout), config.get("vocab_size", 0))
     if skipped is not None:
         return None, skipped
 
-    def reference() -> Any:
-        if job.adapter is None:
-            if isinstance(job.tensors, TensorFolder):
-                return full_reference(job.tensors.path, device)
-            return partitioned_reference(job.config_dir, job.tensors, device)
+    def with_adapter(adapter: Path) -> Any:
         assert job.base is not None
         return adapter_reference(
             job.base,
-            job.adapter.path,
+            adapter,
             dtype=job.base_dtype or job.tensors.dtype(job.tensors.names[0]),
             quantization=job.quantization,
             vocab_size=layout.vocab_size,
             device=device,
         )
 
-    return compare_logits(reference, folder, job.dtype, device=device, enforce=not job.onto_original), None
+    def reference() -> Any:
+        if job.adapter is None:
+            if isinstance(job.tensors, TensorFolder):
+                return full_reference(job.tensors.path, device)
+            return partitioned_reference(job.config_dir, job.tensors, device)
+        return with_adapter(job.adapter.path)
+
+    comparison = compare_logits(
+        reference,
+        folder,
+        layout.plan[0].dtype,
+        device=device,
+        enforce=not job.onto_original,
+        build_export=None if format == "merged" else lambda: with_adapter(folder),
+    )
+    return comparison, None
+
+
+def _parameters(job: Job, layout: Layout) -> int:
+    """Of the whole model, also where only an adapter is written."""
+    whole = sum(planned.elements for planned in layout.plan)
+    if job.adapter is None:
+        return whole
+    written = {planned.name for planned in layout.plan}
+    rest = [name for name in job.tensors.names if name not in written]
+    return whole + sum(math.prod(job.tensors.shape(name)) for name in rest)
 
 
 def _untied_note(layout: Layout) -> tuple[str, ...]:

@@ -108,7 +108,7 @@ def layout_of(job: Job) -> Layout:
     )
 
 
-def inputs_of(job: Job, max_shard_size_bytes: int) -> dict[str, Any]:
+def inputs_of(job: Job, max_shard_size_bytes: int, format: str) -> dict[str, Any]:  # noqa: A002
     """Everything that decides the exported bytes: SHA-256 of every file read, and the settings."""
     weights = "weights" if job.adapter is None else "base"
     hashes: dict[str, Any] = {f"{weights}/{name}": digest for name, digest in job.tensors.sha256().items()}
@@ -119,6 +119,7 @@ def inputs_of(job: Job, max_shard_size_bytes: int) -> dict[str, Any]:
     if job.tokenizer is not None:
         hashes |= {f"tokenizer/{file.name}": sha256_of(file) for file in tokenizer_files(job.tokenizer)}
     return hashes | {
+        "format": format,
         "dtype": str(job.dtype),
         "base_dtype": str(job.base_dtype),
         "max_shard_size_bytes": max_shard_size_bytes,

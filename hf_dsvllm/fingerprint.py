@@ -7,6 +7,7 @@ model is cut into shards, and another for another training of the same architect
 from __future__ import annotations
 
 import hashlib
+import math
 from pathlib import Path
 
 import torch
@@ -27,9 +28,7 @@ def fingerprint(folder: Path) -> str:
         for name in sorted(tensors.names):
             shape = tensors.shape(name)
             digest.update(f"{name} {shape} {tensors.dtype(name)}\n".encode())
-            count = 1
-            for dimension in shape:
-                count *= dimension
+            count = math.prod(shape)
             for begin in (0, max(count - SAMPLE, 0)):
                 numbers = tensors.flat(name, begin, min(begin + SAMPLE, count))
                 digest.update(memoryview(numbers.view(torch.uint8).numpy()))

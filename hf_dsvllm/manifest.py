@@ -13,6 +13,7 @@ from typing import Any
 from hf_dsvllm.errors import ExportError
 from hf_dsvllm.files import write_json
 from hf_dsvllm.verify import Verification
+from hf_dsvllm.verify_engine import EngineVerification
 from hf_dsvllm.weights import hash_files
 
 __all__ = ["MANIFEST", "REPORT", "ExportReport", "check_manifest", "reusable", "versions", "write_manifest"]
@@ -32,6 +33,7 @@ class ExportReport:
     out: str
     source: str
     kind: str
+    format: str
     step: int | None
     base: str | None
     quantization: Mapping[str, Any] | None
@@ -44,6 +46,7 @@ class ExportReport:
     shards: int
     verification: Verification | None
     verification_skipped: str | None
+    verification_in_vllm: EngineVerification | None
     notes: tuple[str, ...]
     inputs: Mapping[str, Any]
     versions: Mapping[str, str]
@@ -102,8 +105,12 @@ def reusable(out: Path, inputs: Mapping[str, Any], overwrite: bool) -> ExportRep
             "use --overwrite to replace it, or name another folder."
         )
     check_manifest(out)
-    checked = values["verification"]
-    values |= {"verification": None if checked is None else Verification(**checked), "reused": True}
+    checked, engine = values["verification"], values["verification_in_vllm"]
+    values |= {
+        "verification": None if checked is None else Verification(**checked),
+        "verification_in_vllm": None if engine is None else EngineVerification(**engine),
+        "reused": True,
+    }
     return ExportReport(**{key: tuple(value) if isinstance(value, list) else value for key, value in values.items()})
 
 

@@ -39,16 +39,17 @@ def write_shards(
     working_bytes: Callable[[TensorPlan], int] = lambda planned: 3 * planned.size_bytes,
     memory_bytes: int | None = None,
     workers: int | None = None,
+    single: str = SINGLE,
 ) -> tuple[str, ...]:
     """Write `produce(name)` for every planned tensor to `folder`; return the file names.
 
     `produce` is called from up to `workers` threads.  `working_bytes` is the host memory one tensor takes while it is
     made and written; tensors under way together take at most `memory_bytes` (two shards if not given), a larger one is
-    made alone.  A tensor of another shape or dtype than planned, or with NaN or infinity, raises ExportError; the
-    files are then incomplete.
+    made alone.  `single` is the file's name if one holds everything.  A tensor of another shape or dtype than planned,
+    or with NaN or infinity, raises ExportError; the files are then incomplete.
     """
     groups = list(_grouped(plan, max_shard_size_bytes))
-    names = shard_names(len(groups))
+    names = shard_names(len(groups), single)
     total = sum(planned.size_bytes for planned in plan)
     workers = workers or (1 if total < SMALL_BYTES else min(WORKERS, os.cpu_count() or 1))
     gate = _MemoryGate(2 * max_shard_size_bytes if memory_bytes is None else memory_bytes)
@@ -76,10 +77,10 @@ def write_shards(
     return names
 
 
-def shard_names(count: int) -> tuple[str, ...]:
+def shard_names(count: int, single: str = SINGLE) -> tuple[str, ...]:
     """What `count` files of weights are called; without weights there is no file."""
     if count <= 1:
-        return (SINGLE,) * count
+        return (single,) * count
     return tuple(f"model-{number:05d}-of-{count:05d}.safetensors" for number in range(1, count + 1))
 
 

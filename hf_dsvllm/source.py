@@ -12,6 +12,7 @@ from typing import Any, Literal
 from hf_dsvllm.errors import ExportError
 
 __all__ = [
+    "Format",
     "RunRecord",
     "Source",
     "Which",
@@ -24,6 +25,7 @@ __all__ = [
 ]
 
 Which = Literal["best", "latest", "final"]
+Format = Literal["merged", "adapter"]
 Kind = Literal["adapter", "full", "zero", "zero_adapter"]
 RECORD = "run.json"
 SNAPSHOTS = "snapshots"

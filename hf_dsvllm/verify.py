@@ -176,9 +176,15 @@ def partitioned_reference(config_dir: Path, tensors: TensorSource, device: str =
 
 
 def compare_logits(
-    build_reference: Callable[[], Any], export: Path, dtype: torch.dtype, *, device: str = "cpu", enforce: bool = True
+    build_reference: Callable[[], Any],
+    export: Path,
+    dtype: torch.dtype,
+    *,
+    device: str = "cpu",
+    enforce: bool = True,
+    build_export: Callable[[], Any] | None = None,
 ) -> Comparison:
-    """Run both models over the sample prompts, one after the other.
+    """Run both models over the sample prompts, one after the other; `export` is loaded by transformers, or built.
 
     Raises ExportError if a limit is not kept, unless `enforce` is false (the difference itself is what is asked for).
     """
@@ -191,7 +197,8 @@ def compare_logits(
             untrained = _logits(reference, texts)
     del reference
     gc.collect()
-    actual = _logits(_load_export(export, device).eval(), texts)
+    exported = _load_export(export, device) if build_export is None else build_export()
+    actual = _logits(exported.eval(), texts)
     result = _measure(expected, actual, texts, answered, dtype, device=device, untrained=untrained)
     if enforce and not result.passed:
         raise ExportError(

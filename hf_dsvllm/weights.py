@@ -9,6 +9,7 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
+import math
 import os
 import shutil
 from collections.abc import Iterable, Sequence
@@ -87,10 +88,7 @@ class TensorPlan:
     @property
     def elements(self) -> int:
         """`prod(shape)`"""
-        count = 1
-        for dimension in self.shape:
-            count *= dimension
-        return count
+        return math.prod(self.shape)
 
     @property
     def size_bytes(self) -> int:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import ctypes
 import dataclasses
 import json
+import math
 import mmap
 import pickle
 import re
@@ -80,10 +81,7 @@ class ZeroCheckpoint:
     def get(self, name: str) -> torch.Tensor:
         """One whole tensor in fp32."""
         span = self._span(name)
-        count = 1
-        for dimension in span.shape:
-            count *= dimension
-        return self.flat(name, 0, count).reshape(span.shape)
+        return self.flat(name, 0, math.prod(span.shape)).reshape(span.shape)
 
     def flat(self, name: str, begin: int, end: int) -> torch.Tensor:
         """The elements `begin` to `end` of a flattened tensor, and nothing else read."""
@@ -118,7 +116,8 @@ class ZeroCheckpoint:
 
     def _read(self) -> Iterator[tuple[str, _Span]]:
         optimizers = [_load(file)[OPTIMIZER] for file in self._optimizer_files]
-        stage = optimizers[0]["zero_stage"]
+        stage = optimizers[0]["zero_stage"]  # a member of DeepSpeed's enumeration, or a plain number
+        stage = stage.arguments[0] if isinstance(stage, _Empty) else stage
         ranks = optimizers[0]["partition_count"]
         ranks = max(ranks) if isinstance(ranks, list) else ranks
         if ranks != len(optimizers):
@@ -179,7 +178,7 @@ def _frozen(models: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, _Span]]:
     shapes = models[0].get("frozen_param_shapes") or {}
     for name, shape in shapes.items():
         pieces = tuple(model["frozen_param_fragments"][name].detach().reshape(-1) for model in models)
-        yield name, _Span(shape=tuple(shape), pieces=_cut(pieces, _count(shape)))
+        yield name, _Span(shape=tuple(shape), pieces=_cut(pieces, math.prod(shape)))
 
 
 def _third_stage(
@@ -188,7 +187,7 @@ def _third_stage(
     """Each parameter is cut into one piece a rank, padded; a rank keeps its pieces one after the other."""
     offset = 0
     for name, shape in ((name, shape) for group in groups for name, shape in group.items()):
-        count = _count(shape)
+        count = math.prod(shape)
         share = -(-count // len(ranks))
         pieces = tuple(piece for flat in ranks for piece in _window(flat, offset, offset + share))
         yield name, _Span(shape=tuple(shape), pieces=_cut(pieces, count))
@@ -208,7 +207,7 @@ def _early_stages(
         flat = [rank[number] for rank in ranks]
         offset, held = 0, sum(piece.numel() for piece in flat)
         for position, (name, shape) in enumerate(shapes.items()):
-            count = _count(shape)
+            count = math.prod(shape)
             yield name, _Span(shape=tuple(shape), pieces=tuple(_window(flat, offset, offset + count)))
             offset += count + (0 if paddings is None else paddings[number][position])
         align = 2 * len(ranks)  # DeepSpeed pads the vector for the network's sake
@@ -229,13 +228,6 @@ def _window(flat: Sequence[torch.Tensor], begin: int, end: int) -> Iterator[torc
 def _cut(pieces: Sequence[torch.Tensor], count: int) -> tuple[torch.Tensor, ...]:
     """The first `count` elements of `pieces`: the rest is padding."""
     return tuple(_window(pieces, 0, count))
-
-
-def _count(shape: Sequence[int]) -> int:
-    count = 1
-    for dimension in shape:
-        count *= int(dimension)
-    return count
 
 
 def _step_folder(path: Path) -> Path:
@@ -284,10 +276,10 @@ def _load(file: Path) -> dict[str, Any]:
 
 
 class _Empty:
-    """Stands for a class that is not needed, whatever it is made from."""
+    """Stands for a class that is not needed, and keeps what it was made from."""
 
-    def __init__(self, *_: object, **__: object) -> None:
-        pass
+    def __init__(self, *arguments: object, **_: object) -> None:
+        self.arguments = arguments
 
     def __setstate__(self, _: object) -> None:
         pass

@@ -5,6 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import shutil
+import subprocess
+import sys
 from collections.abc import Callable
 from pathlib import Path
 
@@ -285,6 +287,54 @@ def test_a_qlora_adapter_on_the_original_weights_says_how_far_it_is(tmp_path: Pa
         export(plain, tmp_path / "out", base="original")
 
 
+def test_an_adapter_is_written_so_that_one_scale_and_rank_hold_for_all_layers(tmp_path: Path) -> None:
+    base = write_tiny_model(tmp_path / "base", dtype="bfloat16")
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    settings = LoraConfig(
+        task_type="CAUSAL_LM", r=4, lora_alpha=6, target_modules=["q_proj", "down_proj"],
+        rank_pattern={"down_proj": 7}, alpha_pattern={"q_proj": 3},
+    )  # fmt: skip
+    move(get_peft_model(model, settings), std=0.3).save_pretrained(tmp_path / "adapter")
+    report = export(tmp_path / "adapter", tmp_path / "out", format="adapter")
+    assert (report.format, report.dtype) == ("adapter", "float32")
+    assert report.verification.adapter_share == pytest.approx(1, abs=1e-4)
+    config = json.loads((tmp_path / "out" / "adapter_config.json").read_text())
+    assert (config["r"], config["lora_alpha"], config["rank_pattern"], config["alpha_pattern"]) == (7, 7, {}, {})
+    tensors = load_file(tmp_path / "out" / "adapter_model.safetensors")
+    assert {tensor.shape[0] for name, tensor in tensors.items() if "lora_A" in name} == {7}
+    found = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32), tmp_path / "out")
+    trained = AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32)
+    torch.testing.assert_close(logits(found), logits(PeftModel.from_pretrained(trained, tmp_path / "adapter")))
+    assert (tmp_path / "out" / "chat_template.jinja").is_file()
+
+
+@pytest.mark.parametrize(
+    ("settings", "named"),
+    [({"use_dora": True}, "DoRA"), ({"modules_to_save": ["lm_head"]}, "saved modules"), ({"bias": "all"}, "biases")],
+)
+def test_an_adapter_that_vllm_cannot_serve_is_not_written_as_one(
+    tmp_path: Path, settings: dict[str, object], named: str
+) -> None:
+    base = write_tiny_model(tmp_path / "base", dtype="bfloat16")
+    if "bias" in settings:
+        config = json.loads((base / "config.json").read_text())
+        (base / "config.json").write_text(json.dumps(config | {"mlp_bias": True}))
+    model = AutoModelForCausalLM.from_pretrained(base)
+    adapted = LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj"], **settings)
+    move(get_peft_model(model, adapted), std=0.05).save_pretrained(tmp_path / "adapter")
+    with pytest.raises(ExportError, match=named):
+        export(tmp_path / "adapter", tmp_path / "out", format="adapter")
+
+
+def test_a_qlora_adapter_alone_needs_the_users_word(tmp_path: Path) -> None:
+    base = write_wide_base(tmp_path / "base")
+    run = write_run(tmp_path / "run", base, quantization=NF4)
+    with pytest.raises(ExportError, match="--base original"):
+        export(run, tmp_path / "out", format="adapter")
+    with pytest.raises(ExportError, match="needs an adapter"):
+        export(base, tmp_path / "out", format="adapter")
+
+
 def swap(tensors: dict[str, torch.Tensor]) -> None:
     one, other = "model.embed_tokens.weight", "lm_head.weight"
     tensors[one], tensors[other] = tensors[other], tensors[one]
@@ -448,6 +498,17 @@ def test_an_interrupted_write_leaves_nothing_finished(
     with pytest.raises(KeyboardInterrupt):
         export(run, tmp_path / "out")
     assert nothing_finished(tmp_path / "out")
+
+
+def test_an_export_killed_at_any_moment_never_looks_finished(run: Path, tmp_path: Path) -> None:
+    script = Path(__file__).parents[1] / "scripts" / "kill_exports.py"
+    command = [sys.executable, str(script), str(run), str(tmp_path / "out"), "20", "6"]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    assert done.returncode == 0, done.stderr[-3000:]
+    told = json.loads(done.stdout.splitlines()[-1])
+    assert told["before"] + told["after"] == 20
+    assert told["before"] >= 1  # all but surely most of the ten that began with nothing at their target
+    assert (told["left"], told["reused"]) == ([], False)
 
 
 def test_an_interrupted_overwrite_keeps_the_old_export(
