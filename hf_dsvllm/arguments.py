@@ -17,7 +17,7 @@ from typing import Any, TypeVar
 
 from transformers import TrainingArguments
 
-from hf_dsvllm import traps
+from hf_dsvllm import auto, traps
 from hf_dsvllm._compat import join_deepspeed_on_cpu
 from hf_dsvllm.adapters import full_dtype
 from hf_dsvllm.console import say
@@ -39,6 +39,7 @@ __all__ = [
     "DsvllmSFTConfig",  # noqa: F822 - from __getattr__: TRL is imported only when asked for
     "DsvllmTrainingArguments",
     "full_dtype",
+    "has_generated_init",
     "resolve_preset",
     "training_device",
     "with_presets",
@@ -63,7 +64,7 @@ def with_presets(cls: type[Args]) -> type[Args]:
     if taken:
         raise TypeError(f"{cls.__name__} has fields named {sorted(taken)} of its own; rename them")
 
-    @dataclasses.dataclass
+    @dataclasses.dataclass(init=has_generated_init(cls))
     class WithPresets(PresetFields, cls):  # type: ignore[misc, valid-type]
         def __post_init__(self) -> None:
             _before(self)
@@ -81,6 +82,11 @@ def with_presets(cls: type[Args]) -> type[Args]:
     WithPresets.__doc__ = cls.__doc__
     _generated[cls] = WithPresets
     return WithPresets
+
+
+def has_generated_init(cls: type) -> bool:
+    """Whether `cls` is made by a dataclass's constructor; one written by hand is not to be replaced."""
+    return bool(cls.__init__.__code__.co_filename == "<string>")  # type: ignore[misc]
 
 
 def resolve_preset(args: Any) -> Preset | None:
@@ -103,8 +109,10 @@ def _before(args: Any) -> None:
     user_config, unreadable = read_user_config(args)
     problems += unreadable
     preset: Preset | None = None
+    planned = auto.choose(args, launch, device) if auto.is_auto(args.ds_preset) else None
+    problems += planned.problems if planned else ()
     try:
-        preset = resolve_preset(args)
+        preset = None if planned and planned.problems else resolve_preset(args)
     except DsvllmError as error:
         problems.append(Problem(str(error), "--ds_preset with one of those names"))
     own_config = None if preset is None else build(preset, _run_shape(args, launch, device))
@@ -134,7 +142,8 @@ def _before(args: Any) -> None:
         fixes += _on_cpu(args, device)
     if preset is not None and preset.sequence_parallel:
         _sequence_parallel(args, launch)
-    for line in (*map(str, fixes), *_notices(preset, launch)):
+    chosen = (*planned.sentences, *map(str, planned.fixes)) if planned else ()
+    for line in (*chosen, *map(str, fixes), *_notices(preset, launch)):
         say(line)
 
 

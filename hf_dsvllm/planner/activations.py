@@ -1,8 +1,8 @@
 """What the forward pass leaves for the backward pass, in bytes per token; arithmetic only.
 
-The operations of a decoder layer as transformers 5 runs them (Qwen3, Llama and their kin), each with what autograd saves
-of it.  Notation: h hidden, q and k widths of queries and keys, i width of the feed-forward block, H and K heads, r rank.
-`tests/unit/test_planner_activations.py` holds these sums against the real model, traced with fake tensors.
+The operations of a decoder layer as transformers 5 runs them (Qwen3, Llama and their kin), each with what autograd
+saves of it.  Notation: h hidden, q and k widths of queries and keys, i width of the feed-forward block, H and K heads,
+r rank. `tests/unit/test_planner_activations.py` holds these sums against the real model, traced with fake tensors.
 """
 
 from __future__ import annotations

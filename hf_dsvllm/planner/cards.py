@@ -15,9 +15,10 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from hf_dsvllm.hardware import find_card
+from hf_dsvllm.errors import HardwareError
+from hf_dsvllm.hardware import CARDS_MIB, MIB, Machine, find_card, squeeze
 
-__all__ = ["CARDS", "CPU_RATES", "Card", "Rates", "calibration_file", "rates_of", "stored_rates"]
+__all__ = ["CARDS", "CPU_RATES", "Card", "Rates", "calibration_file", "machine_rates", "rates_of", "stored_rates"]
 
 TERA, GIGA = 1e12, 1e9
 
@@ -124,7 +125,7 @@ def rates_of(card: str) -> Rates:
 
 
 def calibration_file() -> Path:
-    """Where `hf-dsvllm doctor --calibrate` keeps this machine's rates: beside the engine registry, under the user's state."""
+    """Where `hf-dsvllm doctor --calibrate` keeps this machine's rates: beside the engine registry."""
     base = os.environ.get("XDG_STATE_HOME")
     return (Path(base) if base else Path.home() / ".local" / "state") / "hf-dsvllm" / "calibration.json"
 
@@ -159,3 +160,29 @@ def from_record(record: Mapping[str, Any]) -> Rates:
         launch_s=record.get("launch_s", base.launch_s),
         source=f"measured on this machine ({record['device_name']})",
     )
+
+
+def machine_rates(machine: Machine | None) -> Rates:
+    """The measured rates where `doctor --calibrate` was run here, else the catalogue's; None is a run on CPUs."""
+    device = "cuda" if machine is not None and machine.gpus else "cpu"
+    record = stored_rates()
+    if record is not None and record.get("device") == device:
+        return from_record(record)
+    return rates_of(catalogue_name(machine)) if machine is not None and machine.gpus else CPU_RATES
+
+
+def catalogue_name(machine: Machine) -> str:
+    """The card of the catalogue that a detected one is: by name, and of several sizes the nearest in memory."""
+    gpu = machine.gpus[0]
+    if gpu.name in CARDS:
+        return gpu.name
+    squeezed = squeeze(gpu.name)
+    same = [card for card in CARDS if squeeze(card.rpartition("-")[0]) in squeezed]
+    if not same:
+        raise HardwareError(
+            f"the card {gpu.name} is not in the catalogue, so its speed is not known. Measure it: "
+            "hf-dsvllm doctor --calibrate"
+        )
+    longest = max(len(card.rpartition("-")[0]) for card in same)
+    same = [card for card in same if len(card.rpartition("-")[0]) == longest]
+    return min(same, key=lambda card: abs(CARDS_MIB[card] * MIB - gpu.memory_bytes))

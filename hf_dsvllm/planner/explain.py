@@ -8,13 +8,13 @@ from collections.abc import Iterator
 from typing import Any
 
 from hf_dsvllm.hardware import Gpu, Machine
-from hf_dsvllm.planner.footprint import PHASES
-from hf_dsvllm.planner.search import Candidate, Job, Plan, gib, make_plan, usable_bytes
+from hf_dsvllm.planner.footprint import PHASES, Setup
+from hf_dsvllm.planner.search import GIB, Candidate, Job, Plan, gib, make_plan, usable_bytes
 
 __all__ = ["bars", "best_of_each", "command_line", "record", "sentences", "suggestions", "table_rows"]
 
 WIDTH = 46
-HEADINGS = ("preset", "micro x accum.", "recompute", "GPU peak", "host RAM", "tokens/s", "verdict")
+HEADINGS = ("preset", "batch", "recompute", "GPU GiB", "host GiB", "tokens/s", "verdict")
 
 
 def best_of_each(plan: Plan) -> list[Candidate]:
@@ -34,14 +34,14 @@ def table_rows(plan: Plan) -> list[tuple[str, ...]]:
     for found in best_of_each(plan):
         setup = found.setup
         name = setup.preset.name if found.placement == "none" else f"{setup.preset.name} (vLLM: {found.placement})"
-        verdict = "chosen" if found is plan.chosen else "fits" if found.fits else "; ".join(found.lacking)
+        verdict = "chosen" if found is plan.chosen else "fits" if found.fits else f"no: {', '.join(found.scarce)}"
         rows.append(
             (
                 name,
                 f"{setup.micro} x {setup.accumulation}",
                 "yes" if setup.recompute else "no",
-                f"{gib(found.gpu_bytes)} ({found.footprint.peak_phase})",
-                gib(found.host.peak),
+                f"{found.gpu_bytes / GIB:.1f}",
+                f"{found.host.peak / GIB:.0f}",
                 f"{found.step.tokens_per_second:,.0f}",
                 verdict,
             )
@@ -59,18 +59,28 @@ def sentences(plan: Plan) -> list[str]:
     setup = chosen.setup
     lines = [
         f"Use {setup.preset.name}: {setup.preset.summary}.",
-        f"Each of {setup.world} {'process' if setup.world == 1 else 'processes'} takes {setup.micro} sequences at a time"
-        + (f", {setup.accumulation} times before each update" if setup.accumulation > 1 else "")
-        + (
-            "; activations are computed again in the backward pass, which costs a third more arithmetic and saves memory."
-            if setup.recompute
-            else "; activations are kept, because there is room for them."
-        ),
+        batch_sentence(setup),
         memory_sentence(plan, chosen),
-        f"About {chosen.step.seconds:.2f} s a step, {chosen.step.tokens_per_second:,.0f} tokens/s in all "
-        f"(rates: {job.rates.source}).",
+        speed_sentence(job, chosen),
     ]
     return [*lines, *why_not_others(plan), *advice(plan)]
+
+
+def batch_sentence(setup: Setup) -> str:
+    who = "The process takes" if setup.world == 1 else f"Each of {setup.world} processes takes"
+    many = "1 sequence" if setup.micro == 1 else f"{setup.micro} sequences"
+    times = f", {setup.accumulation} times before each update" if setup.accumulation > 1 else ""
+    how = (
+        "activations are computed again in the backward pass: a third more arithmetic, much less memory"
+        if setup.recompute
+        else "activations are kept, because there is room for them"
+    )
+    return f"{who} {many} at a time{times}; {how}."
+
+
+def speed_sentence(job: Job, chosen: Candidate) -> str:
+    step = chosen.step
+    return f"About {step.seconds:.2f} s a step, {step.tokens_per_second:,.0f} tokens/s (rates: {job.rates.source})."
 
 
 def memory_sentence(plan: Plan, chosen: Candidate) -> str:
@@ -107,8 +117,9 @@ def advice(plan: Plan) -> Iterator[str]:
         yield "ZeRO-1 and ZeRO-2 shard over GPUs: on one GPU they save nothing."
     if chosen.setup.preset.offload_optimizer == "none" or chosen.setup.method != "full":
         return
-    adapter = make_plan(dataclasses.replace(job, method="qlora")).chosen
-    if adapter is not None:
+    fitting = [found for found in make_plan(dataclasses.replace(job, method="qlora")).candidates if found.fits]
+    if fitting:
+        adapter = fitting[0]
         times = adapter.step.tokens_per_second / chosen.step.tokens_per_second
         yield (
             f"Full fine-tuning works here only with {gib(chosen.host.peak)} of host RAM and is slow. Recommended "

@@ -1,8 +1,9 @@
 """Bytes of one training run by phase, on one GPU; arithmetic only.
 
-States follow the table of `hf_dsvllm.memory.state_parts`; activations come from `activations`; what is transient (buckets,
-gathered layers, the output head's gradients) is named and derived here, each with its source in deepspeed 0.19.8
-(Z12 = runtime/zero/stage_1_and_2.py, Z3 = runtime/zero/stage3.py), trl 1.16 (kernels/chunked_logprob.py) or PyTorch.
+States follow the table of `hf_dsvllm.memory.state_parts`; activations come from `activations`; what is transient
+(buckets, gathered layers, the output head's gradients) is named and derived here, each with its source in
+deepspeed 0.19.8 (Z12 = runtime/zero/stage_1_and_2.py, Z3 = runtime/zero/stage3.py), trl 1.16
+(kernels/chunked_logprob.py) or PyTorch.
 Notation: P trainable parameters, F frozen ones, N processes, V vocabulary, h hidden, t tokens of a micro-batch.
 """
 
@@ -29,7 +30,7 @@ DEFAULT_BUCKET = 500_000_000
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Setup:
-    """One run: a model under a preset.  `micro` sequences of `length` tokens per process, `accumulation` times a step."""
+    """One run: a model under a preset.  `micro` sequences of `length` tokens a process, `accumulation` times a step."""
 
     shape: ModelShape
     preset: Preset

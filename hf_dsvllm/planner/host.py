@@ -10,7 +10,7 @@ from hf_dsvllm.planner.footprint import Setup
 __all__ = ["Engine", "HostFootprint", "disk_bytes", "engine_footprint", "host_footprint"]
 
 GIB = 2**30
-# Resident bytes of one process once torch, transformers, TRL and DeepSpeed are imported and, on a GPU, CUDA has started.
+# Resident bytes of one process once torch, transformers, TRL and DeepSpeed are imported and, on a GPU, CUDA runs.
 PROCESS_BYTES = {"cuda": int(1.3 * GIB), "cpu": int(0.62 * GIB)}
 # vLLM 0.26 on an H200, 8B: left on the card at sleep level 2, and what it takes beside weights and KV cache when awake.
 ENGINE_ASLEEP_BYTES = int(2.0 * GIB)
@@ -69,7 +69,7 @@ def layout_of(setup: Setup) -> Layout:
 
 
 def disk_bytes(setup: Setup) -> int:
-    """One checkpoint: weights 2P and, for resuming, fp32 weights and Adam's moments 12P; NVMe files are copied into it."""
+    """One checkpoint: weights 2P and, for resuming, fp32 weights and Adam's moments 12P."""
     e = setup.numerics.weight_bytes if setup.method == "full" else setup.numerics.adapter_bytes
     return int((e + 12) * setup.trainable)
 
@@ -84,7 +84,7 @@ class Engine:
 
 
 def engine_footprint(setup: Setup, *, sequences: int, length: int) -> Engine:
-    """awake = 2 * all parameters + KV cache + workspace;  kv = sequences * length * 4 * layers * kv_heads * head_dim."""
+    """awake = 2 * all parameters + kv + workspace;  kv = sequences * length * 4 * layers * kv_heads * head_dim."""
     shape = setup.shape
     kv = sequences * length * 4 * shape.layers * shape.kv_heads * shape.head_dim
     return Engine(awake=2 * shape.parameters + kv + ENGINE_WORK_BYTES, asleep=ENGINE_ASLEEP_BYTES, kv_bytes=kv)

@@ -9,7 +9,7 @@ import re
 from hf_dsvllm.errors import ConfigError, DsvllmError, HardwareError, Problem
 from hf_dsvllm.hardware import Machine, detect, parse_machine
 from hf_dsvllm.model_shape import ModelShape, load_shape
-from hf_dsvllm.planner.cards import CARDS, CPU_RATES, Rates, from_record, rates_of, stored_rates
+from hf_dsvllm.planner.cards import Rates, machine_rates, rates_of
 from hf_dsvllm.planner.search import Job
 
 __all__ = ["METHODS", "Request", "job_of", "parse_bytes"]
@@ -46,11 +46,15 @@ def job_of(request: Request) -> Job:
     problems += number_problems(request, shape, machine)
     if problems or shape is None or machine is None:
         raise ConfigError(problems)
+    try:
+        rates = rates_for(request, machine)
+    except HardwareError as error:
+        raise ConfigError([Problem(str(error), "--gpus with the nearest card of the catalogue")]) from error
     on_gpu = bool(machine.gpus)
     return Job(
         shape=shape,
         machine=machine,
-        rates=rates_for(request, machine),
+        rates=rates,
         length=request.seq_len,
         global_batch=request.global_batch,
         method=request.method,  # type: ignore[arg-type]
@@ -80,29 +84,8 @@ def found_machine(request: Request, problems: list[Problem]) -> Machine | None:
 
 
 def rates_for(request: Request, machine: Machine) -> Rates:
-    """This machine's measured rates where it was calibrated and is the one asked about, else the catalogue's."""
-    record = stored_rates() if request.gpus is None else None
-    device = "cuda" if machine.gpus else "cpu"
-    if record is not None and record.get("device") == device:
-        return from_record(record)
-    return rates_of(catalogue_name(machine)) if machine.gpus else CPU_RATES
-
-
-def catalogue_name(machine: Machine) -> str:
-    """The card of the catalogue that a detected one is: by name, and of several sizes the nearest in memory."""
-    gpu = machine.gpus[0]
-    if gpu.name in CARDS:
-        return gpu.name
-    squeezed = re.sub(r"nvidia|geforce|[\s_-]", "", gpu.name.lower())
-    same = [card for card in CARDS if squeezed.startswith(card.rpartition("-")[0].lower())]
-    if not same:
-        same = [card for card in CARDS if card.rpartition("-")[0].lower() in squeezed]
-    if not same:
-        near = difflib.get_close_matches(squeezed, [card.lower() for card in CARDS], n=1, cutoff=0.0)
-        same = [card for card in CARDS if card.lower() in near]
-    longest = max(len(card.rpartition("-")[0]) for card in same)
-    same = [card for card in same if len(card.rpartition("-")[0]) == longest]
-    return min(same, key=lambda card: abs(int(card.rpartition("-")[2][:-2]) * 10**9 - gpu.memory_bytes))
+    """This machine's rates if it is the one asked about, else the catalogue's."""
+    return machine_rates(machine) if request.gpus is None else rates_of(machine.gpus[0].name)
 
 
 def sized(text: str | None, flag: str, problems: list[Problem]) -> int | None:

@@ -39,7 +39,8 @@ LARGEST_MICRO = 64
 class Job:
     """What is to be done, on what.  `global_batch` in sequences of `length` tokens; sizes of the machine in bytes.
 
-    `evaluation`: sequences vLLM answers at once and their length, None without evaluation.
+    `evaluation`: sequences vLLM answers at once and their length, None without evaluation.  `processes` (of them
+    `local_processes` here) where the launch has settled their number; otherwise one for each GPU, or one less.
     """
 
     shape: ModelShape
@@ -54,6 +55,8 @@ class Job:
     nvme_bytes: int | None = None
     evaluation: tuple[int, int] | None = None
     device: Literal["cuda", "cpu"] = "cuda"
+    processes: int | None = None
+    local_processes: int | None = None
 
     @property
     def gpu(self) -> Gpu:
@@ -79,6 +82,12 @@ class Candidate:
         return not self.lacking
 
     @property
+    def scarce(self) -> tuple[str, ...]:
+        """What is lacking, in a word each."""
+        words = {"GPU memory": "GPU", "its own GPU": "vLLM's GPU", "host RAM": "host RAM", "NVMe": "NVMe"}
+        return tuple(short for phrase, short in words.items() if any(phrase in text for text in self.lacking))
+
+    @property
     def gpu_bytes(self) -> int:
         """Peak of the GPU that carries most: with an engine beside the trainer, both."""
         shared = self.engine.awake if self.engine is not None and self.placement == "shared" else 0
@@ -96,15 +105,26 @@ class Plan:
 
 def make_plan(job: Job, *, presets: Sequence[str] | None = None) -> Plan:
     """Try every preset, micro-batch, recompute choice and place for the evaluation that keeps the global batch."""
-    found = sorted(every_candidate(job, presets), key=rank)
+    found = sorted(every_candidate(job, presets), key=lambda candidate: rank(job, candidate))
     chosen = next((candidate for candidate in found if candidate.fits), None)
     return Plan(job=job, candidates=tuple(found), chosen=chosen)
 
 
-def rank(candidate: Candidate) -> tuple[bool, float, float]:
-    """What fits first, then the fastest; of equals (to a thousandth) the one that needs less."""
-    speed = candidate.step.tokens_per_second
-    return (not candidate.fits, -float(f"{speed:.3g}"), candidate.gpu_bytes)
+def rank(job: Job, candidate: Candidate) -> tuple[bool, int, float, float]:
+    """What fits first; where any method will do, all weights, then adapters, then offloading; then the fastest.
+
+    Speeds are compared to three digits; of equals the one that needs less is better.
+    """
+    speed = float(f"{candidate.step.tokens_per_second:.3g}")
+    preferred = preference(candidate.setup.preset) if job.method == "any" else 0
+    return (not candidate.fits, preferred, -speed, candidate.gpu_bytes)
+
+
+def preference(preset: Preset) -> int:
+    """What learns most first, but nothing that waits for the host while something else fits."""
+    if preset.adapter is None:
+        return 3 if preset.offload_optimizer != "none" else 0
+    return 1 if preset.adapter == "lora" else 2
 
 
 def every_candidate(job: Job, presets: Sequence[str] | None) -> Iterator[Candidate]:
@@ -119,7 +139,13 @@ def every_candidate(job: Job, presets: Sequence[str] | None) -> Iterator[Candida
 
 def placements(job: Job) -> Iterator[tuple[int, str]]:
     """Processes that train, and where vLLM answers: no evaluation, beside rank 0, or on a GPU of its own."""
-    count = len(job.machine.gpus) if job.device == "cuda" else 1
+    gpus = len(job.machine.gpus)
+    if job.processes is not None:
+        spare = gpus > (job.local_processes or job.processes)
+        with_engine = job.evaluation is not None and job.device == "cuda"
+        yield job.processes, ("spare" if spare else "shared") if with_engine else "none"
+        return
+    count = gpus if job.device == "cuda" else 1
     if job.evaluation is None or job.device == "cpu":
         yield count, "none"
         return
@@ -188,14 +214,14 @@ def shortfalls(job: Job, candidate: Candidate) -> Iterator[str]:
         usable = usable_bytes(job.gpu.memory_bytes)
         if candidate.gpu_bytes > usable:
             beside = " with vLLM beside it" if candidate.placement == "shared" else ""
-            yield f"GPU {gib(candidate.gpu_bytes)} of {gib(usable)} usable{beside}"
+            yield f"needs {gib(candidate.gpu_bytes)} of GPU memory, {gib(usable)} are usable{beside}"
         if candidate.engine is not None and candidate.placement == "spare" and candidate.engine.awake > usable:
-            yield f"vLLM's GPU {gib(candidate.engine.awake)} of {gib(usable)} usable"
+            yield f"vLLM needs {gib(candidate.engine.awake)} on its own GPU, {gib(usable)} are usable"
     host = candidate.host.peak + (0 if job.device == "cuda" else candidate.footprint.peak)
     if job.host_bytes is not None and host > job.host_bytes * (1 - HOST_MARGIN):
-        yield f"host RAM {gib(host)} of {gib(job.host_bytes * (1 - HOST_MARGIN))} usable"
+        yield f"needs {gib(host)} of host RAM, {gib(job.host_bytes * (1 - HOST_MARGIN))} are usable"
     if candidate.host.nvme and job.nvme_bytes is not None and candidate.host.nvme > job.nvme_bytes:
-        yield f"NVMe {gib(candidate.host.nvme)} of {gib(job.nvme_bytes)}"
+        yield f"needs {gib(candidate.host.nvme)} of NVMe, {gib(job.nvme_bytes)} are free"
 
 
 def gib(size_bytes: float) -> str:

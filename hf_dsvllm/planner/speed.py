@@ -1,8 +1,10 @@
 """Seconds of one optimizer step from the rates of a card; arithmetic only.
 
-seconds = accumulation * (forward + backward [+ the forward pass again] + loss) + communication + optimizer.  Each pass is
-the larger of what the GPU needs (products, attention, memory traffic of everything in between) and what Python needs to
-start the kernels.  Notation: t tokens of a micro-batch, h hidden, V vocabulary, P trainable parameters, N processes.
+seconds = accumulation * (forward + backward [+ the forward pass again] + loss) + communication + optimizer.
+
+Each pass is the larger of what the GPU needs (products, attention, memory traffic of everything in between) and what
+Python needs to start the kernels.  Notation: t tokens of a micro-batch, h hidden, V vocabulary, P trainable
+parameters, N processes.
 """
 
 from __future__ import annotations
@@ -184,7 +186,7 @@ def communication_seconds(setup: Setup, rates: Rates, overheads: Overheads, back
 def optimizer_seconds(setup: Setup, rates: Rates, overheads: Overheads) -> float:
     """On the GPU: Adam reads 16 and writes 12 bytes of each parameter, the rest is clipping, casts and flat copies.
 
-    Offloaded: DeepSpeedCPUAdam, and the weights' way back over the host link; gradients went there in the backward pass.
+    Offloaded: DeepSpeedCPUAdam, and the weights' way back over the host link; gradients went there during backward.
     """
     share = setup.trainable / (setup.world if setup.preset.zero_stage else 1)
     if setup.preset.offload_optimizer == "none":

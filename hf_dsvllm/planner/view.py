@@ -38,7 +38,7 @@ def print_plan(plan: Plan, request: Request, *, explain: bool) -> None:
     title = f"{request.model} on {job.machine.describe()}, {job.length:,} tokens, {job.global_batch} sequences a step"
     table = Table(title=title)
     for heading in HEADINGS:
-        table.add_column(heading, overflow="fold")
+        table.add_column(heading, overflow="fold", no_wrap=heading == "preset")
     for row in table_rows(plan):
         table.add_row(*row)
     console.print(table, markup=False)

@@ -1,0 +1,136 @@
+"""`--ds_preset auto`: the planner's choice for this model on this machine, made before the arguments derive anything.
+
+    --ds_preset auto            train all weights, in the fastest way that fits
+    --ds_preset auto+lora       adapters (auto+qlora: on 4-bit weights; auto+any: all weights, or adapters)
+    --ds_preset auto:MODEL      the same in a script whose command line does not name the model
+
+Every rank computes the same from the same numbers: sizes of the machine, never what is free at the moment.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from hf_dsvllm.errors import DsvllmError, Problem
+from hf_dsvllm.hardware import Machine, detect
+from hf_dsvllm.launch import Launch
+from hf_dsvllm.model_shape import load_shape
+from hf_dsvllm.planner.cards import machine_rates
+from hf_dsvllm.planner.explain import sentences, suggestions
+from hf_dsvllm.planner.search import Job, Plan, make_plan
+from hf_dsvllm.traps import Fix
+
+__all__ = ["AutoChoice", "choose", "is_auto"]
+
+METHODS = ("full", "lora", "qlora", "any")
+DEFAULT_LENGTH = 1024  # TRL's SFTConfig.max_length
+EVALUATION_SEQUENCES = 64  # what placement reserves KV cache for
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class AutoChoice:
+    """What `auto` became: a plan and the arguments it changed; or the problems that kept it from choosing."""
+
+    plan: Plan | None
+    fixes: tuple[Fix, ...]
+    problems: tuple[Problem, ...]
+
+    @property
+    def sentences(self) -> tuple[str, ...]:
+        """The choice in words, for the console."""
+        return tuple(sentences(self.plan)) if self.plan is not None else ()
+
+
+def is_auto(name: str | None) -> bool:
+    """Whether a preset's name leaves the choice to the planner."""
+    return name is not None and name.split(":", 1)[0].split("+", 1)[0].strip().lower() == "auto"
+
+
+def choose(args: Any, launch: Launch, device: str, argv: Sequence[str] | None = None) -> AutoChoice:
+    """Plan for these arguments and write the choice into them: preset, micro-batch, accumulation, recompute."""
+    argv = sys.argv[1:] if argv is None else argv
+    kind, _, named = str(args.ds_preset).partition(":")
+    method = kind.partition("+")[2].strip().lower() or "full"
+    model = named or flag(argv, "--model_name_or_path") or flag(argv, "--model")
+    problems = []
+    if method not in METHODS:
+        problems.append(
+            Problem(f"--ds_preset {args.ds_preset}: {method!r} is no method", "auto, auto+lora or auto+qlora")
+        )
+    if not model:
+        problems.append(
+            Problem("--ds_preset auto does not know the model: no --model_name_or_path in the command", "auto:MODEL")
+        )
+    if problems:
+        return refused(*problems)
+    try:
+        plan = make_plan(job_of(args, launch, device, str(model), method, argv))
+    except DsvllmError as error:
+        return refused(Problem(f"--ds_preset auto cannot plan: {error}", "--ds_preset with the name of a preset"))
+    if plan.chosen is None:
+        found = suggestions(plan.job)
+        return refused(Problem(f"--ds_preset auto: {sentences(plan)[0]}", "; or ".join(found) or "a smaller model"))
+    return AutoChoice(plan=plan, fixes=tuple(applied(args, plan)), problems=())
+
+
+def refused(*problems: Problem) -> AutoChoice:
+    return AutoChoice(plan=None, fixes=(), problems=problems)
+
+
+def job_of(args: Any, launch: Launch, device: str, model: str, method: str, argv: Sequence[str]) -> Job:
+    """The work these arguments describe on this machine; nodes are taken to be alike."""
+    machine = detect()
+    world, local = launch.world_size, launch.local_world_size
+    batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * world
+    length = getattr(args, "max_length", None) or flag(argv, "--block_size") or DEFAULT_LENGTH
+    ram = machine.ram_bytes * (world // local) if machine.ram_bytes else None
+    evaluation = (EVALUATION_SEQUENCES, int(length) + args.gen_eval_max_new_tokens) if args.gen_eval_file else None
+    return Job(
+        shape=load_shape(model),
+        machine=machine if device == "cuda" else Machine(gpus=(), cpu_count=machine.cpu_count, ram_bytes=ram),
+        rates=machine_rates(machine if device == "cuda" else None),
+        length=int(length),
+        global_batch=batch,
+        method=method,  # type: ignore[arg-type]
+        loss="trl" if hasattr(args, "max_length") else "plain",
+        lora_r=int(flag(argv, "--lora_r") or 16),
+        host_bytes=ram,
+        evaluation=evaluation,
+        device="cuda" if device == "cuda" else "cpu",
+        processes=world,
+        local_processes=local,
+    )
+
+
+def applied(args: Any, plan: Plan) -> list[Fix]:
+    """Write the chosen candidate into the arguments."""
+    assert plan.chosen is not None
+    setup = plan.chosen.setup
+    wanted = {
+        "ds_preset": setup.preset.name,
+        "per_device_train_batch_size": setup.micro,
+        "gradient_accumulation_steps": setup.accumulation,
+        "gradient_checkpointing": setup.recompute,
+    }
+    fixes = []
+    for name, value in wanted.items():
+        before = getattr(args, name)
+        if before != value:
+            setattr(args, name, value)
+            fixes.append(
+                Fix(name, before, value, "the planner's choice" if name != "ds_preset" else "the fastest that fits")
+            )
+    return fixes
+
+
+def flag(argv: Sequence[str], name: str) -> str | None:
+    """The value of `--name VALUE` or `--name=VALUE`; None where it is not given."""
+    for index, word in enumerate(argv):
+        if word.startswith(f"{name}="):
+            return word.partition("=")[2]
+        if word == name and index + 1 < len(argv):
+            return argv[index + 1]
+    return None
