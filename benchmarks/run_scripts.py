@@ -211,7 +211,7 @@ def write_results(options: argparse.Namespace, rows: list[dict[str, Any]]) -> No
     lines = [
         f"# Unmodified scripts, {today}",
         "",
-        f"{machine.describe()}; random Qwen3-{options.shape} shape, {options.steps} steps of {tokens} tokens a process.",
+        f"{machine.describe()}; random Qwen3-{options.shape} shape, {options.steps} steps of {tokens} tokens.",
         *([options.note] if options.note else []),
         "",
         ", ".join(f"{name} {version}" for name, version in versions().items()),

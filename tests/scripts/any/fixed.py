@@ -27,8 +27,6 @@ if __name__ == "__main__":
         save_strategy="no",
         report_to="none",
         disable_tqdm=True,
-        dataloader_num_workers=1,
-        dataloader_multiprocessing_context="spawn",
     )
     model = AutoModelForCausalLM.from_pretrained(MODEL)
     trainer = Trainer(model=model, args=training_args, train_dataset=Rows(), data_collator=default_data_collator)

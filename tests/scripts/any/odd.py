@@ -102,4 +102,19 @@ def default_arguments():
     train(load(), None)
 
 
+class OwnArguments(TrainingArguments):
+    """Not a dataclass, with a constructor of its own."""
+
+    def __init__(self, steps):
+        super().__init__(OUT, max_steps=steps, per_device_train_batch_size=2, report_to="none", save_strategy="no")
+        self.mine = "kept"
+
+
+def own_arguments():
+    args = OwnArguments(2)
+    train(load(), args)
+    assert args.mine == "kept"
+    assert isinstance(args, OwnArguments)
+
+
 globals()[WHAT]()
