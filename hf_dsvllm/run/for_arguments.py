@@ -8,9 +8,10 @@ import dataclasses
 from collections.abc import Iterable
 from typing import Any
 
+from hf_dsvllm.auto import is_auto
 from hf_dsvllm.console import say
 from hf_dsvllm.errors import ConfigError, Problem
-from hf_dsvllm.fields import PresetFields
+from hf_dsvllm.fields import PresetFields, added_fields
 from hf_dsvllm.run.lines import script_line
 from hf_dsvllm.run.state import Run
 from hf_dsvllm.traps import Fix
@@ -85,15 +86,20 @@ class ForArguments:
             say(str(Fix("dtype", "float32", "bfloat16", "TRL casts the head of a 4-bit reward model to bf16")))
 
     def _subclass(self, cls: Any, base: Any) -> type:
+        from hf_dsvllm.arguments import has_generated_init, resolve_preset
+
         run = self._run
 
         def __post_init__(args: Any) -> None:
+            for name in added_fields():  # a constructor written by hand has not set them
+                if name not in args.__dict__:
+                    setattr(args, name, run.command.value(name))
             self._refuse_contradictions(args)
             try:
                 base.__post_init__(args)
             except ConfigError as error:
                 raise run.fail(*error.problems, *self._lines_to_swap(error)) from None
-            run.args = args
+            run.args, run.preset = args, resolve_preset(args)
             run.lines.setdefault("arguments", f"{cls.__name__} at {script_line()}")
 
         def __reduce_ex__(args: Any, protocol: Any) -> tuple[Any, ...]:
@@ -117,7 +123,9 @@ class ForArguments:
             if (given := run.command.given.get(field.name)) is not None
         ]
         members = {method.__name__: method for method in (__post_init__, __reduce_ex__, __deepcopy__, __copy__)}
-        made: Any = dataclasses.make_dataclass(cls.__name__, fields, bases=(base,), namespace=members)
+        made: Any = dataclasses.make_dataclass(
+            cls.__name__, fields, bases=(base,), namespace=members, init=has_generated_init(cls)
+        )
         made.__doc__ = cls.__doc__
         made.__module__, made.__qualname__ = cls.__module__, cls.__qualname__
         return made
@@ -127,7 +135,7 @@ class ForArguments:
         command, problems = self._run.command, []
         for name in sorted({"ds_preset", *command.given}):
             seen, found = command.value(name), getattr(args, name)
-            if found != seen:
+            if found != seen and not is_auto(seen):
                 place = command.given[name].place if name in command.given else "the command line"
                 problems.append(
                     Problem(

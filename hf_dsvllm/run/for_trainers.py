@@ -91,7 +91,7 @@ class ForTrainers:
         run = self._run
         args = run.args if args is None else args
         if run.model_args is None:
-            run.describe_model(model_name(model), type(model), model.config)
+            run.describe_model(model_name(model), type(model), getattr(model, "config", None))
         set_seed(args.seed)  # adapters start at random; the Trainer seeds anew right after
         wrapped = adapters.wrap(model, get_peft_config(run.model_args), args)
         _let_save_adapters(model, wrapped)
@@ -104,6 +104,7 @@ class ForTrainers:
         if run.constructing:
             return
         run.args = trainer.args
+        self._refuse_foreign_models(trainer.model)
         run.forget_another_model(trainer.model)
         if run.model_args is None:
             run.describe_model(model_name(trainer.model), type(trainer.model), trainer.model.config)
@@ -125,6 +126,16 @@ class ForTrainers:
             say("the trainer was given no processing_class: evaluation takes the model's own tokenizer")
         session.attach(trainer)
         trainer.add_callback(_report(run, session, trainer))
+
+    def _refuse_foreign_models(self, model: Any) -> None:
+        """Snapshots and adapters need transformers' way of saving."""
+        if not hasattr(model, "save_pretrained"):
+            raise self._run.fail(
+                Problem(
+                    f"the trainer at {script_line()} trains a {type(model).__name__}, which is no transformers model",
+                    "make it a PreTrainedModel, or start the script with torchrun",
+                )
+            )
 
     def _check_model(self, trainer: Any) -> None:
         """Evaluation and export are for models that write text and come from somewhere."""

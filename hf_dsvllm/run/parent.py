@@ -19,6 +19,7 @@ from typing import Any
 
 import yaml
 
+from hf_dsvllm.auto import is_auto
 from hf_dsvllm.console import say
 from hf_dsvllm.ds_config import RunShape, build
 from hf_dsvllm.errors import ConfigError, DsvllmError, Problem
@@ -160,8 +161,8 @@ def _die_with_us() -> None:
 
 def _preset(command: Command, problems: list[Problem]) -> Preset | None:
     name = command.value("ds_preset")
-    if not name:
-        return None
+    if not name or is_auto(name):
+        return None  # the planner chooses in the ranks, from the script's own arguments
     try:
         return get_preset(name)
     except DsvllmError as error:

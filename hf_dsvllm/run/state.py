@@ -7,6 +7,7 @@ import dataclasses
 from collections.abc import Iterator
 from typing import TYPE_CHECKING, Any
 
+from hf_dsvllm.auto import is_auto
 from hf_dsvllm.console import say
 from hf_dsvllm.errors import ConfigError, DsvllmError, Problem
 from hf_dsvllm.presets import Preset, get_preset
@@ -35,7 +36,8 @@ class Run:
     def __init__(self, command: Command) -> None:
         self.command = command
         name = command.value("ds_preset")
-        self.preset: Preset | None = get_preset(name) if name else None
+        # The planner's choice is known once the arguments are made.
+        self.preset: Preset | None = get_preset(name) if name and not is_auto(name) else None
         self.lines: dict[str, str] = {}
         self.constructing = 0
         self.busy = 0
