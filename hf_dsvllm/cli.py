@@ -170,12 +170,12 @@ def _explain(preset: Preset, processes: int, device: str) -> None:
         line(f"\nThe same adapter with TRL's own flags\n  {shlex.join(trl_flags(preset, device))}")
 
 
-@app.command(context_settings={**_SETTINGS, "ignore_unknown_options": True, "allow_interspersed_args": False})
+@app.command(context_settings={**_SETTINGS, "allow_interspersed_args": False})
 def run(
     script: Annotated[
         list[str],
         typer.Argument(
-            metavar="SCRIPT [ITS ARGUMENTS] [--ds_preset NAME …]",
+            metavar="SCRIPT",
             help="A script (or `trl sft` and the like), then its own arguments and ours in any order.",
         ),
     ],

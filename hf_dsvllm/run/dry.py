@@ -6,6 +6,7 @@ import json
 import shlex
 
 from hf_dsvllm.adapters import trl_flags
+from hf_dsvllm.auto import is_auto
 from hf_dsvllm.presets import Preset
 from hf_dsvllm.run.parent import Plan
 
@@ -20,6 +21,11 @@ def as_text(plan: Plan) -> str:
     lines.append(_shell(plan.words, plan.environment, comment=True))
     if plan.preset is not None:
         lines += ["", *_explained(plan.preset, plan.device)]
+    elif is_auto(plan.command.value("ds_preset")):
+        lines += [
+            "",
+            "# preset auto: the ranks let the planner choose (`hf-dsvllm plan` shows it); not in what follows",
+        ]
     lines += ["", "# the same without this package" + _left_out(plan)]
     lines += _without_us(plan)
     return "\n".join(lines)

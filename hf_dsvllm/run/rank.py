@@ -24,6 +24,11 @@ from hf_dsvllm.run.state import Run
 __all__ = ["execute", "main"]
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
+_LAUNCH_OPTIONS = {
+    f"__{name}"
+    for name in ("num_processes", "accelerate_config", "dry_run", "module", "nnodes", "node_rank", "master_addr",
+                 "master_port", "rdzv_backend", "rdzv_endpoint", "rdzv_id", "rdzv_conf", "max_restarts", "local_addr")
+}  # fmt: skip
 
 
 def main(argv: Sequence[str]) -> int:
@@ -115,6 +120,9 @@ def _refuse(error: DsvllmError) -> int:
 def _explain_flags(command: Command) -> None:
     """After a script failed: which of its flags look like ours, written wrong."""
     for word in command.script_args:
+        if word.partition("=")[0].replace("-", "_") in _LAUNCH_OPTIONS:
+            say(f"{word} was left to the script: as an option of `hf-dsvllm run` it stands before the script")
+            continue
         near = nearest_of_ours(word) if word.startswith("--") else None
         if near is not None:
             say(f"{word} was left to the script: it is not one of hf-dsvllm's, whose nearest is {near}")

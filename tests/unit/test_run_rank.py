@@ -92,7 +92,8 @@ def test_a_traceback_shows_the_scripts_frames_alone(folder: Path) -> None:
 
 def test_after_a_failure_a_misspelt_flag_is_named(folder: Path) -> None:
     (folder / "end.py").write_text("import sys; sys.exit(2)", encoding="utf-8")
-    ended = as_rank(folder, "end.py", "--gen_eval_files", "x", "--learning_rate", "1")
+    ended = as_rank(folder, "end.py", "--gen_eval_files", "x", "--learning_rate", "1", "--num_processes", "2")
+    assert "--num_processes was left to the script: as an option of `hf-dsvllm run` it stands before" in ended.stderr
     assert (
         "--gen_eval_files was left to the script: it is not one of hf-dsvllm's, whose nearest is --gen_eval_file"
         in (ended.stderr)
