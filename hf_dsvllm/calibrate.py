@@ -5,13 +5,22 @@ Every function returns plain numbers in SI units (FLOP/s, bytes/s, seconds).  to
 
 from __future__ import annotations
 
+import json
 import os
+import socket
 import statistics
+import subprocess
+import sys
 import time
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
-__all__ = ["measure", "measure_collectives"]
+from hf_dsvllm.files import write_json
+from hf_dsvllm.hardware import detect
+from hf_dsvllm.planner.cards import calibration_file
+
+__all__ = ["calibrate_machine", "measure", "measure_collectives"]
 
 MIB = 1 << 20
 # Tokens x inputs x outputs of real training products: small, middle and large models.
@@ -19,6 +28,32 @@ PRODUCTS = ((4096, 1024, 3072), (4096, 2048, 6144), (8192, 2560, 9728), (8192, 4
 ATTENTION = ((8, 1024), (2, 4096), (1, 16384))  # batch x length; 32 heads of 128
 COLLECTIVE_MIB = (1, 16, 128, 512)
 ADAM_PARAMETERS = 50_000_000
+
+
+def calibrate_machine(file: Path | None = None) -> tuple[Path, dict[str, Any]]:
+    """Measure this machine and keep the record where the planner looks for it; the file and the record."""
+    count = len(detect().gpus)
+    record = measure("cuda" if count else "cpu")
+    record["collectives"] = {str(world): collectives_of(world) for world in (2, 4, 8) if world <= count}
+    path = file or calibration_file()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    write_json(path, record)
+    return path, record
+
+
+def collectives_of(world: int) -> dict[str, Any]:
+    """`measure_collectives` in `world` processes, one a GPU."""
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    code = "import json; from hf_dsvllm.calibrate import measure_collectives as m; print(json.dumps(m()))"
+    ranks = []
+    for rank in range(world):
+        env = os.environ | {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(world)}
+        env |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
+        ranks.append(subprocess.Popen([sys.executable, "-c", code], env=env, stdout=subprocess.PIPE, text=True))
+    outputs = [process.communicate()[0] for process in ranks]
+    return dict(json.loads(outputs[0].strip().splitlines()[-1]))
 
 
 def measure(device: str = "cuda") -> dict[str, Any]:

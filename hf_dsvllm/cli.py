@@ -20,7 +20,7 @@ from hf_dsvllm import __version__
 from hf_dsvllm.console import friendly_errors, say
 from hf_dsvllm.errors import ExportError
 from hf_dsvllm.presets import Preset, available_presets, get_preset
-from hf_dsvllm.source import Format, Which
+from hf_dsvllm.source import Format, Target, Which
 
 __all__ = ["app", "main"]
 
@@ -29,6 +29,7 @@ _SETTINGS = {
     "help_option_names": ["-h", "--help"],
     "token_normalize_func": lambda name: name.replace("-", "_"),
 }
+VLLM_ARGS = "hf_dsvllm.vllm_args"
 _SIZES = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
 
 app = typer.Typer(
@@ -344,10 +345,21 @@ def parse_size(text: str) -> int:
     return size
 
 
-@app.command()
+class _WithArgumentsForVllm(typer.core.TyperCommand):
+    """A command whose words after `--` are not its own; they are kept in the context."""
+
+    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:
+        if "--" in args:
+            cut = args.index("--")
+            ctx.meta[VLLM_ARGS] = args[cut + 1 :]
+            args = args[:cut]
+        return super().parse_args(ctx, args)
+
+
+@app.command(cls=_WithArgumentsForVllm)
 def serve(
-    path: Annotated[Path, typer.Argument(help="An export, or an adapter folder.")],
-    vllm_args: Annotated[list[str] | None, typer.Argument(help="After --, arguments for vLLM as they are.")] = None,
+    context: typer.Context,
+    paths: Annotated[list[str], typer.Argument(help="Exports and adapters, each PATH or NAME=PATH.")],
     port: Annotated[int, typer.Option(min=1, max=65535, help="Port to listen on.")] = 8000,
     host: Annotated[str, typer.Option(help="Address to listen on; a public one needs VLLM_API_KEY.")] = "127.0.0.1",
     name: Annotated[str | None, typer.Option(help="Model name in the API. Default: the folder's.")] = None,
@@ -355,25 +367,78 @@ def serve(
         int | None, typer.Option("--max_model_len", min=1, help="Longest prompt and answer, in tokens.")
     ] = None,
     print_only: Annotated[bool, typer.Option("--print", help="Print vLLM's command line and start nothing.")] = False,
+    emit: Annotated[
+        Target | None, typer.Option("--emit", help="Print a deployment file for a cluster and start nothing.")
+    ] = None,
     vllm_python: Annotated[
         Path | None,
         typer.Option("--vllm_python", help="Interpreter of another environment that has vLLM. Default: this one."),
     ] = None,
 ) -> None:
-    """Serve a model over vLLM's OpenAI API until Ctrl-C, and print a curl command that asks it."""
-    from hf_dsvllm.serve import serve as run
+    """Serve models over vLLM's OpenAI API until Ctrl-C, and print a curl command that asks each.
 
-    code = run(
-        path,
+    What stands after -- goes to vLLM as it is.
+    """
+    from hf_dsvllm import serve as serving
+
+    extra = context.meta.get(VLLM_ARGS, [])
+    if emit is not None:
+        from hf_dsvllm.deploy import deployment
+
+        planned = serving.plan_serving(paths, host=host, port=port, name=name, device=serving.detect_device())
+        again = serve_arguments(paths, host, port, name, max_model_len, vllm_python, extra)
+        text = deployment(
+            emit, planned, host=host, port=port, max_model_len=max_model_len, extra=extra, serve_arguments=again
+        )
+        print(text, end="")
+        return
+    code = serving.serve(
+        paths,
         python=vllm_python,
         host=host,
         port=port,
         name=name,
         max_model_len=max_model_len,
-        extra=vllm_args or (),
+        extra=extra,
         print_only=print_only,
     )
     raise typer.Exit(code)
+
+
+def serve_arguments(
+    paths: list[str],
+    host: str,
+    port: int,
+    name: str | None,
+    max_model_len: int | None,
+    vllm_python: Path | None,
+    extra: list[str],
+) -> list[str]:
+    """The words after `hf-dsvllm serve` that mean the same from another folder."""
+    options = {"--name": name, "--max_model_len": max_model_len, "--vllm_python": vllm_python}
+    given = [word for flag, value in options.items() if value is not None for word in (flag, str(value))]
+    placed = [f"{called}{sign}{Path(path).absolute()}" for called, sign, path in map(_split_name, paths)]
+    return [*placed, "--host", host, "--port", str(port), *given, *(["--", *extra] if extra else [])]
+
+
+def _split_name(given: str) -> tuple[str, str, str]:
+    """`NAME=PATH` -> its parts; a path alone has none of the first two."""
+    name, sign, path = given.partition("=")
+    return (name, sign, path) if sign and not Path(given).exists() else ("", "", given)
+
+
+@app.command()
+def chat(
+    url: Annotated[str, typer.Argument(help="Address of a server, such as http://127.0.0.1:8000.")],
+    model: Annotated[str | None, typer.Option(help="Name of the model, if there are several.")] = None,
+    system: Annotated[str | None, typer.Option(help="System prompt.")] = None,
+    max_tokens: Annotated[int, typer.Option("--max_tokens", min=1, help="Longest answer, in tokens.")] = 1024,
+    temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.7,
+) -> None:
+    """Talk with a served model in the terminal; the key is taken from VLLM_API_KEY."""
+    from hf_dsvllm.chat import chat as talk
+
+    talk(url, model=model, system=system, max_tokens=max_tokens, temperature=temperature)
 
 
 @app.command()
@@ -382,8 +447,18 @@ def doctor(
     vllm_python: Annotated[
         Path | None, typer.Option("--vllm_python", help="Look for vLLM in this interpreter.")
     ] = None,
+    calibrate: Annotated[
+        bool, typer.Option("--calibrate", help="Measure this machine's speed for `hf-dsvllm plan`, in half a minute.")
+    ] = False,
 ) -> None:
     """Say what is installed, what this machine has, and which engines are running or were left behind."""
+    if calibrate:
+        from hf_dsvllm.calibrate import calibrate_machine
+
+        file, record = calibrate_machine()
+        print(json.dumps(record, indent=2))
+        say(f"kept in {file}; `hf-dsvllm plan` and --ds_preset auto compute with it from now on")
+        return
     from hf_dsvllm import doctor as examination
     from hf_dsvllm.engine import list_engines
 

@@ -15,6 +15,7 @@ __all__ = [
     "EngineError",
     "EvalFileError",
     "ExportError",
+    "GpuMemoryError",
     "HardwareError",
     "MissingDependencyError",
     "ModelShapeError",
@@ -81,6 +82,10 @@ class EngineError(DsvllmError, RuntimeError):
 
 class ExportError(DsvllmError, RuntimeError):
     """An export that could not be made or was not proven equal; nothing is left that looks finished."""
+
+
+class GpuMemoryError(DsvllmError, MemoryError):
+    """A GPU ran out of memory in training; says what was predicted and what to change."""
 
 
 class WiringError(DsvllmError, RuntimeError):

@@ -13,6 +13,7 @@ import torch
 __all__ = ["RunMeasure"]
 
 GIB = 1 << 30
+TRAINING = ("steps", "between steps", "end")
 
 
 @dataclasses.dataclass(slots=True)
@@ -24,14 +25,26 @@ class RunMeasure:
     skipped_steps: int = 0
     evaluations: list[Any] = dataclasses.field(default_factory=list)
     host_peaks: list[float] = dataclasses.field(default_factory=list)
+    phases: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
     _begun: float | None = None
 
-    def start(self) -> None:
-        """Forget the peaks of loading."""
+    def mark(self, phase: str) -> None:
+        """Close a phase: its peaks since the last mark; of a phase that comes again the highest is kept."""
+        now = {"host_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
         if torch.cuda.is_available():
+            now["allocated_gib"] = torch.cuda.max_memory_allocated() / GIB
+            now["reserved_gib"] = torch.cuda.max_memory_reserved() / GIB
             torch.cuda.reset_peak_memory_stats()
+        before = self.phases.get(phase, {})
+        self.phases[phase] = {name: round(max(value, before.get(name, 0.0)), 3) for name, value in now.items()}
+
+    def start(self) -> None:
+        """Training begins; what came before, the evaluation of the untrained model too, is no part of it."""
+        self.mark("before training")
 
     def step_begins(self) -> None:
+        if self.durations:
+            self.mark("between steps")
         self._begun = time.monotonic()
 
     def step_ends(self) -> None:
@@ -40,12 +53,14 @@ class RunMeasure:
                 torch.cuda.synchronize()
             self.durations.append(time.monotonic() - self._begun)
             self._begun = None
+            self.mark("steps")
 
     def stop(self, state: Any) -> None:
         """Read the number of tokens trained on and the host peak of every process; collective.
 
         TRL logs the tokens, the plain Trainer counts them if told to (include_num_input_tokens_seen).
         """
+        self.mark("end")
         self.host_peaks = gather(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)  # KiB on Linux
         logged = [row["num_tokens"] for row in state.log_history if "num_tokens" in row]
         self.tokens = int(logged[-1]) if logged else int(state.num_input_tokens_seen or 0)
@@ -72,8 +87,8 @@ class RunMeasure:
         if torch.cuda.is_available():
             memory |= {
                 "gpu": torch.cuda.get_device_name(),
-                "gpu_peak_allocated_gib": round(torch.cuda.max_memory_allocated() / GIB, 2),
-                "gpu_peak_reserved_gib": round(torch.cuda.max_memory_reserved() / GIB, 2),
+                "gpu_peak_allocated_gib": round(self.highest("allocated_gib"), 2),
+                "gpu_peak_reserved_gib": round(self.highest("reserved_gib"), 2),
             }
         return {
             "steps": self.steps,
@@ -84,7 +99,12 @@ class RunMeasure:
             "tokens_per_second": self.tokens_per_second and round(self.tokens_per_second, 1),
             "skipped_steps": self.skipped_steps,
             **memory,
+            "phases": self.phases,
         }
+
+    def highest(self, name: str) -> float:
+        """The peak of a figure from the beginning of training on."""
+        return max((self.phases[phase][name] for phase in TRAINING if phase in self.phases), default=0.0)
 
 
 def gather(value: float) -> list[float]:

@@ -9,10 +9,12 @@ trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
 
 from __future__ import annotations
 
+import functools
 import importlib.metadata
 import itertools
 import shlex
 import shutil
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -26,10 +28,11 @@ from hf_dsvllm.checks import check_before_loading, load_tokenizer, predict_memor
 from hf_dsvllm.console import is_main_process, say
 from hf_dsvllm.ds_config import swap_buffer_elements
 from hf_dsvllm.engine.server import EngineServer, EngineSpec, find_vllm
-from hf_dsvllm.errors import ConfigError, DsvllmError, ExportError, Problem, WiringError
+from hf_dsvllm.errors import ConfigError, DsvllmError, ExportError, GpuMemoryError, Problem, WiringError
 from hf_dsvllm.evaluation import EVALS, Evaluator, Sampling
 from hf_dsvllm.files import write_json
 from hf_dsvllm.fingerprint import fingerprint_of
+from hf_dsvllm.forecast import comparison, forecast, out_of_memory_advice
 from hf_dsvllm.launch import read_launch
 from hf_dsvllm.measure import RunMeasure
 from hf_dsvllm.model_shape import load_shape
@@ -80,6 +83,7 @@ class Session:
         self.run_dir = Path(args.output_dir)
         self.tasks = _load_tasks(args)
         self.server: EngineServer | None = None
+        self.forecast = forecast(args, model_args, preset, device)
         self._evaluator: Evaluator | None = None
         self._merge_base: Path | None = None
 
@@ -177,6 +181,20 @@ class Session:
         callbacks = trainer.callback_handler.callbacks
         callbacks.insert(0, callbacks.pop())
         trainer.add_callback(Steering(scores, trainer))
+        trainer.train = self._explaining_memory(trainer.train)
+
+    def _explaining_memory(self, train: Callable[..., Any]) -> Callable[..., Any]:
+        """`train`, with an answer where the GPU runs out of memory: callbacks never see that error."""
+
+        @functools.wraps(train)
+        def explained(*args: Any, **kwargs: Any) -> Any:
+            try:
+                return train(*args, **kwargs)
+            except torch.OutOfMemoryError as error:
+                self.stop_engine()
+                raise GpuMemoryError(out_of_memory_advice(self.forecast, str(error))) from error
+
+        return explained
 
     def start_record(self, trainer: Any, wiring: Wiring) -> None:
         """Write run.json, ds_config.json and the tokenizer as trained; rank 0."""
@@ -199,6 +217,8 @@ class Session:
             "versions": _versions(),
         }
         write_json(self.run_dir / "run.json", record)
+        if self.forecast is not None:
+            write_json(self.run_dir / "plan.json", {"predicted": self.forecast.as_record()})
         if self.ds_config is not None:
             # As the Trainer filled it in, with a number for every "auto".
             write_json(self.run_dir / "ds_config.json", self.args.hf_deepspeed_config.config)
@@ -227,7 +247,7 @@ class Session:
         """Write measured.json, export the last snapshot; an export that fails is an error on every rank."""
         error: str | None = None
         if is_main_process():
-            write_json(self.run_dir / "measured.json", measure.as_record())
+            self._record_measures(measure.as_record())
             try:
                 self._export(snapshot)
             except Exception as problem:  # whatever it is, the other ranks wait in the broadcast
@@ -236,6 +256,15 @@ class Session:
         if error is not None:
             say(f"training is complete and its weights are in {snapshot.path}, but the export failed: {error}")
             raise ExportError(error)
+
+    def _record_measures(self, measured: dict[str, Any]) -> None:
+        """measured.json, and the prediction beside it in plan.json and on the console."""
+        write_json(self.run_dir / "measured.json", measured)
+        if self.forecast is None:
+            return
+        write_json(self.run_dir / "plan.json", {"predicted": self.forecast.as_record(), "measured": measured})
+        for line in comparison(self.forecast, measured):
+            say(line)
 
     def _export(self, snapshot: Snapshot) -> None:
         if self.args.export_to == "none":

@@ -1,0 +1,164 @@
+"""The planner's word on one run: what it predicts, what was measured against it, and what to change out of memory."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from typing import Any
+
+from hf_dsvllm.errors import DsvllmError
+from hf_dsvllm.hardware import Machine, detect
+from hf_dsvllm.launch import read_launch
+from hf_dsvllm.model_shape import load_shape
+from hf_dsvllm.planner.cards import Rates, machine_rates
+from hf_dsvllm.planner.footprint import Footprint, Setup, gpu_footprint
+from hf_dsvllm.planner.host import HostFootprint, host_footprint
+from hf_dsvllm.planner.search import Job, gib, make_plan
+from hf_dsvllm.planner.speed import StepTime, step_time
+from hf_dsvllm.presets import Preset
+
+__all__ = ["Forecast", "comparison", "forecast", "out_of_memory_advice"]
+
+DEFAULT_LENGTH = 1024
+MIB = 2**20
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Forecast:
+    """What a run is predicted to take, for sequences of full length."""
+
+    setup: Setup
+    machine: Machine
+    rates: Rates
+    footprint: Footprint
+    host: HostFootprint
+    step: StepTime
+
+    def as_record(self) -> dict[str, Any]:
+        """As it stands in plan.json; sizes in bytes, of one GPU, and of all processes on the host."""
+        setup = self.setup
+        return {
+            "preset": setup.preset.name,
+            "processes": setup.world,
+            "micro_batch_size": setup.micro,
+            "gradient_accumulation_steps": setup.accumulation,
+            "length": setup.length,
+            "recompute": setup.recompute,
+            "loss": setup.loss,
+            "gpu_allocated_bytes": dict(self.footprint.allocated) if setup.device == "cuda" else None,
+            "gpu_parts_bytes": {phase: dict(parts) for phase, parts in self.footprint.parts.items()},
+            "host_bytes": host_peak(self),
+            "step_seconds": round(self.step.seconds, 4),
+            "step_parts_seconds": {name: round(value, 4) for name, value in self.step.parts.items()},
+            "rates": self.rates.source,
+        }
+
+
+def host_peak(found: Forecast) -> int:
+    """Resident bytes of all processes; on a machine without GPU the training itself is among them."""
+    tensors = found.setup.world * found.footprint.peak if found.setup.device == "cpu" else 0
+    return max(found.host.load, found.host.train + tensors)
+
+
+def forecast(args: Any, model_args: Any, preset: Preset | None, device: str) -> Forecast | None:
+    """The prediction for these arguments; None without a preset or for a model the formulas do not know."""
+    if preset is None:
+        return None
+    try:
+        shape = load_shape(model_args.model_name_or_path)
+        machine = detect()
+        rates = machine_rates(machine if device == "cuda" else None)
+    except DsvllmError:
+        return None
+    setup = Setup(
+        shape=shape,
+        preset=preset,
+        world=read_launch().world_size,
+        micro=args.per_device_train_batch_size,
+        accumulation=args.gradient_accumulation_steps,
+        length=getattr(args, "max_length", None) or getattr(args, "block_size", None) or DEFAULT_LENGTH,
+        recompute=args.gradient_checkpointing,
+        loss="trl" if hasattr(args, "max_length") else "plain",
+        lora_r=model_args.lora_r,
+        lora_dropout=bool(model_args.lora_dropout),
+        device="cuda" if device == "cuda" else "cpu",
+    )
+    return Forecast(
+        setup=setup,
+        machine=machine,
+        rates=rates,
+        footprint=gpu_footprint(setup),
+        host=host_footprint(setup),
+        step=step_time(setup, rates),
+    )
+
+
+def comparison(found: Forecast, measured: Mapping[str, Any]) -> list[str]:
+    """Predicted against measured, one line each; `measured` are the figures of measured.json."""
+    pairs = []
+    allocated = measured.get("gpu_peak_allocated_gib")
+    if allocated:
+        pairs.append(("GPU peak", found.footprint.peak / 2**30, allocated, "GiB"))
+    if measured.get("host_peak_all_gib"):
+        pairs.append(("host RAM", host_peak(found) / 2**30, measured["host_peak_all_gib"], "GiB"))
+    if measured.get("median_step_seconds"):
+        pairs.append(("step", found.step.seconds, measured["median_step_seconds"], "s"))
+    return [
+        f"{name}: predicted {said:.2f} {unit}, measured {actual:.2f} {unit} ({100 * (said / actual - 1):+.0f} %)"
+        for name, said, actual, unit in pairs
+    ]
+
+
+def out_of_memory_advice(found: Forecast | None, error: str) -> str:
+    """What to change after an out-of-memory error on a GPU: the fastest way that needs a tenth less than this one."""
+    first = error.strip().splitlines()[0] if error.strip() else "out of memory"
+    if found is None:
+        return (
+            f"the GPU ran out of memory: {first}. Take a smaller --per_device_train_batch_size with more "
+            "--gradient_accumulation_steps, --gradient_checkpointing true, or a preset that shards more."
+        )
+    setup = found.setup
+    said = f"predicted {gib(found.footprint.peak)} at most for sequences of {setup.length:,} tokens"
+    plan = make_plan(job_of(found))
+    less = [
+        candidate
+        for candidate in plan.candidates
+        if candidate.fits and candidate.gpu_bytes < 0.9 * found.footprint.peak
+    ]
+    if not less:
+        return f"the GPU ran out of memory ({said}): {first}. Nothing smaller fits this work: shorten --max_length."
+    best = less[0].setup
+    changes = [
+        f"--{name} {value}"
+        for name, value, before in (
+            ("ds_preset", best.preset.name, setup.preset.name),
+            ("per_device_train_batch_size", best.micro, setup.micro),
+            ("gradient_accumulation_steps", best.accumulation, setup.accumulation),
+            ("gradient_checkpointing", str(best.recompute).lower(), str(setup.recompute).lower()),
+        )
+        if value != before
+    ]
+    return (
+        f"the GPU ran out of memory ({said}): {first}. Start again with {' '.join(changes)}: "
+        f"predicted {gib(less[0].gpu_bytes)}, the same batch for each update."
+    )
+
+
+def job_of(found: Forecast) -> Job:
+    """The work of this run, for another plan."""
+    setup = found.setup
+    local = read_launch().local_world_size
+    return Job(
+        shape=setup.shape,
+        machine=found.machine,
+        rates=found.rates,
+        length=setup.length,
+        global_batch=setup.world * setup.micro * setup.accumulation,
+        method=setup.method,
+        loss=setup.loss,
+        lora_r=setup.lora_r,
+        host_bytes=found.machine.ram_bytes,
+        device=setup.device,
+        processes=setup.world,
+        local_processes=local,
+    )
