@@ -1,4 +1,4 @@
-"""An export or an adapter -> the right vLLM command line, run in the foreground until Ctrl-C.
+"""Exports and adapters -> the right vLLM servers, run in the foreground until Ctrl-C, behind one address.
 
 Runs under the same supervisor as the engine beside a training run, so nothing is left behind however this process ends.
 The development endpoints and runtime adapter loading, which change weights without a key, stay off here.
@@ -17,6 +17,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 import time
 import uuid
@@ -28,41 +29,69 @@ import httpx
 
 from hf_dsvllm.engine import supervisor
 from hf_dsvllm.engine.registry import record_path
-from hf_dsvllm.engine.server import (
-    API_SERVER,
-    FORKING_API_SERVER,
-    SCRUBBED,
-    SCRUBBED_PREFIXES,
-    find_vllm,
-    lora_rank_bound,
-)
+from hf_dsvllm.engine.server import SCRUBBED, SCRUBBED_PREFIXES, find_vllm
 from hf_dsvllm.errors import EngineError
-from hf_dsvllm.source import find_record, has_chat_template
+from hf_dsvllm.gateway import KEY, Backend, find_envoy, gateway_config
+from hf_dsvllm.hardware import detect
+from hf_dsvllm.serve_plan import Server, plan_servers
+from hf_dsvllm.serve_share import Share, need_of, share_gpus
 
-__all__ = ["curl_command", "detect_device", "detect_port_free", "serve", "vllm_command", "vllm_environment"]
+__all__ = [
+    "PlannedServer",
+    "curl_command",
+    "detect_device",
+    "detect_port_free",
+    "plan_serving",
+    "serve",
+    "vllm_command",
+    "vllm_environment",
+]
 
 Device = Literal["cuda", "cpu"]
 READY_S = 1800.0  # a 70B model read from a network disk takes a quarter of an hour
+GATEWAY_READY_S = 30.0
 POLL_S = 0.5
 PORTS_TRIED = 100
+LOOPBACK = "127.0.0.1"
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class _Target:
-    """What a path turns out to be: a model folder, or a base with one adapter on it."""
+class PlannedServer:
+    """One vLLM process to be started: what it serves, where it listens, and its part of the GPUs (None: no choice)."""
 
-    model: str
-    adapter: Path | None
-    rank: int | None
-    tokenizer: Path | None
-    chat: bool
+    server: Server
+    host: str
+    port: int
+    share: Share | None
+
+    def command(
+        self, *, python: Path | str, device: Device, max_model_len: int | None, extra: Sequence[str]
+    ) -> list[str]:
+        """vLLM's command line.  The module is run rather than `vllm serve`, which fails in the CPU distribution."""
+        line = [str(python), "-m", "vllm.entrypoints.openai.api_server", *self.server.model_arguments()]
+        line += ["--host", self.host, "--port", str(self.port)]
+        if device == "cpu" and not _cpu_has_avx512():
+            line += ["--dtype", "float32"]  # bf16 is emulated on such CPUs and several times slower
+        if max_model_len is not None:
+            line += ["--max-model-len", str(max_model_len)]
+        if self.share is not None and len(self.share.gpus) > 1:
+            line += ["--tensor-parallel-size", str(len(self.share.gpus))]
+        if self.share is not None and self.share.utilization is not None:
+            line += ["--gpu-memory-utilization", str(self.share.utilization)]
+        return [*line, *extra]
+
+    def added_environment(self) -> dict[str, str]:
+        """The GPUs it may see."""
+        if self.share is None:
+            return {}
+        return {"CUDA_VISIBLE_DEVICES": ",".join(map(str, self.share.gpus))}
 
 
 def serve(
-    path: Path,
+    paths: Path | Sequence[str | Path],
     *,
     python: Path | None = None,
-    host: str = "127.0.0.1",
+    host: str = LOOPBACK,
     port: int = 8000,
     name: str | None = None,
     max_model_len: int | None = None,
@@ -71,78 +100,145 @@ def serve(
     print_only: bool = False,
     ready_timeout_s: float = READY_S,
 ) -> int:
-    """Serve an export or adapter folder over vLLM's OpenAI API until SIGINT or SIGTERM; returns an exit code.
+    """Serve exports and adapters over vLLM's OpenAI API until SIGINT or SIGTERM; returns an exit code.
 
-    `python` is the interpreter that has vLLM (default: this one), `device` is found out if not given, `extra` goes to
-    vLLM as it is.  Prints a curl command once the model answers.  With `print_only` the plain command is printed and
-    nothing started.  Raises EngineError before vLLM starts for a taken port, a public address without VLLM_API_KEY, or
-    a folder vLLM cannot serve, and if vLLM fails to start.
+    Each of `paths` is PATH or NAME=PATH.  `python` is the interpreter that has vLLM (default: this one), `device` is
+    found out if not given, `extra` goes to every vLLM as it is.  Prints a curl command for each model once it answers.
+    With `print_only` the plain commands are printed and nothing started.  Raises EngineError before anything starts for
+    a taken port, a public address without VLLM_API_KEY, models that do not fit, or a folder vLLM cannot serve, and if
+    vLLM fails to start.
     """
     chosen = device or detect_device()
-    served_name = name or path.absolute().name
     interpreter = Path(sys.executable) if python is None else python
-    line = vllm_command(
-        path,
-        python=interpreter,
-        host=host,
-        port=port,
-        name=served_name,
-        max_model_len=max_model_len,
-        device=chosen,
-        extra=extra,
-    )
+    planned = plan_serving(paths, host=host, port=port, name=name, device=chosen)
     env = vllm_environment(os.environ, device=chosen)
+    lines = [each.command(python=interpreter, device=chosen, max_model_len=max_model_len, extra=extra)
+             for each in planned]  # fmt: skip
     if print_only:
-        added = {key: value for key, value in env.items() if os.environ.get(key) != value and key.startswith("VLLM_")}
-        print(" ".join([*(f"{key}={shlex.quote(value)}" for key, value in sorted(added.items())), shlex.join(line)]))
+        _print_commands(planned, lines, env, host, port)
         return 0
     _check_address(host, port, env, extra)
     find_vllm(interpreter, device=chosen)
-    if chosen == "cpu":
-        line[1 : 1 + len(API_SERVER)] = FORKING_API_SERVER
-    keyed = bool(env.get("VLLM_API_KEY"))
-    curl = curl_command(_url(host, port), served_name, chat=_target(path).chat, keyed=keyed)
-    with _supervised(line, env) as process:
-        if _wait_ready(process, _url(host, port), served_name, env.get("VLLM_API_KEY"), ready_timeout_s):
-            print(
-                f"\nReady: {served_name} answers at {_url(host, port)}/v1 (Ctrl-C ends it). Try:\n\n  {curl}\n",
-                flush=True,
+    envoy = find_envoy() if len(planned) > 1 else None
+    key = env.get("VLLM_API_KEY")
+    with contextlib.ExitStack() as stack:
+        running = []
+        for each, line in zip(planned, lines, strict=True):
+            # One after the other: vLLM measures the memory that is free while it starts.
+            process = stack.enter_context(_supervised(line, env | each.added_environment()))
+            running.append(process)
+            if not _wait_ready(process, _url(each.host, each.port), each.server.names, key, ready_timeout_s):
+                return _wait_end(running)
+        if envoy is not None:
+            config = gateway_config(_backends(planned), host=host, port=port, key=key)
+            gateway = stack.enter_context(
+                _supervised(_envoy_line(envoy, stack.enter_context(_private_file(config))), env)
             )
-        return _wait_end(process)
+            running.append(gateway)
+            names = [called for each in planned for called in each.server.names]
+            if not _wait_ready(gateway, _url(host, port), names, key, GATEWAY_READY_S, health=False):
+                return _wait_end(running)
+        _print_ready(planned, _url(host, port), keyed=bool(key))
+        return _wait_end(running)
+
+
+def plan_serving(
+    paths: Path | Sequence[str | Path], *, host: str, port: int, name: str | None, device: Device
+) -> tuple[PlannedServer, ...]:
+    """The vLLM processes for `paths`: one alone listens on `host`:`port`, several on loopback behind the gateway."""
+    servers = plan_servers([paths] if isinstance(paths, Path) else paths, name)
+    if len(servers) == 1:
+        return (PlannedServer(server=servers[0], host=host, port=port, share=_share_of_one(servers[0], device)),)
+    shares: Sequence[Share | None] = [None] * len(servers)
+    if device == "cuda":
+        needs = [need_of(server.model, " and ".join(server.names)) for server in servers]
+        shares = share_gpus(needs, detect().gpus)
+    ports = _free_ports(port, len(servers))
+    return tuple(
+        PlannedServer(server=server, host=LOOPBACK, port=own, share=share)
+        for server, own, share in zip(servers, ports, shares, strict=True)
+    )
+
+
+def _share_of_one(server: Server, device: Device) -> Share | None:
+    """Tensor parallelism where one GPU is too small; None where vLLM's own defaults do."""
+    gpus = detect().gpus if device == "cuda" else ()
+    if len(gpus) < 2:
+        return None
+    with contextlib.suppress(EngineError):  # an architecture we cannot size, or a model vLLM will refuse better itself
+        share = share_gpus([need_of(server.model, server.names[0])], gpus)[0]
+        return share if len(share.gpus) > 1 else None
+    return None
+
+
+def _free_ports(taken: int, count: int) -> list[int]:
+    """Ports on loopback for the servers behind the gateway, counted from the gateway's."""
+    free: list[int] = []
+    for port in range(taken + 1, min(taken + PORTS_TRIED + count, 65536)):
+        if len(free) == count:
+            break
+        if detect_port_free(LOOPBACK, port):
+            free.append(port)
+    if len(free) < count:
+        raise EngineError(f"No {count} free ports above {taken} for the servers behind it; choose another --port.")
+    return free
+
+
+def _backends(planned: Sequence[PlannedServer]) -> list[Backend]:
+    return [(each.server.names, each.host, each.port) for each in planned]
+
+
+def _envoy_line(envoy: str, config: Path) -> list[str]:
+    return [envoy, "-c", str(config), "--log-level", "warning", "--use-dynamic-base-id", "--concurrency", "2"]
+
+
+@contextlib.contextmanager
+def _private_file(config: Mapping[str, Any]) -> Iterator[Path]:
+    """The gateway's configuration holds the key: only its owner may read it, and it is not on a command line."""
+    with tempfile.TemporaryDirectory(prefix="hf-dsvllm-gateway-") as folder:
+        path = Path(folder) / "envoy.json"
+        path.touch(mode=0o600)
+        path.write_text(json.dumps(config), encoding="utf-8")
+        yield path
+
+
+def _print_commands(
+    planned: Sequence[PlannedServer], lines: Sequence[Sequence[str]], env: Mapping[str, str], host: str, port: int
+) -> None:
+    """The same by hand: one vLLM a line, and the gateway with its whole configuration if there are several."""
+    for each, line in zip(planned, lines, strict=True):
+        whole = {**env, **each.added_environment()}
+        added = {name: value for name, value in sorted(whole.items())
+                 if os.environ.get(name) != value and name.startswith(("VLLM_", "CUDA_"))}  # fmt: skip
+        print(" ".join([*(f"{name}={shlex.quote(value)}" for name, value in added.items()), shlex.join(line)]))
+    if len(planned) > 1:
+        key = KEY if env.get("VLLM_API_KEY") else None
+        config = shlex.quote(json.dumps(gateway_config(_backends(planned), host=host, port=port, key=key)))
+        print("envoy --config-yaml " + config.replace(KEY, "'\"$VLLM_API_KEY\"'"))
+
+
+def _print_ready(planned: Sequence[PlannedServer], url: str, *, keyed: bool) -> None:
+    for each in planned:
+        for called in each.server.names:
+            curl = curl_command(url, called, chat=each.server.chat, keyed=keyed)
+            print(f"\nReady: {called} answers at {url}/v1 (Ctrl-C ends it). Try:\n\n  {curl}\n", flush=True)
 
 
 def vllm_command(
     path: Path,
     *,
     python: Path,
-    host: str = "127.0.0.1",
+    host: str = LOOPBACK,
     port: int = 8000,
     name: str | None = None,
     max_model_len: int | None = None,
     device: Device | None = None,
     extra: Sequence[str] = (),
 ) -> list[str]:
-    """vLLM's command line for an export folder, or for an adapter folder on its base.
-
-    The module is run rather than `vllm serve`, which fails in the CPU distribution.
-    """
-    target = _target(path)
-    served_name = name or path.absolute().name
-    line = [str(python), *API_SERVER, "--model", target.model]
-    line += ["--host", host, "--port", str(port)]
-    if target.tokenizer is not None:
-        line += ["--tokenizer", str(target.tokenizer)]
-    if target.adapter is None:
-        line += ["--served-model-name", served_name]
-    else:
-        assert target.rank is not None
-        line += ["--served-model-name", "base", "--enable-lora", "--max-lora-rank", str(lora_rank_bound(target.rank))]
-        line += ["--lora-modules", f"{served_name}={target.adapter}"]
-    if (device or detect_device()) == "cpu" and not _cpu_has_avx512():
-        line += ["--dtype", "float32"]  # bf16 is emulated on such CPUs and several times slower
-    if max_model_len is not None:
-        line += ["--max-model-len", str(max_model_len)]
-    return [*line, *extra]
+    """vLLM's command line for an export folder, or for an adapter folder on its base."""
+    (server,) = plan_servers([path], name)
+    planned = PlannedServer(server=server, host=host, port=port, share=None)
+    return planned.command(python=python, device=device or detect_device(), max_model_len=max_model_len, extra=extra)
 
 
 def vllm_environment(base_env: Mapping[str, str], *, device: Device) -> dict[str, str]:
@@ -195,54 +291,6 @@ def _cpu_has_avx512() -> bool:
             if text.startswith("flags"):
                 return "avx512f" in text.split()
     return True
-
-
-def _target(path: Path) -> _Target:
-    if not path.is_dir():
-        raise EngineError(f"{path} is no folder: name an export (`hf-dsvllm export RUN --out PATH`) or an adapter.")
-    if (path / "adapter_config.json").is_file():
-        return _adapter_target(path)
-    if (path / "config.json").is_file() and any(path.glob("*.safetensors")):
-        return _Target(
-            model=str(path.absolute()), adapter=None, rank=None, tokenizer=None, chat=has_chat_template(path)
-        )
-    hint = "it is a run folder" if (path / "run.json").is_file() else "it has no config.json with safetensors"
-    raise EngineError(
-        f"{path} cannot be served: {hint} and no adapter_config.json. Make an export of it: "
-        f"`hf-dsvllm export {path} --out {path / 'export'}`."
-    )
-
-
-def _adapter_target(path: Path) -> _Target:
-    """An adapter on its recorded base; refused where vLLM would serve something else than was trained."""
-    config = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))
-    record = find_record(path)
-    reasons = [f"{key}={config[key]!r}" for key in ("use_dora", "modules_to_save", "lora_bias") if config.get(key)]
-    # Up to 0.31 vLLM ignores these without a word.
-    reasons += [f"{key}={config[key]!r}" for key in ("rank_pattern", "alpha_pattern") if config.get(key)]
-    if config.get("bias", "none") != "none":
-        reasons.append(f"bias={config['bias']!r}")
-    if record is not None and record.quantization is not None:
-        reasons.append("a base in 4 bit (QLoRA); on the 16-bit base it is another model")
-    if reasons:
-        raise EngineError(
-            f"vLLM cannot serve the adapter in {path} as it was trained: it has {', '.join(reasons)}. "
-            "Make an export, which has it merged: `hf-dsvllm export RUN --out PATH`, then serve that."
-        )
-    base = record.base_model if record is not None else config.get("base_model_name_or_path")
-    if not base:
-        raise EngineError(
-            f"{path}/adapter_config.json names no base model; make an export with --base PATH and serve it."
-        )
-    places = [*([] if record is None else [record.folder / "tokenizer"]), path]
-    tokenizer = next((place for place in places if (place / "tokenizer_config.json").is_file()), None)
-    return _Target(
-        model=str(base),
-        adapter=path.absolute(),
-        rank=int(config["r"]),
-        tokenizer=None if tokenizer is None else tokenizer.absolute(),
-        chat=has_chat_template(tokenizer or Path(str(base))),
-    )
 
 
 def _check_address(host: str, port: int, env: Mapping[str, str], extra: Sequence[str]) -> None:
@@ -305,8 +353,16 @@ def _passing_signals(process: subprocess.Popen[bytes]) -> Iterator[None]:
             signal.signal(number, handler)
 
 
-def _wait_ready(process: subprocess.Popen[bytes], url: str, name: str, key: str | None, timeout_s: float) -> bool:
-    """True once /health answers and /v1/models lists `name`; False if we were asked to stop meanwhile."""
+def _wait_ready(
+    process: subprocess.Popen[bytes],
+    url: str,
+    names: Sequence[str],
+    key: str | None,
+    timeout_s: float,
+    *,
+    health: bool = True,
+) -> bool:
+    """True once /health answers and /v1/models lists all `names`; False if we were asked to stop meanwhile."""
     deadline = time.monotonic() + timeout_s
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     with httpx.Client(base_url=url, headers=headers, timeout=5.0, trust_env=False) as client:
@@ -314,13 +370,15 @@ def _wait_ready(process: subprocess.Popen[bytes], url: str, name: str, key: str 
             if process.poll() is not None:
                 if _was_asked(process.returncode):
                     return False
-                raise EngineError(f"vLLM did not start (exit code {process.returncode}); its output above says why.")
+                what = "vLLM" if health else "The gateway"
+                raise EngineError(f"{what} did not start (exit code {process.returncode}); its output above says why.")
             with contextlib.suppress(httpx.HTTPError):
-                if client.get("/health").is_success and name in _model_names(client.get("/v1/models")):
+                well = not health or client.get("/health").is_success
+                if well and set(names) <= set(_model_names(client.get("/v1/models"))):
                     return True
             with contextlib.suppress(subprocess.TimeoutExpired):
                 process.wait(POLL_S)
-    raise EngineError(f"vLLM was not ready after {timeout_s:.0f} s; its output above says what it waits for.")
+    raise EngineError(f"{url} was not ready after {timeout_s:.0f} s; the output above says what it waits for.")
 
 
 def _model_names(answer: httpx.Response) -> list[str]:
@@ -329,9 +387,15 @@ def _model_names(answer: httpx.Response) -> list[str]:
     return [model["id"] for model in answer.raise_for_status().json()["data"]]
 
 
-def _wait_end(process: subprocess.Popen[bytes]) -> int:
-    code = process.wait()
-    return 0 if _was_asked(code) else code
+def _wait_end(running: Sequence[subprocess.Popen[bytes]]) -> int:
+    """The exit code of the first process that ends; the others are ended by leaving their contexts."""
+    while True:
+        for process in running:
+            code = process.poll()
+            if code is not None:
+                return 0 if _was_asked(code) else code
+        with contextlib.suppress(subprocess.TimeoutExpired):
+            running[-1].wait(POLL_S)
 
 
 def _was_asked(code: int) -> bool:

@@ -15,6 +15,7 @@ __all__ = [
     "Format",
     "RunRecord",
     "Source",
+    "Target",
     "Which",
     "find_record",
     "find_source",
@@ -26,6 +27,7 @@ __all__ = [
 
 Which = Literal["best", "latest", "final"]
 Format = Literal["merged", "adapter"]
+Target = Literal["compose", "k8s", "ray", "systemd"]
 Kind = Literal["adapter", "full", "zero", "zero_adapter"]
 RECORD = "run.json"
 SNAPSHOTS = "snapshots"

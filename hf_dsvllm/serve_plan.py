@@ -1,0 +1,161 @@
+"""Paths of exports and adapters -> the vLLM servers they need: one for each model, one for all adapters of a base."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hf_dsvllm.engine.server import lora_rank_bound
+from hf_dsvllm.errors import EngineError
+from hf_dsvllm.source import RunRecord, find_record, has_chat_template
+
+__all__ = ["ServedAdapter", "Server", "plan_servers"]
+
+EXPORT_REPORT = "export_report.json"
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class ServedAdapter:
+    """One adapter and the name it is asked for by."""
+
+    name: str
+    path: Path
+    rank: int
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Server:
+    """One vLLM process: a model under `name`, or a base with the `adapters` that share it (its own name is `base`)."""
+
+    model: str
+    name: str
+    adapters: tuple[ServedAdapter, ...] = ()
+    tokenizer: Path | None = None
+    chat: bool = False
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """What can be asked for by the user's names."""
+        return tuple(adapter.name for adapter in self.adapters) or (self.name,)
+
+    def model_arguments(self) -> list[str]:
+        """The part of vLLM's command line that says what is served."""
+        line = ["--model", self.model]
+        if self.tokenizer is not None:
+            line += ["--tokenizer", str(self.tokenizer)]
+        if not self.adapters:
+            return [*line, "--served-model-name", self.name]
+        rank = max(adapter.rank for adapter in self.adapters)
+        line += ["--served-model-name", "base", "--enable-lora", "--max-lora-rank", str(lora_rank_bound(rank))]
+        if len(self.adapters) > 1:
+            line += ["--max-loras", str(len(self.adapters))]  # all at once in a batch, none swapped
+        return [*line, "--lora-modules", *(f"{adapter.name}={adapter.path}" for adapter in self.adapters)]
+
+
+def plan_servers(paths: Sequence[str | Path], name: str | None = None) -> tuple[Server, ...]:
+    """The servers for `paths`, each PATH or NAME=PATH; a name is by default the folder's.
+
+    Raises one EngineError with everything that cannot be served, and for a name that is given twice.
+    """
+    if name is not None and len(paths) > 1:
+        raise EngineError(f"--name {name} names one model, but there are {len(paths)}: write NAME=PATH for each.")
+    servers: dict[str, Server] = {}
+    problems: list[str] = []
+    for given in paths:
+        called, path = _named(given)
+        called = name or called or path.absolute().name
+        try:
+            server = _server(path, called)
+        except EngineError as error:
+            problems.append(str(error))
+            continue
+        key = f"{server.model} {server.tokenizer}" if server.adapters else f"{path.absolute()} {called}"
+        known = servers.get(key)
+        servers[key] = server if known is None else _joined(known, server)
+    names = [called for server in servers.values() for called in server.names]
+    problems += [
+        f"{each} is the name of two models: give them others, NAME=PATH." for each in sorted(set(names))
+        if names.count(each) > 1
+    ]  # fmt: skip
+    if problems:
+        raise EngineError("\n".join(problems))
+    return tuple(servers.values())
+
+
+def _named(given: str | Path) -> tuple[str | None, Path]:
+    """`NAME=PATH` -> both; a path that exists is a path, whatever it contains."""
+    name, sign, path = str(given).partition("=")
+    if not sign or Path(given).exists():
+        return None, Path(given)
+    return name, Path(path)
+
+
+def _joined(one: Server, other: Server) -> Server:
+    return dataclasses.replace(one, adapters=(*one.adapters, *other.adapters))
+
+
+def _server(path: Path, name: str) -> Server:
+    if not path.is_dir():
+        raise EngineError(f"{path} is no folder: name an export (`hf-dsvllm export RUN --out PATH`) or an adapter.")
+    if (path / "adapter_config.json").is_file():
+        return _adapter_server(path, name)
+    if (path / "config.json").is_file() and any(path.glob("*.safetensors")):
+        return Server(model=str(path.absolute()), name=name, chat=has_chat_template(path))
+    hint = "it is a run folder" if (path / "run.json").is_file() else "it has no config.json with safetensors"
+    raise EngineError(
+        f"{path} cannot be served: {hint} and no adapter_config.json. Make an export of it: "
+        f"`hf-dsvllm export {path} --out {path / 'export'}`."
+    )
+
+
+def _adapter_server(path: Path, name: str) -> Server:
+    """An adapter on its recorded base; refused where vLLM would serve something else than was trained."""
+    config = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))
+    # An adapter that was exported knows its base, and the user has accepted it.
+    record = None if (path / EXPORT_REPORT).is_file() else find_record(path)
+    reasons = _reasons(config, record)
+    if reasons:
+        raise EngineError(
+            f"vLLM cannot serve the adapter in {path} as it was trained: it has {', '.join(reasons)}. "
+            "Make an export, which has it merged: `hf-dsvllm export RUN --out PATH`, then serve that."
+        )
+    base = record.base_model if record is not None else config.get("base_model_name_or_path")
+    if not base:
+        raise EngineError(
+            f"{path}/adapter_config.json names no base model; make an export with --base PATH and serve it."
+        )
+    places = [*([] if record is None else [record.folder / "tokenizer"]), path]
+    tokenizer = next((place for place in places if (place / "tokenizer_config.json").is_file()), None)
+    return Server(
+        model=str(base),
+        name="base",
+        adapters=(ServedAdapter(name=name, path=path.absolute(), rank=int(config["r"])),),
+        tokenizer=None if tokenizer is None else _same(tokenizer.absolute(), Path(str(base))),
+        chat=has_chat_template(tokenizer or Path(str(base))),
+    )
+
+
+def _reasons(config: dict[str, Any], record: RunRecord | None) -> list[str]:
+    reasons = [f"{key}={config[key]!r}" for key in ("use_dora", "modules_to_save", "lora_bias") if config.get(key)]
+    # Up to 0.31 vLLM ignores these without a word; `--format adapter` writes them into the weights.
+    reasons += [f"{key}={config[key]!r}" for key in ("rank_pattern", "alpha_pattern") if config.get(key)]
+    reasons += [f"{key}={config[key]!r}" for key in ("target_parameters", "trainable_token_indices") if config.get(key)]
+    if config.get("bias", "none") != "none":
+        reasons.append(f"bias={config['bias']!r}")
+    if record is not None and record.quantization is not None:
+        reasons.append("a base in 4 bit (QLoRA); on the 16-bit base it is another model")
+    return reasons
+
+
+def _same(tokenizer: Path, base: Path) -> Path | None:
+    """None if the base has the very same tokenizer, so that adapters of several folders can share a server."""
+    names = ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja")
+    with contextlib.suppress(OSError):
+        if all((tokenizer / name).read_bytes() == (base / name).read_bytes()
+               for name in names if (tokenizer / name).is_file()):  # fmt: skip
+            return None
+    return tokenizer

@@ -1,0 +1,136 @@
+"""Deployment files, held against the real schemas of Compose, Kubernetes and systemd."""
+
+from __future__ import annotations
+
+import json
+import shutil
+import subprocess
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+import jsonschema
+import kubernetes_validate
+import pytest
+import yaml
+
+from hf_dsvllm.deploy import deployment
+from hf_dsvllm.errors import EngineError
+from hf_dsvllm.gateway import find_envoy
+from hf_dsvllm.serve import PlannedServer
+from hf_dsvllm.serve_plan import plan_servers
+from hf_dsvllm.serve_share import Share
+from tests.unit.test_serve import write_adapter
+from tests.unit.test_serve_several import write_model
+
+
+def plan(paths: Sequence[Path], shares: Sequence[Share | None] | None = None) -> list[PlannedServer]:
+    servers = plan_servers(paths)
+    chosen = shares or [None] * len(servers)
+    return [PlannedServer(server=server, host="127.0.0.1", port=8001 + number, share=share)
+            for number, (server, share) in enumerate(zip(servers, chosen, strict=True))]  # fmt: skip
+
+
+@pytest.fixture
+def two(tmp_path: Path) -> list[PlannedServer]:
+    """An adapter on its base and a whole model, on one GPU."""
+    base = write_model(tmp_path / "base")
+    adapter = write_adapter(tmp_path / "Orders_v2", base_model_name_or_path=str(base))
+    shares = [Share(gpus=(0,), utilization=0.4), Share(gpus=(0,), utilization=0.5)]
+    return plan([adapter, write_model(tmp_path / "large")], shares)
+
+
+@pytest.fixture
+def apart(two: list[PlannedServer]) -> list[PlannedServer]:
+    """The same with a GPU for each."""
+    return [PlannedServer(server=each.server, host=each.host, port=each.port, share=None) for each in two]
+
+
+def emit(target: str, planned: Sequence[PlannedServer], **settings: object) -> str:
+    return deployment(target, planned, host="127.0.0.1", port=8080, **settings)
+
+
+def compose_schema() -> dict[str, object]:
+    import check_jsonschema
+
+    file = Path(check_jsonschema.__file__).parent / "builtin_schemas" / "vendor" / "compose-spec.json"
+    schema: dict[str, object] = json.loads(file.read_text(encoding="utf-8"))
+    return schema
+
+
+def test_compose_files_are_valid_and_start_in_order(two: list[PlannedServer], tmp_path: Path) -> None:
+    document = yaml.safe_load(emit("compose", two, max_model_len=2048))
+    jsonschema.validate(document, compose_schema())
+    adapter, large, gateway = (document["services"][name] for name in ("vllm-orders-v2", "vllm-large", "gateway"))
+    assert large["depends_on"] == {"vllm-orders-v2": {"condition": "service_healthy"}}
+    assert "--lora-modules" in adapter["command"]
+    assert "Orders_v2=/models/Orders_v2" in adapter["command"]
+    assert {mount["source"] for mount in adapter["volumes"]} == {str(tmp_path / "base"), str(tmp_path / "Orders_v2")}
+    assert str(tmp_path) not in " ".join(adapter["command"] + large["command"])
+    assert large["command"][large["command"].index("--gpu-memory-utilization") + 1] == "0.5"
+    assert "ports" not in large
+    assert gateway["ports"] == ["127.0.0.1:8080:8000"]
+
+
+def test_a_single_model_needs_no_gateway(tmp_path: Path) -> None:
+    document = yaml.safe_load(emit("compose", plan([write_model(tmp_path / "orders")])))
+    jsonschema.validate(document, compose_schema())
+    assert list(document["services"]) == ["vllm-orders"]
+    assert document["services"]["vllm-orders"]["ports"] == ["127.0.0.1:8080:8000"]
+
+
+def test_the_gateways_configuration_is_one_that_envoy_takes(two: list[PlannedServer], tmp_path: Path) -> None:
+    content = yaml.safe_load(emit("compose", two))["configs"]["gateway"]["content"]
+    (tmp_path / "envoy.yaml").write_text(content.replace("${VLLM_API_KEY}", "secret"))
+    line = [find_envoy(), "--mode", "validate", "-c", str(tmp_path / "envoy.yaml")]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=60, check=False)
+    assert done.returncode == 0, done.stderr[-2000:]
+
+
+def test_kubernetes_manifests_are_valid(apart: list[PlannedServer]) -> None:
+    documents = list(yaml.safe_load_all(emit("k8s", apart)))
+    for document in documents:
+        kubernetes_validate.validate(document, kubernetes_validate.latest_version(), strict=True)
+    kinds = [(each["kind"], each["metadata"]["name"]) for each in documents]
+    assert kinds == [
+        ("Deployment", "vllm-orders-v2"), ("Service", "vllm-orders-v2"), ("Deployment", "vllm-large"),
+        ("Service", "vllm-large"), ("ConfigMap", "gateway"), ("Deployment", "gateway"), ("Service", "gateway"),
+    ]  # fmt: skip
+    large = documents[2]["spec"]["template"]["spec"]["containers"][0]
+    assert large["resources"]["limits"] == {"nvidia.com/gpu": 1}
+    assert large["env"][0]["valueFrom"]["secretKeyRef"]["name"] == "hf-dsvllm-key"
+
+
+def test_models_that_share_a_gpu_are_not_for_kubernetes(two: list[PlannedServer]) -> None:
+    with pytest.raises(EngineError, match="a GPU to one container at a time"):
+        emit("k8s", two)
+
+
+def test_a_ray_application_names_every_model(tmp_path: Path) -> None:
+    planned = plan([write_model(tmp_path / "small"), write_model(tmp_path / "large")])
+    text = emit("ray", planned, max_model_len=4096)
+    document = yaml.safe_load(text)
+    (application,) = document["applications"]
+    assert application["import_path"] == "ray.serve.llm:build_openai_app"
+    models = application["args"]["llm_configs"]
+    assert [model["model_loading_config"]["model_id"] for model in models] == ["small", "large"]
+    assert models[0]["engine_kwargs"] == {"tensor_parallel_size": 1, "max_model_len": 4096}
+    schema = pytest.importorskip("ray.serve.schema", reason="Ray is not installed")
+    schema.ServeDeploySchema.model_validate(document)
+
+
+def test_adapters_are_not_for_ray(two: list[PlannedServer]) -> None:
+    with pytest.raises(EngineError, match="cloud storage"):
+        emit("ray", two)
+
+
+@pytest.mark.skipif(shutil.which("systemd-analyze") is None, reason="systemd is not installed")
+def test_the_systemd_unit_is_one_that_systemd_takes(two: list[PlannedServer], tmp_path: Path) -> None:
+    words = ["/srv/models/50% $new", "--port", "8080"]
+    unit = tmp_path / "hf-dsvllm.service"
+    unit.write_text(emit("systemd", two, serve_arguments=words))
+    done = subprocess.run(["systemd-analyze", "verify", str(unit)], capture_output=True, text=True, check=False)
+    complaints = [line for line in done.stderr.splitlines() if "hf-dsvllm.service" in line]
+    assert complaints == []
+    line = next(text for text in unit.read_text().splitlines() if text.startswith("ExecStart="))
+    assert line == f"ExecStart={sys.executable} -m hf_dsvllm serve '/srv/models/50%% $$new' --port 8080"
