@@ -64,7 +64,7 @@ def with_presets(cls: type[Args]) -> type[Args]:
     if taken:
         raise TypeError(f"{cls.__name__} has fields named {sorted(taken)} of its own; rename them")
 
-    @dataclasses.dataclass(init=has_generated_init(cls))
+    @dataclasses.dataclass
     class WithPresets(PresetFields, cls):  # type: ignore[misc, valid-type]
         def __post_init__(self) -> None:
             _before(self)
@@ -77,6 +77,8 @@ def with_presets(cls: type[Args]) -> type[Args]:
                 return super().__reduce_ex__(protocol)
             return _empty_instance, (cls,), self.__dict__
 
+    if not has_generated_init(cls):
+        WithPresets.__init__ = cls.__init__  # type: ignore[method-assign]
     WithPresets.__name__ = WithPresets.__qualname__ = f"Dsvllm{cls.__name__}"
     WithPresets.__module__ = __name__
     WithPresets.__doc__ = cls.__doc__

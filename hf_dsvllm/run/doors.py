@@ -130,7 +130,7 @@ def _trainer(run: Run, door: ForTrainers, module: ModuleType) -> None:
     def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
         given = bound(make, self, args, kwargs)
         if given:
-            args, kwargs = (), {**given, "model": door.model_for_trainer(given)}
+            args, kwargs = (), door.inside(given)
         make(self, *args, **kwargs)
 
     @functools.wraps(train)

@@ -18,6 +18,7 @@ class ForTrainers:
 
     def __init__(self, run: Run) -> None:
         self._run = run
+        self._wrapped: dict[int, Any] = {}  # by the id of the model inside, which lives as long
 
     def before(self, cls: Any, trainer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """The keyword arguments for a trainer's constructor: TRL's take adapters and quantisation themselves."""
@@ -49,11 +50,14 @@ class ForTrainers:
                 args.model_init_kwargs = {"dtype": model_args.dtype, **(args.model_init_kwargs or {})}
         return more
 
-    def model_for_trainer(self, given: dict[str, Any]) -> Any:
-        """The model for `Trainer.__init__` itself: with adapters, where nobody has put them in."""
+    def inside(self, given: dict[str, Any]) -> dict[str, Any]:
+        """The arguments for `Trainer.__init__` itself: the model with adapters, where nobody has put them in."""
         run, model = self._run, given.get("model")
-        if run.preset is None or run.adapter is None or run.constructing > 1 or is_adapted(model):
-            return model
+        if run.preset is None or run.adapter is None or run.constructing > 1:
+            return given
+        if is_adapted(model):
+            # The script's variable is the model inside: a second trainer gets the whole again.
+            return {**given, "model": self._wrapped.get(id(model), model)}
         name, line = run.preset.name, script_line()
         if model is None:
             raise run.fail(
@@ -80,23 +84,24 @@ class ForTrainers:
                     "load it with from_pretrained, or take the lora preset",
                 )
             )
-        return self._adapt(model, given.get("args"))
+        return {**given, **self._adapt(model, given.get("args"))}
 
-    def _adapt(self, model: Any, args: Any) -> Any:
-        from transformers import set_seed
+    def _adapt(self, model: Any, args: Any) -> dict[str, Any]:
+        from transformers import TrainingArguments, set_seed
         from trl import get_peft_config
 
         from hf_dsvllm import adapters
 
         run = self._run
-        args = run.args if args is None else args
+        args = TrainingArguments(output_dir="tmp_trainer") if args is None else args  # the Trainer's own default
         if run.model_args is None:
             run.describe_model(model_name(model), type(model), getattr(model, "config", None))
         set_seed(args.seed)  # adapters start at random; the Trainer seeds anew right after
         wrapped = adapters.wrap(model, get_peft_config(run.model_args), args)
         _let_save_adapters(model, wrapped)
+        self._wrapped[id(model)] = wrapped
         run.lines["adapter"] = f"{type(model).__name__} given adapters at {script_line()}"
-        return wrapped
+        return {"model": wrapped, "args": args}
 
     def after(self, trainer: Any) -> None:
         """Add evaluation, steering, export and the wiring check to a finished trainer."""

@@ -131,7 +131,7 @@ ODD = {
     "from_config": ("zero3",),
     "second_trainer": ("lora",),
     "saves_its_own_variable": ("lora",),
-    "only_evaluates": ("zero2",),
+    "only_evaluates": ("ddp",),
     "default_arguments": ("lora",),
     "own_arguments": ("zero2",),
 }
