@@ -48,6 +48,7 @@ SHAPES = {  # Qwen3's config.json files; `tiny` is for trying the benchmark itse
     "1.7b": Shape(hidden=2048, intermediate=6144, layers=28, heads=16, kv_heads=8),
     "4b": Shape(hidden=2560, intermediate=9728, layers=36, heads=32, kv_heads=8),
     "8b": Shape(hidden=4096, intermediate=12288, layers=36, heads=32, kv_heads=8, tied=False),
+    "14b": Shape(hidden=5120, intermediate=17408, layers=40, heads=40, kv_heads=8, tied=False),
 }
 
 

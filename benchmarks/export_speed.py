@@ -1,0 +1,383 @@
+"""Speed and memory of exports against what users do by hand, on the same files in the same run.
+
+    python benchmarks/export_speed.py merge --shape 8b --kind lora --work FOLDER --out result.json
+    torchrun --nproc_per_node 4 benchmarks/export_speed.py checkpoint --shape 8b --work FOLDER
+    python benchmarks/export_speed.py zero --shape 8b --work FOLDER --out result.json
+
+`merge` makes a random model of a real shape and a random adapter and exports it with this package and with PEFT's
+merge_and_unload and save_pretrained.  `checkpoint` writes a ZeRO-3 checkpoint after one step; `zero` converts it with
+this package and with DeepSpeed's zero_to_fp32, and compares every tensor.  Each way runs in a process of its own;
+imports, the start of CUDA and the proof by logits are not counted (the proof has a row of its own).  FOLDER decides
+what is measured: /dev/shm is memory, another place is its disk.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import shutil
+import subprocess
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+ROOT = Path(__file__).resolve().parent.parent
+SHARD = "5GB"
+NF4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": "bfloat16",
+       "bnb_4bit_quant_storage": "uint8"}  # fmt: skip
+STEP_TOKENS = 128
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("what", choices=["merge", "checkpoint", "zero", "child"])
+    parser.add_argument("--shape", default="8b")
+    parser.add_argument("--kind", default="lora", choices=["lora", "qlora"])
+    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--out", type=Path)
+    parser.add_argument("--way", help="for the child: which way of doing it")
+    parser.add_argument("--no_proof", action="store_true", help="leave out the row with the comparison of logits")
+    args = parser.parse_args()
+    if args.what == "child":
+        print(json.dumps(WAYS[args.way](args)), flush=True)
+    elif args.what == "checkpoint":
+        write_checkpoint(args)
+    else:
+        result = measure_merge(args) if args.what == "merge" else measure_zero(args)
+        print(json.dumps(result, indent=2))
+        if args.out is not None:
+            args.out.write_text(json.dumps(result, indent=2) + "\n", encoding="utf-8")
+
+
+# -- merge
+
+
+def measure_merge(args: argparse.Namespace) -> dict[str, Any]:
+    run = write_run(args)
+    ways = ["merge-ours", "merge-peft", *([] if args.no_proof else ["merge-proven"])]
+    rows = {way: child(args, way) for way in ways}
+    ours, peft = rows["merge-ours"], rows["merge-peft"]
+    rate = disk_rate(args.work)
+    return {
+        "shape": args.shape, "kind": args.kind, "work": str(args.work), "host": host(), "run": run.name, "rows": rows,
+        "disk_gb_per_s": rate, "times_faster": round(peft["seconds"] / ours["seconds"], 2),
+        "written_gb_per_s": ours["gb_per_s"], "share_of_disk_rate": round(ours["gb_per_s"] / rate, 2),
+    }  # fmt: skip
+
+
+def write_run(args: argparse.Namespace) -> Path:
+    """A base in files of 5 GB, and a run folder with a random adapter; made once for a shape and kind."""
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from standin import SHAPES, write_random_model
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    base, run = args.work / f"base-{args.shape}", args.work / f"run-{args.shape}-{args.kind}"
+    if not base.exists():
+        write_random_model(SHAPES[args.shape], base)
+        reshard(base)
+    if run.exists():
+        return run
+    with torch.device("meta"):
+        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base), dtype=torch.bfloat16)
+        model = get_peft_model(
+            model, LoraConfig(task_type="CAUSAL_LM", r=16, lora_alpha=32, target_modules="all-linear")
+        )
+    adapter = run / "snapshots" / "step-1"
+    adapter.mkdir(parents=True)
+    torch.manual_seed(1)
+    state = {name.replace(".default", ""): torch.randn(parameter.shape) * 0.01
+             for name, parameter in model.named_parameters() if "lora_" in name}  # fmt: skip
+    from safetensors.torch import save_file
+
+    save_file(state, adapter / "adapter_model.safetensors")
+    model.peft_config["default"].base_model_name_or_path = str(base)
+    model.peft_config["default"].save_pretrained(adapter)
+    pointer = {"path": "step-1", "step": 1, "kind": "adapter"}
+    (run / "snapshots" / "latest.json").write_text(json.dumps(pointer), encoding="utf-8")
+    record = {"base_model": str(base), "preset": args.kind, "adapter": args.kind, "dtype": "bfloat16",
+              "quantization": NF4 if args.kind == "qlora" else None}  # fmt: skip
+    (run / "run.json").write_text(json.dumps(record), encoding="utf-8")
+    return run
+
+
+def reshard(folder: Path) -> None:
+    """Files of 5 GB, as models on the hub have them; transformers writes one of any size."""
+    from hf_dsvllm.shards import write_shards
+    from hf_dsvllm.weights import TensorFolder, TensorPlan
+
+    (folder / "whole").mkdir()
+    for file in folder.glob("model*"):
+        file.rename(folder / "whole" / file.name)
+    with TensorFolder(folder / "whole") as tensors:
+        plan = [TensorPlan(name=name, shape=tensors.shape(name), dtype=tensors.dtype(name)) for name in tensors.names]
+        write_shards(folder, plan, tensors.get)
+    shutil.rmtree(folder / "whole")
+
+
+def merge_ours(args: argparse.Namespace) -> dict[str, Any]:
+    """Everything an export does but the comparison of logits: hashes, merge, writing, manifest, rename."""
+    import torch
+
+    from hf_dsvllm import export
+
+    run, out = args.work / f"run-{args.shape}-{args.kind}", args.work / "out-ours"
+    warm_up()
+    export._verify = lambda *_: (None, "left out of this measurement")
+    with watched() as seen:
+        report = export.export_model(run, out, progress=False)
+    shutil.rmtree(out)
+    return seen | {
+        "gb_per_s": round(report.weights_bytes / report.write_seconds / 1e9, 2), "write_seconds": report.write_seconds,
+        "gb": round(report.weights_bytes / 1e9, 2), "merged_on": report.merged_on, "cuda": torch.cuda.is_available(),
+    }  # fmt: skip
+
+
+def merge_proven(args: argparse.Namespace) -> dict[str, Any]:
+    """The whole export with its proof."""
+    from hf_dsvllm.export import export_model
+
+    run, out = args.work / f"run-{args.shape}-{args.kind}", args.work / "out-proven"
+    warm_up()
+    with watched() as seen:
+        report = export_model(run, out, progress=False)
+    shutil.rmtree(out)
+    found = report.verification
+    figures = None
+    if found is not None:
+        figures = {"mean_abs_difference": found.mean_abs_difference, "reference_std": found.reference_std,
+                   "greedy_agreement": found.greedy_agreement, "adapter_share": found.adapter_share}  # fmt: skip
+    return seen | {"verification": figures, "skipped": report.verification_skipped}
+
+
+def merge_peft(args: argparse.Namespace) -> dict[str, Any]:
+    """What PEFT's documentation says: load in bf16, merge_and_unload, save_pretrained."""
+    import torch
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM, AutoTokenizer
+
+    base, run = args.work / f"base-{args.shape}", args.work / f"run-{args.shape}-{args.kind}"
+    out = args.work / "out-peft"
+    warm_up()
+    place = {"device_map": {"": 0}} if torch.cuda.is_available() else {}
+    with watched() as seen:
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16, **place)
+        model = PeftModel.from_pretrained(model, run / "snapshots" / "step-1").merge_and_unload()
+        model.save_pretrained(out, max_shard_size=SHARD)
+        AutoTokenizer.from_pretrained(base).save_pretrained(out)
+        sync_folder(out)
+    size = sum(file.stat().st_size for file in out.glob("*.safetensors"))
+    shutil.rmtree(out)
+    return seen | {"gb_per_s": round(size / seen["seconds"] / 1e9, 2), "gb": round(size / 1e9, 2)}
+
+
+# -- ZeRO
+
+
+def write_checkpoint(args: argparse.Namespace) -> None:
+    """One step under ZeRO-3 with SGD, so that the checkpoint holds the fp32 weights and no moments."""
+    import deepspeed
+    import torch
+    from standin import SHAPES
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    on_gpu = torch.cuda.is_available()
+    deepspeed.init_distributed("nccl" if on_gpu else "gloo")
+    rank = int(os.environ["RANK"])
+    if on_gpu:
+        torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    config = zero_config(SHAPES[args.shape])
+    settings = {
+        "train_micro_batch_size_per_gpu": 1, "bf16": {"enabled": True}, "zero_allow_untested_optimizer": True,
+        "zero_optimization": {"stage": 3},
+    }  # fmt: skip
+    torch.manual_seed(0)
+    with deepspeed.zero.Init(config_dict_or_path=settings):
+        model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), dtype=torch.bfloat16)
+    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
+    tokens = torch.randint(0, config["vocab_size"], (1, STEP_TOKENS), device=engine.device)
+    engine.backward(engine(input_ids=tokens, labels=tokens).loss)
+    engine.step()
+    checkpoint = args.work / f"zero-{args.shape}" / "checkpoint-1"
+    engine.save_checkpoint(str(checkpoint), tag="global_step1")
+    if rank == 0:
+        model.config.save_pretrained(checkpoint)
+    torch.distributed.barrier()
+
+
+def zero_config(shape: Any) -> dict[str, Any]:
+    return {
+        "model_type": "qwen3", "hidden_size": shape.hidden, "intermediate_size": shape.intermediate,
+        "num_hidden_layers": shape.layers, "num_attention_heads": shape.heads, "num_key_value_heads": shape.kv_heads,
+        "head_dim": shape.head_dim, "vocab_size": shape.vocabulary, "tie_word_embeddings": shape.tied,
+    }  # fmt: skip
+
+
+def measure_zero(args: argparse.Namespace) -> dict[str, Any]:
+    for name in ("zero-ours", "zero-deepspeed"):
+        shutil.rmtree(args.work / f"out-{name}", ignore_errors=True)
+    rows = {way: child(args, way) for way in ("zero-ours", "zero-deepspeed")}
+    rows["equal"] = child(args, "zero-equal")
+    for name in ("zero-ours", "zero-deepspeed"):
+        shutil.rmtree(args.work / f"out-{name}")
+    ours, theirs = rows["zero-ours"], rows["zero-deepspeed"]
+    return {
+        "shape": args.shape, "work": str(args.work), "host": host(), "rows": rows,
+        "times_faster": round(theirs["seconds"] / ours["seconds"], 2),
+        "peak_share": round(ours["peak_added_gib"] / theirs["peak_added_gib"], 3),
+    }  # fmt: skip
+
+
+def zero_ours(args: argparse.Namespace) -> dict[str, Any]:
+    from hf_dsvllm import export
+
+    export._verify = lambda *_: (None, "left out of this measurement")
+    with watched() as seen:
+        report = export.export_model(args.work / f"zero-{args.shape}", args.work / "out-zero-ours", progress=False)
+    return seen | {"gb_per_s": round(report.weights_bytes / report.write_seconds / 1e9, 2),
+                   "write_seconds": report.write_seconds}  # fmt: skip
+
+
+def zero_deepspeed(args: argparse.Namespace) -> dict[str, Any]:
+    """DeepSpeed's own conversion, straight to bf16 safetensors (0.19 can; older ones write fp32)."""
+    import torch
+    from deepspeed.utils.zero_to_fp32 import convert_zero_checkpoint_to_state_dict
+
+    out = args.work / "out-zero-deepspeed"
+    checkpoint = args.work / f"zero-{args.shape}" / "checkpoint-1"
+    with watched() as seen, contextlib.redirect_stdout(sys.stderr):
+        convert_zero_checkpoint_to_state_dict(
+            str(checkpoint), str(out), dtype=torch.bfloat16, max_shard_size=SHARD, safe_serialization=True
+        )
+        sync_folder(out)
+    return seen
+
+
+def zero_equal(args: argparse.Namespace) -> dict[str, Any]:
+    """Every tensor of both, bit by bit."""
+    import torch
+
+    from hf_dsvllm.weights import TensorFolder
+
+    with TensorFolder(args.work / "out-zero-ours") as ours, TensorFolder(args.work / "out-zero-deepspeed") as theirs:
+        shared = sorted(set(ours.names) & set(theirs.names))
+        equal = sum(torch.equal(ours.get(name), theirs.get(name)) for name in shared)
+        alone = sorted(set(ours.names) ^ set(theirs.names))
+    return {"tensors": len(shared), "bit_equal": equal, "only_one_has": alone}
+
+
+# -- measuring
+
+
+def child(args: argparse.Namespace, way: str) -> dict[str, Any]:
+    """Run one way in a fresh process; its last line is the result."""
+    command = [sys.executable, __file__, "child", "--way", way, "--shape", args.shape, "--kind", args.kind]
+    env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))}
+    done = subprocess.run([*command, "--work", str(args.work)], env=env, capture_output=True, text=True, check=False)
+    if done.returncode != 0:
+        sys.stderr.write(done.stderr[-4000:])
+        return {"error": done.stderr.strip().splitlines()[-1], "seconds": float("nan"), "gb_per_s": float("nan"),
+                "peak_added_gib": float("nan")}  # fmt: skip
+    return json.loads(done.stdout.splitlines()[-1])
+
+
+def warm_up() -> None:
+    """Start CUDA and the libraries that are imported late."""
+    import peft  # noqa: F401
+    import torch
+    import transformers  # noqa: F401
+
+    if torch.cuda.is_available():
+        torch.ones(1024, 1024, device="cuda") @ torch.ones(1024, 1024, device="cuda")
+        torch.cuda.synchronize()
+
+
+@contextlib.contextmanager
+def watched() -> Iterator[dict[str, Any]]:
+    """Seconds, and how far host memory rose above its start: all of it, and what is not mapped files."""
+    seen: dict[str, Any] = {}
+    ended = threading.Event()
+    peak = {"VmRSS": 0, "RssAnon": 0}
+    before = memory()
+
+    def look() -> None:
+        while not ended.wait(0.01):
+            now = memory()
+            for key in peak:
+                peak[key] = max(peak[key], now[key])
+
+    watcher = threading.Thread(target=look)
+    watcher.start()
+    started = time.perf_counter()
+    try:
+        yield seen
+    finally:
+        seen["seconds"] = round(time.perf_counter() - started, 2)
+        ended.set()
+        watcher.join()
+        seen["peak_added_gib"] = round((peak["VmRSS"] - before["VmRSS"]) / 2**20, 2)
+        seen["peak_added_anonymous_gib"] = round((peak["RssAnon"] - before["RssAnon"]) / 2**20, 2)
+
+
+def memory() -> dict[str, int]:
+    """KiB by key of /proc/self/status."""
+    text = Path("/proc/self/status").read_text(encoding="ascii")
+    pairs = (line.split(":", 1) for line in text.splitlines())
+    return {key: int(value.split()[0]) for key, value in pairs if key in ("VmRSS", "RssAnon")}
+
+
+def disk_rate(folder: Path, size: int = 8 << 30) -> float:
+    """GB/s of eight plain writers with fsync at the end; the disk's own rate, or the memory's."""
+    size = min(size, shutil.disk_usage(folder).free // 4)
+    block = os.urandom(64 << 20)
+
+    def write(number: int) -> None:
+        with (folder / f"rate-{number}").open("wb", buffering=0) as file:
+            for _ in range(size // 8 // len(block) or 1):
+                file.write(block)
+            os.fsync(file.fileno())
+
+    threads = [threading.Thread(target=write, args=(number,)) for number in range(8)]
+    started = time.perf_counter()
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    seconds = time.perf_counter() - started
+    written = sum((folder / f"rate-{number}").stat().st_size for number in range(8))
+    for number in range(8):
+        (folder / f"rate-{number}").unlink()
+    return round(written / seconds / 1e9, 2)
+
+
+def sync_folder(folder: Path) -> None:
+    """What an export does for its own files: they are on the disk when it says so."""
+    for file in folder.iterdir():
+        with file.open("rb") as handle:
+            os.fsync(handle.fileno())
+
+
+def host() -> str:
+    import torch
+
+    gpu = torch.cuda.get_device_name() if torch.cuda.is_available() else "no GPU"
+    return f"{gpu}, {os.cpu_count()} CPUs"
+
+
+WAYS = {
+    "merge-ours": merge_ours,
+    "merge-peft": merge_peft,
+    "merge-proven": merge_proven,
+    "zero-ours": zero_ours,
+    "zero-deepspeed": zero_deepspeed,
+    "zero-equal": zero_equal,
+}
+
+if __name__ == "__main__":
+    main()
