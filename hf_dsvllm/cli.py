@@ -256,12 +256,15 @@ def plan(
         int, typer.Option("--eval_sequences", help="Answers vLLM writes at once during training; 0 without evaluation.")
     ] = 0,
     eval_length: Annotated[int, typer.Option("--eval_length", help="Tokens of a prompt with its answer.")] = 1024,
+    trace: Annotated[
+        bool, typer.Option("--trace", help="Count on the model itself: for architectures without formulas; slower.")
+    ] = False,
     explain: Annotated[bool, typer.Option("--explain", help="Draw the memory of each phase.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
     html: Annotated[Path | None, typer.Option("--html", help="Write the plan as a page to this file.")] = None,
 ) -> None:
     """Say what fits, what is fastest and why, before anything is loaded; exit code 1 if nothing fits."""
-    from hf_dsvllm.planner.request import Request
+    from hf_dsvllm.planner.request import Request, job_of
     from hf_dsvllm.planner.view import show
 
     request = Request(
@@ -277,7 +280,14 @@ def plan(
         eval_sequences=eval_sequences,
         eval_length=eval_length,
     )
-    raise typer.Exit(0 if show(request, explain=explain, as_json=as_json, html_file=html) else 1)
+    if trace:
+        from hf_dsvllm.trace import trace_layers, traced_shape
+
+        say("counting on the model itself, with fake tensors, instead of by formulas")
+        job = job_of(request, traced_shape(model), trace_layers(model, lora_r=lora_r))
+    else:
+        job = job_of(request)
+    raise typer.Exit(0 if show(request, job, explain=explain, as_json=as_json, html_file=html) else 1)
 
 
 @app.command()

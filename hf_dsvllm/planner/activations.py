@@ -12,7 +12,7 @@ from typing import Literal
 
 from hf_dsvllm.model_shape import ModelShape
 
-__all__ = ["Numerics", "checkpoint_bytes", "layer_bytes", "working_bytes"]
+__all__ = ["Numerics", "Traced", "checkpoint_bytes", "layer_bytes", "working_bytes"]
 
 Method = Literal["full", "lora", "qlora"]
 
@@ -41,6 +41,25 @@ class Numerics:
     def pure_fp32(self) -> bool:
         """Everything in fp32, as on CPUs."""
         return self.weight_bytes == 4 and not self.autocast
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Traced:
+    """Bytes one layer saves for a token, counted on the real model (`hf_dsvllm.trace`) instead of computed."""
+
+    full: int
+    full_mixed: int
+    full_fp32: int
+    adapters: int
+    adapters_fp32: int
+
+    def of(self, numerics: Numerics) -> int:
+        """The count that belongs to a way of computing."""
+        if numerics.method != "full":
+            return self.adapters_fp32 if numerics.adapter_bytes == 4 else self.adapters
+        if numerics.mixed:
+            return self.full_mixed
+        return self.full_fp32 if numerics.pure_fp32 else self.full
 
 
 def layer_bytes(shape: ModelShape, numerics: Numerics) -> int:
@@ -89,7 +108,8 @@ def linear_inputs(
         if kept:
             return 0
         return e * width * (len(readers) if stream != e else 1)
-    rank = len(readers) * e * numerics.lora_r
+    # Without autocast autograd keeps the product with A twice (counted on fake tensors, torch 2.13).
+    rank = len(readers) * e * numerics.lora_r * (1 if numerics.autocast else 2)
     if numerics.dropout:
         return len(readers) * (e + 1) * width + rank
     if numerics.adapter_bytes != e:

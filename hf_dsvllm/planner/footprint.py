@@ -16,10 +16,10 @@ from typing import Literal
 from hf_dsvllm.ds_config import get_key
 from hf_dsvllm.memory import NF4_BYTES, SUB_GROUP
 from hf_dsvllm.model_shape import ModelShape
-from hf_dsvllm.planner.activations import Method, Numerics, checkpoint_bytes, layer_bytes, working_bytes
+from hf_dsvllm.planner.activations import Method, Numerics, Traced, checkpoint_bytes, layer_bytes, working_bytes
 from hf_dsvllm.presets import Preset
 
-__all__ = ["PHASES", "Footprint", "Setup", "gpu_footprint"]
+__all__ = ["PHASES", "Footprint", "Setup", "Traced", "gpu_footprint"]
 
 Loss = Literal["trl", "plain"]
 PHASES = ("load", "init", "forward", "backward", "optimizer")
@@ -43,6 +43,12 @@ class Setup:
     lora_r: int = 16
     lora_dropout: bool = True  # TRL's ModelConfig: 0.05
     device: Literal["cuda", "cpu"] = "cuda"
+    traced: Traced | None = None
+
+    @property
+    def layer_bytes(self) -> int:
+        """Bytes one layer saves for a token: counted where the model was traced, else computed."""
+        return self.traced.of(self.numerics) if self.traced else layer_bytes(self.shape, self.numerics)
 
     @property
     def tokens(self) -> int:
@@ -144,7 +150,7 @@ def activation_parts(setup: Setup) -> Live:
     saved tensors too).
     """
     shape, numerics, tokens = setup.shape, setup.numerics, setup.tokens
-    layer = layer_bytes(shape, numerics) * tokens
+    layer = setup.layer_bytes * tokens
     kept = checkpoint_bytes(shape, numerics) * tokens if setup.recompute else layer
     wide = 4 if numerics.weight_bytes == 4 else 2
     final = tokens * shape.hidden * ((4 if numerics.method != "full" else 4 + wide) + 2 * wide)

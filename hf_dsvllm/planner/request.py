@@ -10,6 +10,7 @@ from hf_dsvllm.errors import ConfigError, DsvllmError, HardwareError, Problem
 from hf_dsvllm.hardware import Machine, detect, parse_machine
 from hf_dsvllm.model_shape import ModelShape, load_shape
 from hf_dsvllm.planner.cards import Rates, machine_rates, rates_of
+from hf_dsvllm.planner.footprint import Traced
 from hf_dsvllm.planner.search import Job
 
 __all__ = ["METHODS", "Request", "job_of", "parse_bytes"]
@@ -36,10 +37,13 @@ class Request:
     eval_length: int = 1024
 
 
-def job_of(request: Request) -> Job:
-    """Everything looked up and checked.  Raises ConfigError with all problems."""
+def job_of(request: Request, shape: ModelShape | None = None, traced: Traced | None = None) -> Job:
+    """Everything looked up and checked; `shape` and `traced` from `hf_dsvllm.trace` where the model was traced.
+
+    Raises ConfigError with all problems.
+    """
     problems: list[Problem] = []
-    shape = found_shape(request, problems)
+    shape = shape or found_shape(request, problems)
     machine = found_machine(request, problems)
     host = sized(request.host_ram, "--host_ram", problems)
     nvme = sized(request.nvme, "--nvme", problems)
@@ -64,6 +68,7 @@ def job_of(request: Request) -> Job:
         nvme_bytes=nvme,
         evaluation=(request.eval_sequences, request.eval_length) if request.eval_sequences else None,
         device="cuda" if on_gpu else "cpu",
+        traced=traced,
     )
 
 
@@ -71,7 +76,12 @@ def found_shape(request: Request, problems: list[Problem]) -> ModelShape | None:
     try:
         return load_shape(request.model)
     except DsvllmError as error:
-        problems.append(Problem(str(error), "name a local folder with a config.json, or a hub id that can be reached"))
+        problems.append(
+            Problem(
+                str(error),
+                "a local folder with a config.json or a hub id; --trace for an architecture the formulas do not know",
+            )
+        )
         return None
 
 

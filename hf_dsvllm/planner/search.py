@@ -9,12 +9,12 @@ from typing import Literal
 from hf_dsvllm.hardware import Gpu, Machine
 from hf_dsvllm.model_shape import ModelShape
 from hf_dsvllm.planner.cards import Rates
-from hf_dsvllm.planner.footprint import Footprint, Loss, Setup, gpu_footprint
+from hf_dsvllm.planner.footprint import Footprint, Loss, Setup, Traced, gpu_footprint
 from hf_dsvllm.planner.host import Engine, HostFootprint, disk_bytes, engine_footprint, host_footprint
 from hf_dsvllm.planner.speed import StepTime, step_time
 from hf_dsvllm.presets import Preset, get_preset
 
-__all__ = ["Candidate", "Job", "Plan", "make_plan", "usable_bytes"]
+__all__ = ["Candidate", "Job", "Plan", "fits_card", "make_plan", "reserved_bytes", "usable_bytes"]
 
 Wanted = Literal["full", "lora", "qlora", "any"]
 GIB = 2**30
@@ -23,6 +23,7 @@ OUTSIDE_BYTES = int(1.2 * GIB)
 # Safety: share of the card that a plan leaves free for what formulas miss and for fragmentation.
 MARGIN = 0.05
 HOST_MARGIN = 0.05
+RESERVED = 1.06
 # Listing order decides between equals: what is simpler, or known better, stands first.
 PRESETS: dict[str, tuple[str, ...]] = {
     "full": (
@@ -55,6 +56,7 @@ class Job:
     nvme_bytes: int | None = None
     evaluation: tuple[int, int] | None = None
     device: Literal["cuda", "cpu"] = "cuda"
+    traced: Traced | None = None
     processes: int | None = None
     local_processes: int | None = None
 
@@ -185,6 +187,7 @@ def judge(job: Job, preset: Preset, world: int, micro: int, recompute: bool, pla
         loss=job.loss,
         lora_r=job.lora_r,
         device=job.device,
+        traced=job.traced,
     )
     footprint, host = gpu_footprint(setup), host_footprint(setup)
     engine = None
@@ -206,6 +209,16 @@ def judge(job: Job, preset: Preset, world: int, micro: int, recompute: bool, pla
 def usable_bytes(card_bytes: int) -> int:
     """usable = (card - outside) * (1 - margin)"""
     return int((card_bytes - OUTSIDE_BYTES) * (1 - MARGIN))
+
+
+def reserved_bytes(allocated: int) -> int:
+    """What the allocator holds for a peak of `allocated`: blocks of other sizes stay cached."""
+    return int(allocated * RESERVED)
+
+
+def fits_card(allocated: int, card_bytes: int) -> bool:
+    """Whether a peak of `allocated` bytes fits a card, with the margin."""
+    return allocated <= usable_bytes(card_bytes)
 
 
 def shortfalls(job: Job, candidate: Candidate) -> Iterator[str]:

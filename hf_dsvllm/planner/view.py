@@ -9,17 +9,19 @@ from pathlib import Path
 from hf_dsvllm.files import write_text
 from hf_dsvllm.planner.explain import HEADINGS, bars, best_of_each, command_line, record, sentences, table_rows
 from hf_dsvllm.planner.footprint import PHASES
-from hf_dsvllm.planner.request import Request, job_of
-from hf_dsvllm.planner.search import Candidate, Plan, gib, make_plan
+from hf_dsvllm.planner.request import Request
+from hf_dsvllm.planner.search import Candidate, Job, Plan, gib, make_plan
 
 __all__ = ["page", "show"]
 
 COLOURS = ("#4e79a7", "#f28e2b", "#59a14f", "#e15759", "#76b7b2", "#edc948", "#b07aa1", "#9c755f", "#bab0ac", "#ff9da7")
 
 
-def show(request: Request, *, explain: bool = False, as_json: bool = False, html_file: Path | None = None) -> bool:
-    """Plan and print; True if something fits.  Raises ConfigError for a request that cannot be read."""
-    plan = make_plan(job_of(request))
+def show(
+    request: Request, job: Job, *, explain: bool = False, as_json: bool = False, html_file: Path | None = None
+) -> bool:
+    """Plan and print; True if something fits."""
+    plan = make_plan(job)
     if html_file is not None:
         write_text(html_file, page(plan, request.model))
     if as_json:
