@@ -201,7 +201,8 @@ def write_results(options: argparse.Namespace, rows: list[dict[str, Any]]) -> No
     """The rows so far, as JSON and as a table."""
     machine = detect()
     today = datetime.date.today().isoformat()
-    base = options.out / f"{today}-run-scripts-{short_name(machine)}"
+    where = short_name(machine) if options.device == "cuda" else "cpu"
+    base = options.out / f"{today}-run-scripts-{where}"
     options.out.mkdir(parents=True, exist_ok=True)
     about = {"date": today, "machine": machine.describe(), "versions": versions(), "note": options.note,
              "shape": options.shape, "steps": options.steps, "micro_batch_size": options.micro_batch_size,
