@@ -14,6 +14,7 @@ from hf_dsvllm.planner.search import GIB, Candidate, Job, Plan, gib, make_plan, 
 __all__ = ["bars", "best_of_each", "command_line", "record", "sentences", "suggestions", "table_rows"]
 
 WIDTH = 46
+SHORTEST = 256  # tokens; below it a suggestion helps nobody
 HEADINGS = ("preset", "batch", "recompute", "GPU GiB", "host GiB", "tokens/s", "verdict")
 
 
@@ -138,20 +139,18 @@ def closest(plan: Plan) -> str:
 def suggestions(job: Job) -> list[str]:
     """The nearest jobs that fit: adapters, more cards, offload with enough host RAM, shorter sequences."""
     found = []
-    for method in ("lora", "qlora"):
-        if job.method == "full":
-            plan = make_plan(dataclasses.replace(job, method=method))
-            if plan.chosen is not None:
-                found.append(
-                    f"{plan.chosen.setup.preset.name} on the same machine ({gib(plan.chosen.gpu_bytes)} a GPU)"
-                )
-                break
+    for method, length in ((m, job.length // part) for m in ("lora", "qlora") for part in (1, 2, 4, 8)):
+        plan = make_plan(dataclasses.replace(job, method=method, length=length))
+        if job.method == "full" and length >= SHORTEST and plan.chosen is not None:
+            shorter = "" if length == job.length else f" with {length:,} tokens"
+            found.append(f"{plan.chosen.setup.preset.name} on the same machine{shorter}")
+            break
     if job.host_bytes is not None:
         plan = make_plan(dataclasses.replace(job, host_bytes=None))
         if plan.chosen is not None:
             found.append(f"{plan.chosen.setup.preset.name} with {gib(plan.chosen.host.peak / 0.95)} of host RAM")
     length = job.length // 2
-    while length >= 256:
+    while length >= SHORTEST:
         plan = make_plan(dataclasses.replace(job, length=length))
         if plan.chosen is not None:
             found.append(f"{length:,} tokens instead of {job.length:,}, with {plan.chosen.setup.preset.name}")

@@ -40,6 +40,8 @@ class HostFootprint:
 def host_footprint(setup: Setup) -> HostFootprint:
     """load = N * (process + model); train = N * process + offloaded states; save adds 2P a process under ZeRO-1 and 2.
 
+    4-bit weights are quantised on the GPU tensor by tensor as the files are read: nothing stays on the host.
+
     Offloaded (stage_1_and_2.py, stage3.py): fp32 weights, Adam's moments and gradients 16P, bf16 staging 2P, and with
     parameters offloaded their 2P; pinned where CUDA is there.  Saving clones the whole state dict to every rank's host
     memory (accelerate, get_state_dict); ZeRO-3 gathers it on rank 0 only.
@@ -52,7 +54,7 @@ def host_footprint(setup: Setup) -> HostFootprint:
     saved = weights if setup.method == "full" else e * setup.trainable
     copies = world if preset.zero_stage in (0, 1, 2) else 1
     return HostFootprint(
-        load=processes + world * weights,
+        load=processes + (0 if setup.method == "qlora" else world * weights),
         train=processes + offloaded,
         pinned=offloaded if setup.device == "cuda" else 0,
         save=processes + offloaded + copies * saved,

@@ -1,0 +1,211 @@
+"""`--ds_preset auto`: the planner's choice becomes the arguments; what it cannot do is a problem with a fix."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+import trl
+from transformers import TrainingArguments
+
+from hf_dsvllm import auto, forecast
+from hf_dsvllm.errors import ConfigError
+from hf_dsvllm.hardware import Machine, parse_machine
+from hf_dsvllm.launch import Launch
+from hf_dsvllm.planner import cards
+from hf_dsvllm.planner.footprint import Setup, gpu_footprint
+from hf_dsvllm.planner.host import host_footprint
+from hf_dsvllm.planner.speed import step_time
+from hf_dsvllm.presets import get_preset
+from tests.door import enter, leave
+from tests.tiny import write_tiny_model
+from tests.unit.test_plan_rules import config, shape
+
+
+@pytest.fixture(autouse=True)
+def _left_behind() -> Iterator[None]:
+    yield
+    leave()
+
+
+def launched(world: int) -> Launch:
+    return Launch(rank=0, local_rank=0, world_size=world, local_world_size=world, launched=True, asked_processes=None)
+
+
+def arguments(**fields: Any) -> Any:
+    class Fields:
+        ds_preset = "auto"
+        per_device_train_batch_size = 4
+        gradient_accumulation_steps = 2
+        gradient_checkpointing = True
+        max_length = 4096
+        gen_eval_file = None
+        gen_eval_max_new_tokens = 256
+
+    for name, value in fields.items():
+        setattr(Fields, name, value)
+    return Fields()
+
+
+@pytest.fixture
+def eight_billion(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    import json
+
+    (tmp_path / "config.json").write_text(json.dumps(config("8b")), encoding="utf-8")
+    named = parse_machine("4xH100-80GB")
+    machine = Machine(gpus=named.gpus, cpu_count=64, ram_bytes=2**40)
+    monkeypatch.setattr(auto, "detect", lambda: machine)
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    return str(tmp_path)
+
+
+def test_auto_writes_its_choice_into_the_arguments_and_keeps_the_batch(eight_billion: str) -> None:
+    args = arguments()
+    choice = auto.choose(args, launched(4), "cuda", ["--model_name_or_path", eight_billion])
+    assert choice.problems == ()
+    assert args.ds_preset == "zero2"
+    assert args.per_device_train_batch_size * args.gradient_accumulation_steps == 8
+    assert any("Use zero2" in sentence for sentence in choice.sentences)
+    assert str(choice.fixes[0]).startswith("ds_preset")
+
+
+@pytest.mark.parametrize(
+    ("name", "adapter"), [("auto+lora", "lora"), ("auto+qlora", "qlora"), ("AUTO + QLoRA", "qlora")]
+)
+def test_auto_with_a_method_trains_that(eight_billion: str, name: str, adapter: str) -> None:
+    args = arguments(ds_preset=name)
+    auto.choose(args, launched(2), "cuda", [f"--model_name_or_path={eight_billion}"])
+    assert get_preset(args.ds_preset).adapter == adapter
+
+
+def test_every_rank_chooses_the_same(eight_billion: str) -> None:
+    chosen = []
+    for _ in range(3):
+        args = arguments(ds_preset=f"auto:{eight_billion}")
+        auto.choose(args, launched(4), "cuda", [])
+        chosen.append((args.ds_preset, args.per_device_train_batch_size, args.gradient_checkpointing))
+    assert len(set(chosen)) == 1
+
+
+def test_what_auto_cannot_do_is_a_problem(eight_billion: str) -> None:
+    def problem(argv: list[str], **fields: Any) -> str:
+        choice = auto.choose(arguments(**fields), launched(1), "cuda", argv)
+        assert choice.plan is None
+        return " ".join(map(str, choice.problems))
+
+    assert "does not know the model" in problem([])
+    assert "'turbo' is no method" in problem(["--model", eight_billion], ds_preset="auto+turbo")
+    assert "cannot plan" in problem(["--model", "/nowhere/at/all"])
+
+
+def test_what_does_not_fit_is_a_problem_that_names_what_would(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import json
+
+    (tmp_path / "config.json").write_text(json.dumps(config("32b")), encoding="utf-8")
+    card = parse_machine("1xL4").gpus
+    monkeypatch.setattr(auto, "detect", lambda: Machine(gpus=card, cpu_count=8, ram_bytes=2**36))
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    choice = auto.choose(arguments(), launched(1), "cuda", ["--model", str(tmp_path)])
+    (problem,) = choice.problems
+    assert "Nothing fits" in problem.what
+    assert "qlora on the same machine" in problem.fix
+    assert "of host RAM" in problem.fix
+
+
+@pytest.mark.parametrize("cls", [TrainingArguments, trl.SFTConfig])
+def test_real_arguments_take_auto_on_a_cpu(cls: type, tmp_path: Path) -> None:
+    model = write_tiny_model(tmp_path / "model")
+    args = enter(tmp_path, cls, ds_preset=f"auto:{model}")
+    assert args.ds_preset == "none"
+    assert args.gradient_checkpointing is False
+
+
+def test_real_arguments_without_a_model_refuse_auto_with_a_fix(tmp_path: Path) -> None:
+    with pytest.raises(ConfigError, match="auto:MODEL"):
+        enter(tmp_path, TrainingArguments, ds_preset="auto")
+
+
+# -- predicted against measured
+
+
+def predicted(preset: str = "zero2", micro: int = 8, *, recompute: bool = False) -> forecast.Forecast:
+    machine = parse_machine("1xH200")
+    setup = Setup(
+        shape=shape("1.7b"),
+        preset=get_preset(preset),
+        world=1,
+        micro=micro,
+        length=8192,
+        recompute=recompute,
+    )
+    rates = cards.rates_of("H200")
+    return forecast.Forecast(
+        setup=setup,
+        machine=machine,
+        rates=rates,
+        footprint=gpu_footprint(setup),
+        host=host_footprint(setup),
+        step=step_time(setup, rates),
+    )
+
+
+def test_the_end_of_a_run_says_predicted_and_measured() -> None:
+    found = predicted()
+    peak = found.footprint.peak / 2**30
+    lines = forecast.comparison(
+        found, {"gpu_peak_allocated_gib": peak / 1.1, "host_peak_all_gib": 3.0, "median_step_seconds": 1.0}
+    )
+    assert len(lines) == 3
+    assert lines[0].startswith("GPU peak: predicted")
+    assert lines[0].endswith("(+10 %)")
+
+
+def test_out_of_memory_is_answered_with_less_memory_for_the_same_batch() -> None:
+    found = predicted()
+    text = forecast.out_of_memory_advice(found, "CUDA out of memory. Tried to allocate 2 GiB")
+    assert "Tried to allocate 2 GiB" in text
+    assert "--gradient_checkpointing true" in text or "--per_device_train_batch_size" in text
+    assert "the same batch" in text
+
+
+def test_out_of_memory_without_a_forecast_still_has_advice() -> None:
+    assert "--gradient_checkpointing true" in forecast.out_of_memory_advice(None, "")
+
+
+# -- rates of this machine
+
+
+def test_measured_rates_of_this_machine_win_over_the_catalogue(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    machine = parse_machine("1xH100-80GB")
+    assert "data sheet" in cards.machine_rates(machine).source
+    record = {
+        "device": "cuda",
+        "device_name": "Some Card",
+        "matmul_flops": {"a": 1e14, "b": 2e14},
+        "copy_bytes_per_s": 1e12,
+        "collectives": {"2": {"all_gather": {"1": 1e9, "512": 9e9}}},
+    }
+    from hf_dsvllm.files import write_json
+
+    file = cards.calibration_file()
+    file.parent.mkdir(parents=True)
+    write_json(file, record)
+    rates = cards.machine_rates(machine)
+    assert (rates.product_flops, rates.link_bytes_per_s) == (2e14, 9e9)
+    assert "Some Card" in rates.source
+
+
+@pytest.mark.parametrize(
+    ("name", "gib", "card"),
+    [("NVIDIA H100 80GB HBM3", 79.6, "H100-80GB"), ("NVIDIA A100-SXM4-40GB", 40, "A100-40GB"),
+     ("NVIDIA L40S", 45, "L40S-48GB"), ("NVIDIA GeForce RTX 4090", 24, "RTX4090-24GB"),
+     ("NVIDIA H200", 140.4, "H200-141GB")],
+)  # fmt: skip
+def test_a_detected_card_is_found_in_the_catalogue(name: str, gib: float, card: str) -> None:
+    from hf_dsvllm.hardware import Gpu
+
+    machine = Machine(gpus=(Gpu(name=name, memory_bytes=int(gib * 2**30), index=0),), cpu_count=1, ram_bytes=1)
+    assert cards.catalogue_name(machine) == card
