@@ -92,7 +92,7 @@ class Rates:
 
 # Measured on the host of an H200: one small operation from Python, DeepSpeedCPUAdam with 16 threads.
 LAUNCH_S = 6e-6
-ADAM_PARAMETERS_PER_S = 1.0e9
+ADAM_PARAMETERS_PER_S = 3.7e9
 CPU_RATES = Rates(
     product_flops=8e10,
     attention_forward_flops=4e10,

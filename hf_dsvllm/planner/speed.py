@@ -29,17 +29,17 @@ class Overheads:
     backward pass.
     """
 
-    narrow: float = 600.0
-    traffic: float = 1.0
+    narrow: float = 2500.0
+    traffic: float = 1.33
     layer_forward_s: float = 0.9e-3
     layer_backward_s: float = 0.9e-3
     adapter_s: float = 60e-6
     four_bit_s: float = 40e-6
-    zero3_module_s: float = 0.25e-3
+    zero3_module_s: float = 0.5e-3
     gradient_hook_s: float = 0.1e-3
-    hidden: float = 0.6
-    step_s: float = 5e-3
-    optimizer_bytes: float = 44.0
+    hidden: float = 0.9
+    step_s: float = 30e-3
+    optimizer_bytes: float = 36.0
 
 
 OVERHEADS = Overheads()
@@ -186,12 +186,15 @@ def communication_seconds(setup: Setup, rates: Rates, overheads: Overheads, back
 def optimizer_seconds(setup: Setup, rates: Rates, overheads: Overheads) -> float:
     """On the GPU: Adam reads 16 and writes 12 bytes of each parameter, the rest is clipping, casts and flat copies.
 
-    Offloaded: DeepSpeedCPUAdam, and the weights' way back over the host link; gradients went there during backward.
+    Offloaded: DeepSpeedCPUAdam, and over the host link updated weights 2P and gradients 2P; with accumulation each
+    micro-batch fetches what is there, adds on the GPU and sends it back, 6P (stage_1_and_2.py,
+    async_accumulate_grad_in_cpu_via_gpu).
     """
     share = setup.trainable / (setup.world if setup.preset.zero_stage else 1)
     if setup.preset.offload_optimizer == "none":
         return overheads.optimizer_bytes * share / rates.memory_bytes_per_s
-    moved = 4 * share / rates.host_bytes_per_s
+    gradients = 2 if setup.accumulation == 1 else 6 * setup.accumulation
+    moved = (2 + gradients) * share / rates.host_bytes_per_s
     if setup.preset.offload_param != "none":
         moved += 2 * 3 * setup.accumulation * setup.shape.parameters / setup.world / rates.host_bytes_per_s
     return share / rates.adam_parameters_per_s + moved
