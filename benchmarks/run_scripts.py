@@ -172,7 +172,7 @@ def measure(cell: Cell, options: argparse.Namespace, model: Path, limit_s: float
         "median_step_seconds": measured.get("median_step_seconds"),
         "gpu_peak_allocated_gib": measured.get("gpu_peak_allocated_gib"),
         "evaluations": evaluations,
-        "command": shlex.join(words).replace(str(options.work), "WORK"),
+        "command": shlex.join(["python", *words[1:]]).replace(str(options.work), "WORK"),
     }
 
 
