@@ -212,10 +212,11 @@ def write_checkpoint(args: argparse.Namespace) -> None:
 
 
 def zero_config(shape: Any) -> dict[str, Any]:
+    """Untied whatever the shape says: DeepSpeed's own writer fails on tied weights."""
     return {
         "model_type": "qwen3", "hidden_size": shape.hidden, "intermediate_size": shape.intermediate,
         "num_hidden_layers": shape.layers, "num_attention_heads": shape.heads, "num_key_value_heads": shape.kv_heads,
-        "head_dim": shape.head_dim, "vocab_size": shape.vocabulary, "tie_word_embeddings": shape.tied,
+        "head_dim": shape.head_dim, "vocab_size": shape.vocabulary, "tie_word_embeddings": False,
     }  # fmt: skip
 
 
@@ -238,6 +239,7 @@ def zero_ours(args: argparse.Namespace) -> dict[str, Any]:
     from hf_dsvllm import export
 
     export._verify = lambda *_: (None, "left out of this measurement")
+    warm_up()
     with watched() as seen:
         report = export.export_model(args.work / f"zero-{args.shape}", args.work / "out-zero-ours", progress=False)
     return seen | {"gb_per_s": round(report.weights_bytes / report.write_seconds / 1e9, 2),
@@ -251,6 +253,7 @@ def zero_deepspeed(args: argparse.Namespace) -> dict[str, Any]:
 
     out = args.work / "out-zero-deepspeed"
     checkpoint = args.work / f"zero-{args.shape}" / "checkpoint-1"
+    warm_up()
     with watched() as seen, contextlib.redirect_stdout(sys.stderr):
         convert_zero_checkpoint_to_state_dict(
             str(checkpoint), str(out), dtype=torch.bfloat16, max_shard_size=SHARD, safe_serialization=True
@@ -291,7 +294,10 @@ def warm_up() -> None:
     """Start CUDA and the libraries that are imported late."""
     import peft  # noqa: F401
     import torch
-    import transformers  # noqa: F401
+    from transformers import AutoConfig, AutoModelForCausalLM, Qwen3Config  # noqa: F401
+
+    with torch.device("meta"):
+        AutoModelForCausalLM.from_config(Qwen3Config(num_hidden_layers=1))
 
     if torch.cuda.is_available():
         torch.ones(1024, 1024, device="cuda") @ torch.ones(1024, 1024, device="cuda")

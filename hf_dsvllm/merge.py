@@ -95,16 +95,15 @@ class Adapter:
         With `part`, `base` is that part of a fused parameter; `transposed` fused weights are [experts, in, out].
         """
         weight = base if update.replacement is None else self._tensor(update.replacement, base)
-        weight = weight.to(torch.float32)
+        weight = weight.to(torch.float32, copy=True)
         if update.experts:
             return self._with_expert_delta(update, weight, part, transposed)
         if part is not None:
             raise ExportError(f"{update.name} is fused from several tensors; only LoRA on the whole of it is merged.")
         if update.rows is not None:
-            weight = weight.clone()
             weight[list(update.row_indices)] = self._tensor(update.rows, base)
         if update.bias_delta is not None:
-            weight = weight + update.scaling * self._tensor(update.bias_delta, base)
+            weight.add_(self._tensor(update.bias_delta, base).mul(update.scaling))
         if update.lora_a is not None:
             weight = self._with_delta(update, weight)
         return weight
@@ -116,43 +115,47 @@ class Adapter:
         self, update: Update, weight: torch.Tensor, part: Part | None, transposed: bool
     ) -> torch.Tensor:
         """`W[e] + s B[e] A[e]`; PEFT keeps A as [experts * r, in] and B as [out, r * experts]."""
-        assert update.lora_a is not None
-        assert update.lora_b is not None
-        low, high = self._tensor(update.lora_a, weight), self._tensor(update.lora_b, weight)
+        low, high = self._factors(update, weight)
         low = low.reshape(update.experts, -1, low.shape[-1])
         high = high.reshape(high.shape[0], -1, update.experts).permute(2, 0, 1)
         if part is not None:
             low, high = low[part.expert], high[part.expert, part.rows(high.shape[1])]
         elif weight.dim() == 2:
             low, high = low[0], high[0]  # a plain weight, targeted by the name of its parameter
-        delta = high @ low * update.scaling
-        return self._fitting(update, weight, delta.transpose(-1, -2) if transposed else delta)
-
-    def _fitting(self, update: Update, weight: torch.Tensor, delta: torch.Tensor) -> torch.Tensor:
-        if delta.shape != weight.shape:
-            raise ExportError(
-                f"{update.name} is {tuple(weight.shape)} in the base but the adapter's delta is {tuple(delta.shape)}: "
-                f"the adapter in {self.path} was trained on another base; name the right one with --base."
-            )
-        return weight + delta
+        if transposed:
+            low, high = high.transpose(-1, -2), low.transpose(-1, -2)
+        self._check_fit(update, weight, (*high.shape[:-1], low.shape[-1]))
+        return weight.add_((high @ low).mul_(update.scaling))
 
     def _with_delta(self, update: Update, weight: torch.Tensor) -> torch.Tensor:
         """`W + s B A`; DoRA: `m (W + s B A) / ||W + s B A||`, norm over inputs (https://arxiv.org/abs/2402.09353)."""
-        assert update.lora_a is not None
-        assert update.lora_b is not None
-        product = self._tensor(update.lora_b, weight) @ self._tensor(update.lora_a, weight)
-        transposed = update.embedding or self._is_transposed(update, product, weight)
-        delta = (product.T if transposed else product) * update.scaling
-        merged = self._fitting(update, weight, delta)
+        low, high = self._factors(update, weight)
+        transposed = update.embedding or self._is_transposed((high.shape[0], low.shape[1]), weight)
+        if transposed:
+            low, high = high.T, low.T
+        self._check_fit(update, weight, (high.shape[0], low.shape[1]))
+        merged = weight.add_((high @ low).mul_(update.scaling))  # in place, rounded in the order of PEFT's own merge
         if update.magnitude is None:
             return merged
         axis = 0 if transposed else 1
         factor = self._tensor(update.magnitude, weight) / torch.linalg.norm(merged, dim=axis)
         return merged * (factor[None, :] if transposed else factor[:, None])
 
-    def _is_transposed(self, update: Update, product: torch.Tensor, weight: torch.Tensor) -> bool:
+    def _factors(self, update: Update, like: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        assert update.lora_a is not None
+        assert update.lora_b is not None
+        return self._tensor(update.lora_a, like), self._tensor(update.lora_b, like)
+
+    def _check_fit(self, update: Update, weight: torch.Tensor, delta: tuple[int, ...]) -> None:
+        if delta != tuple(weight.shape):
+            raise ExportError(
+                f"{update.name} is {tuple(weight.shape)} in the base but the adapter's delta is {delta}: "
+                f"the adapter in {self.path} was trained on another base; name the right one with --base."
+            )
+
+    def _is_transposed(self, delta: tuple[int, int], weight: torch.Tensor) -> bool:
         """Conv1D (GPT-2) keeps [in, out].  PEFT resets the flag for nn.Linear, so a shape that fits one way decides."""
-        if product.shape == weight.shape and product.shape[0] != product.shape[1]:
+        if delta == tuple(weight.shape) and delta[0] != delta[1]:
             return False
         return bool(self.config.get("fan_in_fan_out"))
 
