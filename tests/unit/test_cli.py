@@ -12,7 +12,8 @@ from pathlib import Path
 import pytest
 
 import hf_dsvllm
-from hf_dsvllm.cli import main, parse_size
+from hf_dsvllm.cli import main
+from hf_dsvllm.cli_models import parse_size
 from hf_dsvllm.ds_config import RunShape, build
 from hf_dsvllm.errors import ExportError
 from hf_dsvllm.presets import available_presets, get_preset
