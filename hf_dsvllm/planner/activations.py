@@ -139,11 +139,17 @@ def checkpoint_bytes(shape: ModelShape, numerics: Numerics) -> int:
 
 
 def working_bytes(shape: ModelShape, numerics: Numerics) -> int:
-    """Gradients alive at once in the backward pass of one layer, per token: around the feed-forward block.
+    """What is alive beside the saved tensors in one layer's backward pass, per token: around its feed-forward block.
 
-    The gradient of the layer's output (h) and, of width i, those of the product, of silu(gate) and of up, less the
-    product that is free by then.
+    All weights trained: gradients of the layer's output (h) and, of width i, of the product, of silu(gate) and of up,
+    less the product that is free by then.  Adapters in bf16: the same.  Adapters in fp32: the moment before, when the
+    recomputed product stands beside its fp32 cast and, with dropout, that one's dropped copy, and the hidden states
+    that nobody saves.
     """
     e = 4 if numerics.pure_fp32 else 2
     width = shape.intermediate if not shape.experts else shape.experts_per_token * shape.expert_intermediate
-    return 2 * e * shape.hidden + 2 * e * width
+    if numerics.method == "full" or numerics.pure_fp32:
+        return 2 * e * shape.hidden + 2 * e * width
+    if numerics.adapter_bytes == 4:
+        return 4 * shape.hidden + (10 if numerics.dropout else 6) * width
+    return 2 * shape.hidden + 4 * width

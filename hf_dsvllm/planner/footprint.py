@@ -13,7 +13,6 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Literal
 
-from hf_dsvllm.ds_config import get_key
 from hf_dsvllm.memory import NF4_BYTES, SUB_GROUP
 from hf_dsvllm.model_shape import ModelShape
 from hf_dsvllm.planner.activations import Method, Numerics, Traced, checkpoint_bytes, layer_bytes, working_bytes
@@ -26,6 +25,9 @@ PHASES = ("load", "init", "forward", "backward", "optimizer")
 TILE_BYTES = 4096 * 32768 * 2  # trl/kernels/chunked_logprob.py: TOKEN_CHUNK_SIZE x _CHUNKED_LOGPROB_CHUNK_SIZE in bf16
 MAX_REUSE = 1_000_000_000  # elements; DeepSpeed's default `stage3_max_reuse_distance`: what is used again soon stays
 DEFAULT_BUCKET = 500_000_000
+# The allocator hands out a cached block whole if at most 1 MiB of it would be left over: half of that, on average, for
+# each 4-bit tensor (c10/cuda/CUDACachingAllocator.cpp, kSmallSize).
+BLOCK_WASTE_BYTES = 2**19
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -110,17 +112,27 @@ class Footprint:
 
 
 def gpu_footprint(setup: Setup) -> Footprint:
-    """Bytes allocated by phase.  On CPUs the same sums are those of the process's tensors in host memory."""
+    """Bytes allocated by phase.  On CPUs the same sums are those of the process's tensors in host memory.
+
+    The backward pass has six moments: the output head's gradients; the first layer; the reduction of an output head
+    larger than a bucket; the first layer after the first reduction, which makes the buffer for gradients; the last
+    layer, when only its own activations are left; and the embedding's gradient at the very end.  With accumulation the
+    gradients of earlier micro-batches are there from the beginning.
+    """
     states = States.of(setup)
     live = activation_parts(setup)
+    earlier = states.gradients if setup.accumulation > 1 else {}
     parts: dict[str, dict[str, float]] = {
         "load": {"weights": states.loaded},
-        "init": states.init,
-        "forward": {**states.resident, **live.forward},
+        "init": dict(states.init),
+        "forward": {**states.resident, **earlier, **live.forward},
         "backward": highest(
-            {**states.resident, **states.gradients_at_head, **live.head},
-            {**states.resident, **states.gradients, **live.layer},
-            {**states.resident, **states.gradients, **states.tail},
+            {**states.resident, **earlier, **live.head},
+            {**states.resident, **earlier, **states.buckets, **states.waiting, **live.layer},
+            {**states.resident, **states.at_reduction, **states.buckets, **live.reduction},
+            {**states.resident, **states.buffer, **states.buckets, **states.waiting, **live.reduced},
+            {**states.resident, **states.gradients, **states.buckets, **live.last},
+            {**states.resident, **states.gradients, **states.buckets, **states.tail},
         ),
         "optimizer": {**states.resident, **states.gradients, **states.step},
     }
@@ -135,50 +147,63 @@ def highest(*moments: Mapping[str, float]) -> dict[str, float]:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Live:
-    """Activations at three moments: the end of the forward pass, the loss's backward, the first layer's backward."""
+    """Activations at the moments of `gpu_footprint`."""
 
     forward: Mapping[str, float]
     head: Mapping[str, float]
     layer: Mapping[str, float]
+    reduction: Mapping[str, float]
+    reduced: Mapping[str, float]
+    last: Mapping[str, float]
 
 
 def activation_parts(setup: Setup) -> Live:
     """Saved tensors and what is transient on top.
 
-    saved = t * (L * layer + final norm), with recompute L * checkpoint instead of L * layer; then, on top of what is
-    saved: forward and head add the loss's transients, the layer's backward its working set (with recompute its own
-    saved tensors too).
+    saved = t * (L * layer + final norm and hidden states), with recompute L * checkpoint instead of L * layer.  On top:
+    forward and head the loss's transients; a layer's backward its working set, with recompute its own saved
+    tensors too.
+    At the first reduction `layers_before_reduction` layers are gone.
     """
     shape, numerics, tokens = setup.shape, setup.numerics, setup.tokens
-    layer = setup.layer_bytes * tokens
-    kept = checkpoint_bytes(shape, numerics) * tokens if setup.recompute else layer
+    layer = float(setup.layer_bytes * tokens)
+    kept = float(checkpoint_bytes(shape, numerics) * tokens) if setup.recompute else layer
     wide = 4 if numerics.weight_bytes == 4 else 2
-    final = tokens * shape.hidden * ((4 if numerics.method != "full" else 4 + wide) + 2 * wide)
-    casts = 2 * shape.linear_parameters if numerics.mixed else 0  # autocast's bf16 copies live as long as the forward
-    saved = {"activations": float(shape.layers * kept + final), "autocast copies": float(casts)}
-    loss_forward, loss_backward, logits = loss_bytes(setup)
-    working = working_bytes(shape, numerics) * tokens
-    weight_gradient = largest_inner(shape) * (2 if numerics.method == "full" else 0)
+    final = float(tokens * shape.hidden * ((4 if numerics.method != "full" else 4 + wide) + 2 * wide))
+    casts = 2.0 * shape.linear_parameters if numerics.mixed else 0.0  # bf16 copies live as long as the forward pass
     gathered = gathered_bytes(setup)
-    layer_parts = {
-        "activations": saved["activations"] - (kept if setup.recompute else 0),
-        "autocast copies": 0.0 if setup.recompute else float(casts),
-        "one layer": layer + working if setup.recompute else working,
-        "weight gradient": float(weight_gradient),
-        "gathered": gathered,
-    }
+    loss_forward, loss_backward, plain_saved = loss_bytes(setup)
+    everything = {"activations": shape.layers * kept + final, "autocast copies": casts, "gathered": gathered}
+    working = float(working_bytes(shape, numerics) * tokens)
+    one = {"one layer": layer + working} if setup.recompute else {"one layer": working}
+    own = 1 if setup.recompute else 0
+    gone = min(layers_before_reduction(setup), shape.layers - 1)
+    after = {"autocast copies": casts, "gathered": gathered}
     return Live(
-        forward={**saved, "logits": loss_forward, "gathered": gathered},
-        head={**saved, "logits": loss_backward + logits, "gathered": gathered},
-        layer=layer_parts,
+        forward={**everything, "logits": loss_forward},
+        head={**everything, "logits": loss_backward + plain_saved},
+        layer={"activations": (shape.layers - own) * kept, **after, **one},
+        reduction={"activations": shape.layers * kept, **after},
+        reduced={"activations": (shape.layers - gone - own) * kept, **after, **one},
+        last={"activations": kept, "gathered": gathered, **one},
     )
 
 
-def loss_bytes(setup: Setup) -> tuple[float, float, float]:
-    """Bytes of the output head and the loss: in the forward pass, in its backward pass, gradients of the head's weight.
+def layers_before_reduction(setup: Setup) -> float:
+    """Layers whose gradients fill the first bucket; an output head larger than a bucket is reduced before any."""
+    shape = setup.shape
+    head = 0 if shape.tied else shape.vocab * shape.hidden
+    bucket = bucket_elements(setup.preset)
+    if setup.preset.zero_stage not in (1, 2) or setup.method != "full" or head > bucket:
+        return 0.0
+    return (bucket - head) / (shape.linear_parameters / shape.layers)
 
-    TRL: tiles of 4096 x 32768 logits in bf16; the compacted hidden states 2th; backward fp32 gradients of the hidden
-    states 4th and, if the head is trained, of its weight 4Vh, which is then copied to the weight's dtype eVh.
+
+def loss_bytes(setup: Setup) -> tuple[float, float, float]:
+    """Bytes of the output head and the loss: in the forward pass, in its backward pass, of its weight's gradient.
+
+    TRL: tiles of 4096 x 32768 logits in bf16; backward fp32 gradients of the hidden states 4th and in the weights'
+    dtype eth and, if the head is trained, of its weight 4Vh, which is then copied to the weight's dtype eVh.
     Plain: logits in bf16 2tV, in fp32 4tV, their log-softmax 4tV; backward two fp32 gradients and the log-softmax 12tV.
     """
     shape, tokens, numerics = setup.shape, setup.tokens, setup.numerics
@@ -187,11 +212,8 @@ def loss_bytes(setup: Setup) -> tuple[float, float, float]:
     wide = tokens * shape.vocab
     if setup.loss == "trl":
         tile = TILE_BYTES * min(1.0, tokens / 4096) * (2 if numerics.pure_fp32 else 1)
-        hidden = tokens * shape.hidden
-        return e * hidden + tile, (e + 4 + e) * hidden + tile, (4 + e) * head
-    low = 4 if numerics.pure_fp32 else 2
-    forward = (low + 4 + 4) * wide if low == 2 else 2 * 4 * wide
-    return forward, 12.0 * wide, float(e * head)
+        return tile, (4 + e) * tokens * shape.hidden + tile, float((4 + e) * head)
+    return (8.0 if numerics.pure_fp32 else 10.0) * wide, 12.0 * wide, 0.0
 
 
 def largest_inner(shape: ModelShape) -> int:
@@ -202,12 +224,13 @@ def gathered_bytes(setup: Setup) -> float:
     """ZeRO-3: whole weights alive at once; QLoRA: the largest matrix dequantised.
 
     Weights that are used again within 1e9 elements are not released (Z3, `stage3_max_reuse_distance`), so a window of
-    up to 1e9 elements stays, and the output head or the largest matrix is gathered beside it.
+    up to 1e9 elements stays, and one more matrix is fetched.  One process that offloads nothing has nothing to gather.
     """
     shape = setup.shape
+    split = setup.world > 1 or setup.preset.offload_param != "none"
     if setup.preset.zero_stage == 3 and setup.method != "qlora":
         whole = setup.numerics.weight_bytes
-        return float(whole * min(shape.parameters, MAX_REUSE + shape.largest_matrix))
+        return float(whole * min(shape.parameters, MAX_REUSE + largest_inner(shape))) if split else 0.0
     return 2.0 * largest_inner(shape) if setup.method == "qlora" else 0.0
 
 
@@ -218,8 +241,11 @@ class States:
     loaded: float
     init: Mapping[str, float]
     resident: Mapping[str, float]
-    gradients_at_head: Mapping[str, float]
     gradients: Mapping[str, float]
+    buffer: Mapping[str, float]
+    at_reduction: Mapping[str, float]
+    buckets: Mapping[str, float]
+    waiting: Mapping[str, float]
     tail: Mapping[str, float]
     step: Mapping[str, float]
 
@@ -237,7 +263,12 @@ def frozen(setup: Setup) -> float:
     if setup.method == "full":
         return 0.0
     if setup.method == "qlora":
-        return NF4_BYTES * shape.linear_parameters + 2 * (shape.parameters - shape.linear_parameters)
+        quantised = sum(linear.count for linear in shape.linears if linear.kind != "lm_head")
+        return (
+            NF4_BYTES * shape.linear_parameters
+            + 2 * (shape.parameters - shape.linear_parameters)
+            + BLOCK_WASTE_BYTES * quantised
+        )
     if setup.preset.offload_param != "none":
         return 0.0
     whole = float(setup.numerics.weight_bytes * shape.parameters)
@@ -245,21 +276,25 @@ def frozen(setup: Setup) -> float:
 
 
 def plain_states(setup: Setup) -> States:
-    """Without ZeRO: weights, Adam's moments, gradients that come and go; DistributedDataParallel's buckets twice."""
+    """Without ZeRO: weights, Adam's moments, gradients that come and go; DistributedDataParallel's buckets twice.
+
+    tail: the embedding's gradient beside the output head's, if they are tied.
+    """
     numerics, trainable = setup.numerics, setup.trainable
     e = numerics.weight_bytes if setup.method == "full" else numerics.adapter_bytes
     base = frozen(setup)
     weights = e * trainable + base
-    buckets = e * trainable if setup.world > 1 else 0
-    resident = {"weights": weights, "optimizer": 2.0 * e * trainable, "buckets": float(buckets)}
-    gradients = {"gradients": float(e * trainable)}
+    ddp = float(e * trainable if setup.world > 1 else 0)
     return States(
         loaded=weights if setup.method == "full" else base,
-        init={"weights": weights, "buckets": float(buckets)},
-        resident=resident,
-        gradients_at_head={},
-        gradients=gradients,
-        tail={},
+        init={"weights": weights, "DDP buckets": ddp},
+        resident={"weights": weights, "optimizer": 2.0 * e * trainable, "DDP buckets": ddp},
+        gradients={"gradients": float(e * trainable)},
+        buffer={},
+        at_reduction={},
+        buckets={},
+        waiting={"tied gradient": float(e * largest_gradient(setup) if setup.shape.tied else 0)},
+        tail={"large gradients": float(e * largest_gradient(setup))},
         step={},
     )
 
@@ -268,58 +303,63 @@ def zero12_states(setup: Setup) -> States:
     """ZeRO-1 and 2.
 
     init: the weights and their flat copy (Z12:449-510), then fp32 master weights 4P/N and a dummy gradient 4P/N.
-    gradients, fp32 accumulation: one buffer of 4P/N, made at the first bucket (Z12, compact partition buffer).
+    gradients, fp32 accumulation: one buffer of 4P/N, made at the first reduction (Z12, compact partition buffer).
     bf16 accumulation: 2P/N, and at the step flattened 2P/N and as fp32 4P/N  (Z12:3117).
     ZeRO-1 keeps whole gradients 2P.  Buckets: two of bf16 elements (overlap).
-    tail: gradients larger than a bucket (embedding, output head) are reduced on their own and added as fp32.
+    at_reduction and tail: gradients larger than a bucket (output head, embedding) are reduced on their own; the rank
+    that owns them adds them to its buffer as fp32: e + 4 bytes.  A tied head's waits in autograd for the embedding's.
+    step: the norm is taken in fp64 of one gradient at a time (get_norm_dtype): 8 bytes of the largest.
+    offload: a buffer of the largest gradient stays (Z12:659).
     """
     preset, shape, world = setup.preset, setup.shape, setup.world
     trainable = setup.trainable
     share = trainable / world
-    low = any(setting.key == "bf16.bf16_optimizer_states" for setting in preset.deepspeed)
-    fp32 = any(setting.key == "data_types.grad_accum_dtype" and setting.value == "fp32" for setting in preset.deepspeed)
+    low = has(preset, "bf16.bf16_optimizer_states", True)
+    fp32 = has(preset, "data_types.grad_accum_dtype", "fp32")
     offload = preset.offload_optimizer != "none"
     e = setup.numerics.weight_bytes
     base = frozen(setup)
     weights = e * trainable + base
     bucket = bucket_elements(preset)
-    ipg = float(min(bucket, trainable) * e * (2 if setup.device == "cuda" else 1))
+    ipg = {"buckets": float(min(bucket, trainable) * e * (2 if setup.device == "cuda" else 1))}
     master = 2 if low else 4
+    largest = largest_gradient(setup)
+    alone = largest if largest > bucket else 0
     resident = {"weights": weights, "optimizer": 0.0 if offload else (master + (4 if low else 8)) * share}
     if offload:
+        resident["offload buffer"] = float(e * largest)
         kept, step = 0.0, 0.0
     elif preset.zero_stage == 1:
         kept, step = float(e * trainable), (2.0 + 4.0) * share
     elif fp32:
         kept, step = 4 * share, 0.0
-    elif low:
-        kept, step = 2 * share, 2 * share
     else:
-        kept, step = 2 * share, 6 * share
-    gradients = {"gradients": kept, "buckets": ipg}
-    large = sum(size for size in large_gradients(setup) if size > bucket)
+        kept, step = 2 * share, (2 if low else 6) * share
+    norm = 8.0 * min(largest, share) if setup.device == "cuda" and not offload else 0.0
+    added = float(e * alone + (4 * min(alone, share) if preset.zero_stage == 2 and fp32 else 0))
+    tied = float(e * largest) if shape.tied else 0.0
     return States(
         loaded=weights if setup.method == "full" else base,
-        init={"weights": weights, "flat copy": max(float(e * trainable), 0.0 if offload else 2 * master * share)},
+        init={"weights": weights, "flat copy": 0.0 if offload else max(float(e * trainable), 2 * master * share)},
         resident=resident,
-        gradients_at_head={"buckets": ipg},
-        gradients=gradients | ({"tied gradient": float(e * shape.vocab * shape.hidden)} if tied_grows(setup) else {}),
-        tail={"large gradients": float((e + 4 / world) * large)},
-        step={"optimizer step": step},
+        gradients={"gradients": kept},
+        buffer={"gradients": kept} if preset.zero_stage == 2 else {},
+        at_reduction={"gradients": kept, "large gradients": added} if fp32 and alone and not shape.tied else {},
+        buckets=ipg,
+        waiting={"tied gradient": tied},
+        tail={"large gradients": added + tied},
+        step={"optimizer step": max(step, norm)},
     )
 
 
-def tied_grows(setup: Setup) -> bool:
-    """A tied output head's gradient waits in autograd for the embedding's, until the end of the backward pass."""
-    return setup.shape.tied and setup.method == "full"
+def has(preset: Preset, key: str, value: object) -> bool:
+    """Whether a preset sets a DeepSpeed key to this value."""
+    return any(setting.key == key and setting.value == value for setting in preset.deepspeed)
 
 
-def large_gradients(setup: Setup) -> list[int]:
-    """Elements of the single gradients that may exceed a bucket: embedding and output head."""
-    if setup.method != "full":
-        return []
-    matrix = setup.shape.vocab * setup.shape.hidden
-    return [matrix] if setup.shape.tied else [matrix, matrix]
+def largest_gradient(setup: Setup) -> int:
+    """Elements of the largest single gradient: the embedding's, and of the same size the output head's."""
+    return setup.shape.vocab * setup.shape.hidden if setup.method == "full" else 0
 
 
 def bucket_elements(preset: Preset) -> int:
@@ -331,7 +371,7 @@ def bucket_elements(preset: Preset) -> int:
 def zero3_states(setup: Setup) -> States:
     """ZeRO-3: everything in shards.
 
-    gradients: a flat buffer of 2P/N (4 with fp32 accumulation) that stays; bucket: hidden squared in bf16, one.
+    gradients: a flat buffer of 2P/N that stays; bucket: hidden squared in bf16, one.  init: no Adam moments yet.
     step: for one sub-group of at most 1e9 elements at a time, the gradient as fp32 and flattened: 6 bytes (Z3:2686).
     """
     preset, world, shape = setup.preset, setup.world, setup.shape
@@ -339,27 +379,23 @@ def zero3_states(setup: Setup) -> States:
     share = trainable / world
     e = setup.numerics.weight_bytes
     base = frozen(setup)
-    offload_weights = preset.offload_param != "none"
-    weights = (0.0 if offload_weights else e * share) + base
-    bucket = 2.0 * shape.hidden**2 * (e / 2)
+    weights = (0.0 if preset.offload_param != "none" else e * share) + base
+    bucket = {"buckets": float(e * shape.hidden**2)}
     if preset.offload_optimizer != "none":
-        optimizer = kept = step = 0.0
+        optimizer = master = kept = step = 0.0
     else:
-        optimizer, kept = 12 * share, e * share
+        optimizer, master, kept = 12 * share, 4 * share, e * share
         step = (6 if e == 2 else 4) * min(share, SUB_GROUP)
-    resident = {"weights": weights, "optimizer": optimizer, "gradients": kept, "buckets": bucket}
     largest = float(e * shape.largest_matrix) if setup.method == "full" else 0.0
     return States(
         loaded=(weights if setup.method == "full" else base) + largest,
-        init={"weights": weights, "optimizer": optimizer, "gradients": kept, "init": 4 * min(share, SUB_GROUP)},
-        resident=resident,
-        gradients_at_head={},
+        init={"weights": weights, "optimizer": master, "gradients": kept, "flat copy": largest},
+        resident={"weights": weights, "optimizer": optimizer, "gradients": kept, **bucket},
         gradients={},
+        buffer={},
+        at_reduction={},
+        buckets={},
+        waiting={"tied gradient": largest if shape.tied else 0.0},
         tail={"large gradients": largest},
         step={"optimizer step": step},
     )
-
-
-def accumulates_in_fp32(config: Mapping[str, object] | None) -> bool:
-    """Whether a DeepSpeed dictionary asks for fp32 gradient accumulation."""
-    return get_key(dict(config or {}), "data_types.grad_accum_dtype") == "fp32"
