@@ -13,26 +13,18 @@ import ipaddress
 import json
 import os
 import shlex
-import signal
 import socket
-import subprocess
 import sys
 import tempfile
-import threading
-import time
-import uuid
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-import httpx
-
-from hf_dsvllm.engine import supervisor
-from hf_dsvllm.engine.registry import record_path
 from hf_dsvllm.engine.server import SCRUBBED, SCRUBBED_PREFIXES, find_vllm
 from hf_dsvllm.errors import EngineError
 from hf_dsvllm.gateway import KEY, Backend, find_envoy, gateway_config
 from hf_dsvllm.hardware import detect
+from hf_dsvllm.serve_life import supervised, wait_end, wait_ready
 from hf_dsvllm.serve_plan import Server, plan_servers
 from hf_dsvllm.serve_share import Share, need_of, share_gpus
 
@@ -50,7 +42,6 @@ __all__ = [
 Device = Literal["cuda", "cpu"]
 READY_S = 1800.0  # a 70B model read from a network disk takes a quarter of an hour
 GATEWAY_READY_S = 30.0
-POLL_S = 0.5
 PORTS_TRIED = 100
 LOOPBACK = "127.0.0.1"
 
@@ -125,21 +116,21 @@ def serve(
         running = []
         for each, line in zip(planned, lines, strict=True):
             # One after the other: vLLM measures the memory that is free while it starts.
-            process = stack.enter_context(_supervised(line, env | each.added_environment()))
+            process = stack.enter_context(supervised(line, env | each.added_environment()))
             running.append(process)
-            if not _wait_ready(process, _url(each.host, each.port), each.server.names, key, ready_timeout_s):
-                return _wait_end(running)
+            if not wait_ready(process, _url(each.host, each.port), each.server.names, key, ready_timeout_s):
+                return wait_end(running)
         if envoy is not None:
             config = gateway_config(_backends(planned), host=host, port=port, key=key)
             gateway = stack.enter_context(
-                _supervised(_envoy_line(envoy, stack.enter_context(_private_file(config))), env)
+                supervised(_envoy_line(envoy, stack.enter_context(_private_file(config))), env)
             )
             running.append(gateway)
             names = [called for each in planned for called in each.server.names]
-            if not _wait_ready(gateway, _url(host, port), names, key, GATEWAY_READY_S, health=False):
-                return _wait_end(running)
+            if not wait_ready(gateway, _url(host, port), names, key, GATEWAY_READY_S, health=False):
+                return wait_end(running)
         _print_ready(planned, _url(host, port), keyed=bool(key))
-        return _wait_end(running)
+        return wait_end(running)
 
 
 def plan_serving(
@@ -316,88 +307,3 @@ def _url(host: str, port: int) -> str:
     """The address to ask: a server on every interface is asked on loopback."""
     known = {"0.0.0.0": "127.0.0.1", "::": "[::1]"}
     return f"http://{known.get(host, f'[{host}]' if ':' in host else host)}:{port}"
-
-
-@contextlib.contextmanager
-def _supervised(line: Sequence[str], env: Mapping[str, str]) -> Iterator[subprocess.Popen[bytes]]:
-    """Run vLLM under the supervisor with our output; SIGINT and SIGTERM are passed on; nothing is left afterwards."""
-    engine_id = uuid.uuid4().hex[:16]
-    read_end, write_end = os.pipe()
-    command = [sys.executable, "-I", "-S", supervisor.__file__, "--death_fd", str(read_end)]
-    command += ["--owner_pid", str(os.getpid()), "--engine_id", engine_id]
-    command += ["--record", str(record_path(engine_id)), "--", *line]
-    process = subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, env=dict(env), pass_fds=(read_end,), start_new_session=True
-    )
-    os.close(read_end)
-    try:
-        with _passing_signals(process):
-            yield process
-    finally:
-        os.close(write_end)  # end of file: the supervisor's sign to finish
-        process.wait()
-
-
-@contextlib.contextmanager
-def _passing_signals(process: subprocess.Popen[bytes]) -> Iterator[None]:
-    """Only the main thread can have signal handlers; elsewhere the caller ends us by other means."""
-    if threading.current_thread() is not threading.main_thread():
-        yield
-        return
-    numbers = (signal.SIGINT, signal.SIGTERM)
-    before = {number: signal.signal(number, lambda got, _frame: process.send_signal(got)) for number in numbers}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-
-
-def _wait_ready(
-    process: subprocess.Popen[bytes],
-    url: str,
-    names: Sequence[str],
-    key: str | None,
-    timeout_s: float,
-    *,
-    health: bool = True,
-) -> bool:
-    """True once /health answers and /v1/models lists all `names`; False if we were asked to stop meanwhile."""
-    deadline = time.monotonic() + timeout_s
-    headers = {"Authorization": f"Bearer {key}"} if key else {}
-    with httpx.Client(base_url=url, headers=headers, timeout=5.0, trust_env=False) as client:
-        while time.monotonic() < deadline:
-            if process.poll() is not None:
-                if _was_asked(process.returncode):
-                    return False
-                what = "vLLM" if health else "The gateway"
-                raise EngineError(f"{what} did not start (exit code {process.returncode}); its output above says why.")
-            with contextlib.suppress(httpx.HTTPError):
-                well = not health or client.get("/health").is_success
-                if well and set(names) <= set(_model_names(client.get("/v1/models"))):
-                    return True
-            with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(POLL_S)
-    raise EngineError(f"{url} was not ready after {timeout_s:.0f} s; the output above says what it waits for.")
-
-
-def _model_names(answer: httpx.Response) -> list[str]:
-    if answer.status_code == httpx.codes.UNAUTHORIZED:
-        raise EngineError("The server refuses VLLM_API_KEY: a key given by --api-key differs; use the variable alone.")
-    return [model["id"] for model in answer.raise_for_status().json()["data"]]
-
-
-def _wait_end(running: Sequence[subprocess.Popen[bytes]]) -> int:
-    """The exit code of the first process that ends; the others are ended by leaving their contexts."""
-    while True:
-        for process in running:
-            code = process.poll()
-            if code is not None:
-                return 0 if _was_asked(code) else code
-        with contextlib.suppress(subprocess.TimeoutExpired):
-            running[-1].wait(POLL_S)
-
-
-def _was_asked(code: int) -> bool:
-    """vLLM ends with 0 or by the signal we passed on."""
-    return code in (0, 128 + signal.SIGINT, 128 + signal.SIGTERM)

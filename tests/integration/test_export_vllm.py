@@ -21,7 +21,7 @@ from hf_dsvllm import verify_engine
 from hf_dsvllm.engine import EngineClient, EngineServer, EngineSpec, WeightSync
 from hf_dsvllm.errors import ExportError
 from hf_dsvllm.export import ExportReport, export_model
-from tests.integration.test_export import NF4, move, write_run
+from tests.export_runs import NF4, move, write_run
 from tests.tiny import write_tiny_model
 
 pytestmark = [

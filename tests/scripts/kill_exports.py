@@ -40,13 +40,13 @@ def main() -> None:
         kill_one(run, out, moments.uniform(0, whole), overwrite)
         if out.exists():
             check_manifest(out)
-            AutoModelForCausalLM.from_pretrained(out)
             after += 1
         else:
             before += 1
     shutil.rmtree(out, ignore_errors=True)
     report = export_model(run, out, progress=False)
     check_manifest(out)
+    AutoModelForCausalLM.from_pretrained(out)
     left = [item.name for item in out.parent.iterdir() if item.name.startswith(f".{out.name}")]
     print(json.dumps({"before": before, "after": after, "left": left, "reused": report.reused}))
 
