@@ -20,7 +20,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from hf_dsvllm.engine.server import SCRUBBED, SCRUBBED_PREFIXES, find_vllm
+from hf_dsvllm.engine.server import API_SERVER, FORKING_API_SERVER, SCRUBBED, SCRUBBED_PREFIXES, find_vllm
 from hf_dsvllm.errors import EngineError
 from hf_dsvllm.gateway import KEY, Backend, find_envoy, gateway_config
 from hf_dsvllm.hardware import detect
@@ -59,7 +59,7 @@ class PlannedServer:
         self, *, python: Path | str, device: Device, max_model_len: int | None, extra: Sequence[str]
     ) -> list[str]:
         """vLLM's command line.  The module is run rather than `vllm serve`, which fails in the CPU distribution."""
-        line = [str(python), "-m", "vllm.entrypoints.openai.api_server", *self.server.model_arguments()]
+        line = [str(python), *API_SERVER, *self.server.model_arguments()]
         line += ["--host", self.host, "--port", str(self.port)]
         if device == "cpu" and not _cpu_has_avx512():
             line += ["--dtype", "float32"]  # bf16 is emulated on such CPUs and several times slower
@@ -115,6 +115,8 @@ def serve(
     with contextlib.ExitStack() as stack:
         running = []
         for each, line in zip(planned, lines, strict=True):
+            if chosen == "cpu":
+                line[1 : 1 + len(API_SERVER)] = FORKING_API_SERVER
             # One after the other: vLLM measures the memory that is free while it starts.
             process = stack.enter_context(supervised(line, env | each.added_environment()))
             running.append(process)
