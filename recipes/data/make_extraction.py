@@ -18,6 +18,7 @@ The same arguments give the same files on every machine.  Train and test share n
 product; a third of the test's recipients have names that training never shows, so those must be copied, not recalled.
 `--difficulty` 1: digits, two date forms with two-digit days, nothing misleading.  2: all spellings, null values, a
 misleading detail in about every second sentence.  3: one or two misleading details in most sentences.
+`--no_dates` leaves the delivery date out of sentences and answers, and with it a quarter of the tokens.
 """
 
 from __future__ import annotations
@@ -40,11 +41,15 @@ def words(text: str, separator: str | None = None) -> tuple[str, ...]:
 
 FIRST_NAMES = words(
     "Anna Ben Carla David Elena Felix Grace Henry Irene Jonas Karin Leo Maria Nils Olga Paul Rosa Simon Tara Victor "
-    "Wendy Adam Bella Colin Diana Erik Fiona Greta Hugo Ines"
+    "Wendy Adam Bella Colin Diana Erik Fiona Greta Hugo Ines Abdul Aiko Anwar Asha Bogdan Chiara Deniz Ebru Emre "
+    "Fumiko Gita Haruki Ingrid Ivana Javier Kemal Kwame Lakshmi Mbali Mehmet Mirela Nadia Njeri Ondrej Oya Pavel Qiang "
+    "Ravi Rania Sanjay Selma Sinan Svetlana Tariq Thabo Umut Vikram Wanjiru Xiomara Yasmin Yusuf Zeynep Zoltan"
 )
 LAST_NAMES = words(
     "Berg Costa Dale Evans Fischer Grant Hansen Iversen Jensen Keller Lopez Meyer Novak Owens Peters Quinn Rossi Silva "
-    "Turner Weber Young Adler Brooks Cole Duarte"
+    "Turner Weber Young Adler Brooks Cole Duarte Adeyemi Aydin Balogun Chaudhry Dlamini Eriksen Farkas Gupta Horvat "
+    "Iqbal Jovanovic Khan Lindqvist Mwangi Nakamura Ozturk Popescu Qureshi Rahman Suzuki Takahashi Ueda Vasquez "
+    "Watanabe Yamada"
 )
 TEST_ONLY_FIRST_NAMES = words("Amir Birgit Chen Dmitri Esra Farah Goran Hanne Imran Jelena Kofi Leila Mateo Noor Priya")
 TEST_ONLY_LAST_NAMES = words(
@@ -101,14 +106,14 @@ NO_GIFTS = ("", "", "no gift wrap", "not a gift", "plain packaging")
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Order:
-    """The facts of one sentence; `price_cents` and `city` may be absent."""
+    """The facts of one sentence; `price_cents` and `city` may be absent, `due` is None where dates are left out."""
 
     who: str
     qty: int
     item: str
     price_cents: int | None
     currency: str
-    due: datetime.date
+    due: datetime.date | None
     city: str | None
     gift: bool
 
@@ -120,7 +125,7 @@ class Order:
             "qty": self.qty,
             "item": self.item,
             "price": price,
-            "due": self.due.isoformat(),
+            **({} if self.due is None else {"due": self.due.isoformat()}),
             "city": self.city,
             "gift": self.gift,
         }
@@ -142,7 +147,8 @@ class Writer:
         opening = self.pick(OPENINGS).format(
             who=order.who, goods=self.goods(order.qty, order.item), swap=swap, price=self.price(order)
         )
-        parts = [self.due(order.due), self.place(order.city), self.pick(GIFTS if order.gift else NO_GIFTS)]
+        due = "" if order.due is None else self.due(order.due)
+        parts = [due, self.place(order.city), self.pick(GIFTS if order.gift else NO_GIFTS)]
         parts = [part for part in parts if part]
         self.rng.shuffle(parts)
         text = f"{opening}, {', '.join(parts)}."
@@ -248,7 +254,9 @@ def test_recipient(rng: random.Random, item: int) -> str:
             return f"{FIRST_NAMES[first]} {LAST_NAMES[last]}"
 
 
-def draw_order(rng: random.Random, recipient: Callable[[random.Random, int], str], null_rate: float) -> Order:
+def draw_order(
+    rng: random.Random, recipient: Callable[[random.Random, int], str], null_rate: float, *, dates: bool
+) -> Order:
     """One random order."""
     items = all_items()
     item = rng.randrange(len(items))
@@ -259,14 +267,14 @@ def draw_order(rng: random.Random, recipient: Callable[[random.Random, int], str
         item=items[item],
         price_cents=None if rng.random() < null_rate else cents,
         currency=rng.choice(tuple(CURRENCIES)),
-        due=datetime.date(2025, 2, 15) + datetime.timedelta(days=rng.randrange(640)),
+        due=datetime.date(2025, 2, 15) + datetime.timedelta(days=rng.randrange(640)) if dates else None,
         city=None if rng.random() < null_rate else rng.choice(CITIES),
         gift=rng.random() < 0.4,
     )
 
 
 def make_split(
-    split: str, count: int, *, seed: int, difficulty: int, layout: str = "messages"
+    split: str, count: int, *, seed: int, difficulty: int, dates: bool = True, layout: str = "messages"
 ) -> list[dict[str, list[dict[str, str]]]]:
     """`count` samples of one split ("train" or "test"), every sentence once; `layout` is one of `LAYOUTS`."""
     rng = random.Random(f"{split}-{seed}-{difficulty}")
@@ -274,7 +282,7 @@ def make_split(
     recipient = train_recipient if split == "train" else test_recipient
     samples: dict[str, str] = {}
     while len(samples) < count:
-        order = draw_order(rng, recipient, NULL_RATE[difficulty])
+        order = draw_order(rng, recipient, NULL_RATE[difficulty], dates=dates)
         samples.setdefault(writer.sentence(order), order.answer())
     return [LAYOUTS[layout](sentence, answer) for sentence, answer in samples.items()]
 
@@ -310,13 +318,21 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--test", type=int, default=96, help="held-out samples")
     parser.add_argument("--seed", type=int, default=7, help="another seed gives other samples")
     parser.add_argument("--difficulty", type=int, choices=(1, 2, 3), default=2, help="see the top of this file")
+    parser.add_argument("--no_dates", action="store_true", help="no delivery dates: shorter sentences and answers")
     parser.add_argument("--format", choices=tuple(LAYOUTS), default="messages", help="of a line")
     options = parser.parse_args(arguments)
     if options.train < 1 or options.test < 1:
         parser.error(f"--train {options.train} and --test {options.test} must both be at least 1")
     for split, count in (("train", options.train), ("test", options.test)):
         path = options.out / f"{split}.jsonl"
-        rows = make_split(split, count, seed=options.seed, difficulty=options.difficulty, layout=options.format)
+        rows = make_split(
+            split,
+            count,
+            seed=options.seed,
+            difficulty=options.difficulty,
+            dates=not options.no_dates,
+            layout=options.format,
+        )
         write_jsonl(path, rows)
         print(f"{path}: {count} samples")
 

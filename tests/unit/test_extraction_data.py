@@ -78,6 +78,15 @@ def test_every_answer_is_compact_json_in_key_order_and_copied_parts_stand_in_the
         assert (type(fields["qty"]), type(fields["gift"])) == (int, bool)
 
 
+def test_without_dates_sentence_and_answer_have_none(recipe, tmp_path):
+    dated, _ = write(recipe, tmp_path / "dated")
+    train, test = write(recipe, tmp_path / "plain", "--no_dates")
+    for row in train + test:
+        assert list(answer(row)) == [key for key in KEYS if key != "due"]
+        assert "202" not in sentence(row).replace(" ", "")
+    assert max(map(len, map(sentence, train))) < max(map(len, map(sentence, dated)))
+
+
 def test_sentences_stay_short(recipe, tmp_path):
     train, test = write(recipe, tmp_path, "--difficulty", "3")
     assert max(len(sentence(row)) for row in train + test) < 220
