@@ -38,7 +38,7 @@ from hf_dsvllm.measure import RunMeasure
 from hf_dsvllm.model_shape import load_shape
 from hf_dsvllm.placement import Placement, largest_parameter, place_engine
 from hf_dsvllm.snapshot import SNAPSHOTS, Snapshot
-from hf_dsvllm.source import local_base
+from hf_dsvllm.source import best_step, local_base
 from hf_dsvllm.tasks import EvalTask, load_task
 from hf_dsvllm.traps import Fix
 from hf_dsvllm.wiring import Wiring
@@ -275,6 +275,11 @@ class Session:
         report = export_model(self.run_dir, out, which="latest", overwrite=True)
         say(f"exported {snapshot.kind} of step {snapshot.step} to {out} ({report.weights_bytes / 2**30:.2f} GiB). "
             f"Serve it: hf-dsvllm serve {out}")  # fmt: skip
+        best = best_step(self.run_dir)
+        if best is not None and best != snapshot.step:
+            kept = out.absolute().with_name(f"{out.absolute().name}-best")
+            export_model(self.run_dir, kept, which="best", overwrite=True)
+            say(f"exported step {best}, which has the best score, to {kept}")
 
     def _sampling(self, trainer: Any) -> Sampling:
         return Sampling(

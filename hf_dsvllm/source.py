@@ -17,6 +17,7 @@ __all__ = [
     "Source",
     "Target",
     "Which",
+    "best_step",
     "find_record",
     "find_source",
     "find_tokenizer",
@@ -105,6 +106,12 @@ def find_record(path: Path) -> RunRecord | None:
         if (folder / RECORD).is_file():
             return _read_record(folder)
     return None
+
+
+def best_step(run: Path) -> int | None:
+    """The step of the run's best snapshot; None if scores pointed to none."""
+    pointer = run / SNAPSHOTS / "best.json"
+    return int(json.loads(pointer.read_text(encoding="utf-8"))["step"]) if pointer.is_file() else None
 
 
 def local_base(name: str) -> Path:

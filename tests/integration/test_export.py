@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -17,6 +18,8 @@ from hf_dsvllm.errors import ExportError
 from hf_dsvllm.export import REPORT
 from hf_dsvllm.fourbit import dequantised_base, quantised_weights
 from hf_dsvllm.manifest import MANIFEST, check_manifest
+from hf_dsvllm.session import Session
+from hf_dsvllm.snapshot import Snapshot
 from tests.export_runs import NF4, export, logits, move, nothing_finished, run, write_run, write_wide_base
 from tests.tiny import write_tiny_model
 
@@ -124,6 +127,18 @@ def test_the_best_snapshot_is_taken_when_asked_for(run: Path, tmp_path: Path) ->
     (run / "snapshots" / "best.json").write_text(json.dumps(best))
     assert export(run, tmp_path / "best", which="best").step == 4
     assert export(run, tmp_path / "latest").step == 2
+
+
+def test_a_run_ends_with_exports_of_its_last_and_its_best_snapshot(run: Path, tmp_path: Path) -> None:
+    write_run(run, tmp_path / "base", std=0.01, step=8)
+    session = SimpleNamespace(run_dir=run, args=SimpleNamespace(export_to=None))
+    last = Snapshot(path=run / "snapshots" / "step-8", kind="adapter", step=8)
+    Session._export(session, last)
+    assert not (run / "export-best").exists()  # no score pointed to a snapshot
+    (run / "snapshots" / "best.json").write_text(json.dumps({"path": "step-4", "step": 4, "kind": "adapter"}))
+    Session._export(session, last)
+    steps = {name: json.loads((run / name / REPORT).read_text())["step"] for name in ("export", "export-best")}
+    assert steps == {"export": 8, "export-best": 4}
 
 
 def test_an_untied_export_says_so_and_loads(tmp_path: Path) -> None:
