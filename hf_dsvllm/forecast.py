@@ -57,7 +57,7 @@ class Forecast:
 def host_peak(found: Forecast) -> int:
     """Resident bytes of all processes; on a machine without GPU the training itself is among them."""
     tensors = found.setup.world * found.footprint.peak if found.setup.device == "cpu" else 0
-    return max(found.host.load, found.host.train + tensors)
+    return max(found.host.load, found.host.init, found.host.train + tensors)
 
 
 def forecast(args: Any, model_args: Any, preset: Preset | None, device: str) -> Forecast | None:

@@ -28,6 +28,7 @@ from typing import Any
 from matrix import Cell, cells, dry_cells
 
 HERE = Path(__file__).resolve().parent
+ALONE_BYTES = int(2.2 * 2**30)  # what CUDA, cuBLAS and NCCL of one process take beside the allocator
 GRACE_S = 4.0  # from the first rank that runs out of memory to the end of those that wait for it
 PACKAGES = ("torch", "transformers", "accelerate", "trl", "peft", "deepspeed", "bitsandbytes")
 
@@ -103,7 +104,9 @@ class Measurement:
         every = dry_cells() if self.device == "cpu" else cells()
         if self.options.only:
             every = tuple(cell for cell in every if any(word in cell.name for word in self.options.only))
-        done = {name for name, row in self.results.items() if row["status"] in ("ok", "oom")}
+        done = {
+            name for name, row in self.results.items() if row["status"] in ("ok", "oom") and not shared(row["ranks"])
+        }
         return [cell for cell in every if cell.name not in done and cell.world <= self.options.gpus]
 
     # -- helpers of the host
@@ -338,6 +341,11 @@ def verdict(job: Job, ranks: list[dict[str, Any]], work: Path) -> dict[str, Any]
     failed = next((rank for rank in ranks if rank.get("status") == "failed"), None)
     message = failed["message"] if failed else job.killed or tail(work / f"{job.name}.0.log")
     return {"status": "failed" if failed or not job.killed else "timeout", "message": message[:1500]} | peak
+
+
+def shared(ranks: list[dict[str, Any]]) -> bool:
+    """Whether another program had memory on one of the GPUs: its times are no measurement."""
+    return any(rank.get("outside_allocator", 0) > ALONE_BYTES for rank in ranks)
 
 
 def choose(free: list[Lane], count: int) -> list[Lane]:

@@ -1,9 +1,9 @@
 """Predicted against measured: the accuracy table of the planner, with the estimators of DeepSpeed and accelerate.
 
-    python benchmarks/planner/report.py [--results benchmarks/planner/results] [--out benchmarks/planner/results/README.md]
+    python benchmarks/planner/report.py [--results FOLDER] [--out FILE]
 
-Reads cells.json and rates.json as `measure.py` wrote them.  Half of the cells, by a hash of their names, were never used
-to fit a constant (`matrix.held_out`); errors are given for both halves.  Rows that ran out of memory stay in.
+Reads cells.json and rates.json as `measure.py` wrote them.  Half of the cells, by a hash of their names, were never
+used to fit a constant (`matrix.held_out`); errors are given for both halves.  Rows that ran out of memory stay in.
 """
 
 from __future__ import annotations
@@ -17,16 +17,20 @@ from pathlib import Path
 from typing import Any
 
 from matrix import HEAD_DIM, SHAPES, VOCAB, Cell, held_out
+from measure import shared
 
+from hf_dsvllm.hardware import CARDS_MIB
 from hf_dsvllm.model_shape import ModelShape, shape_from_config
+from hf_dsvllm.planner.allocator import reserved_bytes
 from hf_dsvllm.planner.cards import Rates, from_record, rates_of
 from hf_dsvllm.planner.footprint import Footprint, Setup, gpu_footprint
 from hf_dsvllm.planner.host import HostFootprint, host_footprint
-from hf_dsvllm.planner.search import fits_card, reserved_bytes
+from hf_dsvllm.planner.search import usable_bytes
 from hf_dsvllm.planner.speed import StepTime, step_time
 from hf_dsvllm.presets import get_preset
 
 GIB = 2**30
+CARD_BYTES = CARDS_MIB["H200-141GB"] * 2**20
 HERE = Path(__file__).resolve().parent
 
 
@@ -55,7 +59,7 @@ class Row:
 
     @property
     def predicted_fit(self) -> bool:
-        return fits_card(self.footprint.peak, int(self.device_total or 150754820096))
+        return self.footprint.peak <= usable_bytes(CARD_BYTES, self.setup)
 
 
 def load_rows(results: Path) -> list[Row]:
@@ -81,7 +85,7 @@ def row_of(record: dict[str, Any], rates: Rates) -> Row:
     ranks = record["ranks"]
     done = record["status"] == "ok"
     trained = [steady_phases(rank["phases"]) for rank in ranks]
-    later = [step["seconds"] for step in ranks[0]["steps"][2:]] if done else []
+    later = [step["seconds"] for step in ranks[0]["steps"][2:]] if done and not shared(ranks) else []
     return Row(
         cell=cell,
         status=record["status"],
@@ -180,7 +184,7 @@ def errors(rows: Sequence[Row], predicted: str) -> list[float]:
     for row in rows:
         pairs = {
             "allocated": (row.footprint.peak, row.allocated),
-            "reserved": (reserved_bytes(row.footprint.peak), row.reserved),
+            "reserved": (reserved_bytes(row.setup, row.footprint), row.reserved),
             "host": (row.host_footprint.measured_peak, row.host),
             "seconds": (row.step.seconds, row.seconds),
         }
@@ -250,7 +254,8 @@ def choices(rows: Sequence[Row]) -> str:
         speed = cell.tokens / picked.seconds if picked.seconds else 0.0
         top = best.cell.tokens / (best.seconds or 1)
         lines.append(
-            f"| {case} | {what} | {label(cell)} | {speed:,.0f} | {label(best.cell)} {top:,.0f} | {100 * speed / top:.0f} % |"
+            f"| {case} | {what} | {label(cell)} | {speed:,.0f} | {label(best.cell)} {top:,.0f} | "
+            f"{100 * speed / top:.0f} % |"
         )
     return "\n".join(lines)
 
@@ -260,8 +265,11 @@ def label(cell: Cell) -> str:
 
 
 def table(rows: Sequence[Row]) -> str:
-    head = "| cell | held out | result | allocated | predicted | | reserved | predicted | host | predicted | step s | predicted | | DeepSpeed's estimator | accelerate's |"
-    lines = [head, "|" + " --- |" * 15]
+    names = (
+        "cell", "held out", "result", "allocated", "predicted", "", "reserved", "predicted", "host", "predicted",
+        "step s", "predicted", "", "DeepSpeed's estimator", "accelerate's",
+    )  # fmt: skip
+    lines = ["| " + " | ".join(names) + " |", "|" + " --- |" * 15]
     for row in rows:
         found = deepspeed_estimate(row.setup)
         host = row.host_footprint.measured_peak
@@ -269,7 +277,7 @@ def table(rows: Sequence[Row]) -> str:
         lines.append(
             f"| {row.cell.name} | {'yes' if row.held_out else ''} | {result} | {size(row.allocated)} | "
             f"{size(row.footprint.peak)} | {off(row.footprint.peak, row.allocated)} | {size(row.reserved)} | "
-            f"{size(reserved_bytes(row.footprint.peak))} | {size(row.host)} | {size(host)} | "
+            f"{size(reserved_bytes(row.setup, row.footprint))} | {size(row.host)} | {size(host)} | "
             f"{row.seconds or 0:.3f} | {row.step.seconds:.3f} | {off(row.step.seconds, row.seconds)} | "
             f"{size(found)} | {size(accelerate_estimate(row.setup))} |"
         )

@@ -87,7 +87,7 @@ def speed_sentence(job: Job, chosen: Candidate) -> str:
 def memory_sentence(plan: Plan, chosen: Candidate) -> str:
     if plan.job.device == "cpu":
         return f"It needs {gib(chosen.host.peak + chosen.footprint.peak)} of memory at its highest."
-    usable = usable_bytes(plan.job.gpu.memory_bytes)
+    usable = usable_bytes(plan.job.gpu.memory_bytes, chosen.setup)
     parts = chosen.footprint.parts[chosen.footprint.peak_phase]
     largest = sorted(parts, key=lambda name: -parts[name])[:3]
     text = ", ".join(f"{name} {gib(parts[name])}" for name in largest)
@@ -232,6 +232,7 @@ def candidate_record(found: Candidate) -> dict[str, Any]:
         "gpu_allocated_bytes": dict(found.footprint.allocated),
         "gpu_parts_bytes": {phase: dict(parts) for phase, parts in found.footprint.parts.items()},
         "gpu_peak_bytes": found.gpu_bytes,
+        "gpu_reserved_bytes": found.reserved_bytes,
         "host_bytes": dataclasses.asdict(found.host),
         "checkpoint_bytes": found.disk_bytes,
         "step_seconds": {name: round(value, 4) for name, value in found.step.parts.items()},

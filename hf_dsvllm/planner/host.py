@@ -4,14 +4,20 @@ from __future__ import annotations
 
 import dataclasses
 
-from hf_dsvllm.memory import ADAM_BYTES, Layout, offloaded_bytes
+from hf_dsvllm.memory import SUB_GROUP
 from hf_dsvllm.planner.footprint import Setup
 
 __all__ = ["Engine", "HostFootprint", "disk_bytes", "engine_footprint", "host_footprint"]
 
 GIB = 2**30
-# Resident bytes of one process once torch, transformers, TRL and DeepSpeed are imported and, on a GPU, CUDA runs.
-PROCESS_BYTES = {"cuda": int(1.3 * GIB), "cpu": int(0.62 * GIB)}
+# Resident bytes of one process with torch, transformers and TRL imported and CUDA running, under the plain Trainer and
+# under DeepSpeed, in training; and of the latter before training.  Measured: H200 host, torch 2.11; CPUs, torch 2.13.
+PLAIN_BYTES = int(1.44 * GIB)
+DEEPSPEED_BYTES = int(1.86 * GIB)
+TRL_BYTES = int(0.12 * GIB)
+STARTED_BYTES = int(1.2 * GIB)
+CPU_BYTES = int(0.62 * GIB)
+SMALL_PINNED_BYTES = int(1.28 * GIB)  # ZeRO-3's offload: small buffers beside those of the formula
 # vLLM 0.26 on an H200, 8B: left on the card at sleep level 2, and what it takes beside weights and KV cache when awake.
 ENGINE_ASLEEP_BYTES = int(2.0 * GIB)
 ENGINE_WORK_BYTES = int(3.0 * GIB)
@@ -19,9 +25,11 @@ ENGINE_WORK_BYTES = int(3.0 * GIB)
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class HostFootprint:
-    """Bytes of host memory of all processes of one node: at loading, in training (of that pinned), at a save."""
+    """Bytes of host memory of all processes of one node: at loading, at engine init, in training (of that pinned),
+    at a save."""
 
     load: int
+    init: int
     train: int
     pinned: int
     save: int
@@ -30,49 +38,72 @@ class HostFootprint:
     @property
     def measured_peak(self) -> int:
         """Without loading from files and without saves, as the cells of benchmarks/planner run."""
-        return self.train
+        return max(self.init, self.train)
 
     @property
     def peak(self) -> int:
-        return max(self.load, self.train, self.save)
+        return max(self.load, self.init, self.train, self.save)
 
 
 def host_footprint(setup: Setup) -> HostFootprint:
     """load = N * (process + model); train = N * process + offloaded states; save adds 2P a process under ZeRO-1 and 2.
 
-    4-bit weights are quantised on the GPU tensor by tensor as the files are read: nothing stays on the host.
-
-    Offloaded (stage_1_and_2.py, stage3.py): fp32 weights, Adam's moments and gradients 16P, bf16 staging 2P, and with
-    parameters offloaded their 2P; pinned where CUDA is there.  Saving clones the whole state dict to every rank's host
-    memory (accelerate, get_state_dict); ZeRO-3 gathers it on rank 0 only.
+    4-bit weights are quantised on the GPU tensor by tensor as the files are read: nothing stays on the host.  ZeRO-3
+    passes each rank's weights through host memory once: 2P/N at engine init.  Saving clones the whole state dict to
+    every rank's host memory (accelerate, get_state_dict); ZeRO-3 gathers it on rank 0 only.
     """
     shape, preset, world = setup.shape, setup.preset, setup.world
     e = setup.numerics.weight_bytes
-    processes = world * PROCESS_BYTES[setup.device]
-    offloaded, nvme = offloaded_bytes(shape, layout_of(setup), setup.trainable, preset.adapter)
+    process = CPU_BYTES if setup.device == "cpu" else DEEPSPEED_BYTES if preset.uses_deepspeed else PLAIN_BYTES
+    process += TRL_BYTES if setup.loss == "trl" and setup.device == "cuda" else 0
+    processes = world * process
+    pinned, ordinary, nvme = offloaded(setup)
     weights = e * shape.parameters
     saved = weights if setup.method == "full" else e * setup.trainable
     copies = world if preset.zero_stage in (0, 1, 2) else 1
+    train = processes + world * (pinned + ordinary)
+    passing = weights if preset.zero_stage == 3 and setup.device == "cuda" else 0
+    started = world * min(STARTED_BYTES, process)
     return HostFootprint(
-        load=processes + (0 if setup.method == "qlora" else world * weights),
-        train=processes + offloaded,
-        pinned=offloaded if setup.device == "cuda" else 0,
-        save=processes + offloaded + copies * saved,
+        load=started + (0 if setup.method == "qlora" else world * weights),
+        init=started + passing,
+        train=train,
+        pinned=world * pinned,
+        save=train + copies * saved,
         nvme=nvme,
     )
 
 
-def layout_of(setup: Setup) -> Layout:
-    preset = setup.preset
-    return Layout(
-        zero_stage=preset.zero_stage,
-        offload_optimizer=preset.offload_optimizer,
-        offload_param=preset.offload_param,
-        world_size=setup.world,
-        weight_bytes=setup.numerics.weight_bytes,
-        fp32_accumulation=True,
-        optimizer_state_bytes=ADAM_BYTES,
-    )
+def offloaded(setup: Setup) -> tuple[int, int, int]:
+    """(pinned, ordinary) host bytes of one process, and NVMe bytes of all of them.
+
+    s = P/N parameters of a process.  Pinned: fp32 weights 4s, gradients 4s, bf16 copy 2s, and under ZeRO-2 a buffer of
+    the largest gradient; PyTorch rounds each pinned buffer up to a power of two.  ZeRO-3 has the fp32 buffers by
+    sub-groups.  Ordinary: Adam's moments 8s, and under ZeRO-3 flat copies 4s.  Weights offloaded: their 2s are the bf16
+    copy.  Without pinning (CPUs) nothing is rounded.  stage_1_and_2.py, stage3.py; measured with 1.7e9 parameters.
+    """
+    preset, shape = setup.preset, setup.shape
+    e = setup.numerics.weight_bytes
+    share = setup.trainable // setup.world
+    frozen = 0 if setup.method == "full" else shape.parameters // setup.world
+    if preset.offload_optimizer == "none":
+        return (0, 0, 0)
+    rounded = power_of_two if setup.device == "cuda" else int
+    if preset.offload_optimizer == "nvme":
+        moved = 18 * setup.trainable if preset.offload_param == "nvme" else 16 * setup.trainable
+        return (rounded(SMALL_PINNED_BYTES), 0, moved + (e * shape.parameters if frozen else 0))
+    if preset.zero_stage == 3:
+        groups = [SUB_GROUP] * (share // SUB_GROUP) + [share % SUB_GROUP]
+        fp32 = sum(rounded(4 * size) for size in groups)
+        copies = rounded(e * (share + frozen)) if preset.offload_param == "cpu" else rounded(e * share)
+        return (2 * fp32 + copies + SMALL_PINNED_BYTES, 12 * share, 0)
+    largest = e * shape.vocab * shape.hidden if setup.method == "full" else 0
+    return (2 * rounded(4 * share) + rounded(e * share) + rounded(largest), 8 * share, 0)
+
+
+def power_of_two(size: int) -> int:
+    """The smallest power of two that is not below `size`; 0 for 0."""
+    return 1 << (size - 1).bit_length() if size > 0 else 0
 
 
 def disk_bytes(setup: Setup) -> int:

@@ -8,22 +8,20 @@ from typing import Literal
 
 from hf_dsvllm.hardware import Gpu, Machine
 from hf_dsvllm.model_shape import ModelShape
+from hf_dsvllm.planner.allocator import outside_bytes, reserved_bytes
 from hf_dsvllm.planner.cards import Rates
 from hf_dsvllm.planner.footprint import Footprint, Loss, Setup, Traced, gpu_footprint
 from hf_dsvllm.planner.host import Engine, HostFootprint, disk_bytes, engine_footprint, host_footprint
 from hf_dsvllm.planner.speed import StepTime, step_time
 from hf_dsvllm.presets import Preset, get_preset
 
-__all__ = ["Candidate", "Job", "Plan", "fits_card", "make_plan", "reserved_bytes", "usable_bytes"]
+__all__ = ["Candidate", "Job", "Plan", "make_plan", "usable_bytes"]
 
 Wanted = Literal["full", "lora", "qlora", "any"]
 GIB = 2**30
-# Bytes of a card that the allocator never gets: CUDA context, cuBLAS and NCCL buffers.
-OUTSIDE_BYTES = int(1.2 * GIB)
 # Safety: share of the card that a plan leaves free for what formulas miss and for fragmentation.
 MARGIN = 0.05
 HOST_MARGIN = 0.05
-RESERVED = 1.06
 # Listing order decides between equals: what is simpler, or known better, stands first.
 PRESETS: dict[str, tuple[str, ...]] = {
     "full": (
@@ -72,6 +70,7 @@ class Candidate:
 
     setup: Setup
     footprint: Footprint
+    reserved_bytes: int
     host: HostFootprint
     disk_bytes: int
     step: StepTime
@@ -196,6 +195,7 @@ def judge(job: Job, preset: Preset, world: int, micro: int, recompute: bool, pla
     candidate = Candidate(
         setup=setup,
         footprint=footprint,
+        reserved_bytes=reserved_bytes(setup, footprint),
         host=host,
         disk_bytes=disk_bytes(setup),
         step=step_time(setup, job.rates),
@@ -206,25 +206,15 @@ def judge(job: Job, preset: Preset, world: int, micro: int, recompute: bool, pla
     return dataclasses.replace(candidate, lacking=tuple(shortfalls(job, candidate)))
 
 
-def usable_bytes(card_bytes: int) -> int:
-    """usable = (card - outside) * (1 - margin)"""
-    return int((card_bytes - OUTSIDE_BYTES) * (1 - MARGIN))
-
-
-def reserved_bytes(allocated: int) -> int:
-    """What the allocator holds for a peak of `allocated`: blocks of other sizes stay cached."""
-    return int(allocated * RESERVED)
-
-
-def fits_card(allocated: int, card_bytes: int) -> bool:
-    """Whether a peak of `allocated` bytes fits a card, with the margin."""
-    return allocated <= usable_bytes(card_bytes)
+def usable_bytes(card_bytes: int, setup: Setup) -> int:
+    """usable = (card - what CUDA and NCCL take) * (1 - margin)"""
+    return int((card_bytes - outside_bytes(setup)) * (1 - MARGIN))
 
 
 def shortfalls(job: Job, candidate: Candidate) -> Iterator[str]:
     """What the machine has too little of."""
     if job.device == "cuda":
-        usable = usable_bytes(job.gpu.memory_bytes)
+        usable = usable_bytes(job.gpu.memory_bytes, candidate.setup)
         if candidate.gpu_bytes > usable:
             beside = " with vLLM beside it" if candidate.placement == "shared" else ""
             yield f"needs {gib(candidate.gpu_bytes)} of GPU memory, {gib(usable)} are usable{beside}"

@@ -134,7 +134,7 @@ def test_nothing_chosen_needs_more_than_the_card_has():
     for gpus in ("1xL4", "2xRTX4090", "4xA100-40GB", "8xB200"):
         found = plan("8b", gpus, method="any")
         if found.chosen is not None:
-            assert found.chosen.gpu_bytes <= usable_bytes(found.job.gpu.memory_bytes)
+            assert found.chosen.gpu_bytes <= usable_bytes(found.job.gpu.memory_bytes, found.chosen.setup)
 
 
 def test_every_candidate_keeps_the_global_batch():
