@@ -278,7 +278,7 @@ def table(rows: Sequence[Row]) -> str:
             f"| {row.cell.name} | {'yes' if row.held_out else ''} | {result} | {size(row.allocated)} | "
             f"{size(row.footprint.peak)} | {off(row.footprint.peak, row.allocated)} | {size(row.reserved)} | "
             f"{size(reserved_bytes(row.setup, row.footprint))} | {size(row.host)} | {size(host)} | "
-            f"{row.seconds or 0:.3f} | {row.step.seconds:.3f} | {off(row.step.seconds, row.seconds)} | "
+            f"{f'{row.seconds:.3f}' if row.seconds else '–'} | {row.step.seconds:.3f} | {off(row.step.seconds, row.seconds)} | "
             f"{size(found)} | {size(accelerate_estimate(row.setup))} |"
         )
     return "\n".join(lines)
@@ -292,19 +292,27 @@ def off(said: float, actual: float | None) -> str:
     return f"{100 * (said / actual - 1):+.1f} %" if actual else ""
 
 
+def about(rows: Sequence[Row], rates: dict[str, Any]) -> str:
+    """Hardware, versions and what the numbers are."""
+    host = rates["host"]
+    versions = ", ".join(f"{name} {version}" for name, version in host["versions"].items())
+    count = max(row.cell.world for row in rows)
+    return (
+        f"1 to {count} x {rates['one']['device_name']}, {host['cpus']} CPUs, {host['date']}; {versions}. Qwen3 shapes with "
+        "random weights and random tokens; GiB of one GPU, host GiB of all processes; without a step time: another "
+        "program used the GPU, or the cell ended early. Written by `python benchmarks/planner/report.py`."
+    )
+
+
 def page(results: Path) -> str:
     rows = load_rows(results)
     rates = json.loads((results / "rates.json").read_text(encoding="utf-8"))
     wrong = fit_verdicts(rows)
     counts = {status: sum(row.status == status for row in rows) for status in ("ok", "oom", "failed", "timeout")}
-    host = rates["host"]
-    versions = ", ".join(f"{name} {version}" for name, version in host["versions"].items())
     return "\n\n".join(
         [
             "# The planner against measurements",
-            f"{host['gpus']} x {rates['one']['device_name']}, {host['cpus']} CPUs, {host['date']}; {versions}. "
-            "Qwen3 shapes with random weights and random tokens; GiB of one GPU, host GiB of all processes. "
-            "Written by `python benchmarks/planner/report.py`.",
+            about(rows, rates),
             f"{len(rows)} cells: " + ", ".join(f"{count} {status}" for status, count in counts.items() if count) + ".",
             summary(rows),
             "## Fits or not",

@@ -22,10 +22,11 @@ GIB = 2**30
 # Safety: share of the card that a plan leaves free for what formulas miss and for fragmentation.
 MARGIN = 0.05
 HOST_MARGIN = 0.05
+TIE = 0.02  # half of the speed model's mean error (benchmarks/planner/results)
 # Listing order decides between equals: what is simpler, or known better, stands first.
 PRESETS: dict[str, tuple[str, ...]] = {
     "full": (
-        "zero2", "zero1", "zero3", "none", "ddp",
+        "none", "zero2", "zero1", "zero3", "ddp",
         "zero2_offload", "zero3_offload_optimizer", "zero3_offload", "zero3_nvme",
     ),
     "lora": ("lora", "lora_zero2", "zero3+lora", "zero3_offload+lora"),
@@ -107,8 +108,28 @@ class Plan:
 def make_plan(job: Job, *, presets: Sequence[str] | None = None) -> Plan:
     """Try every preset, micro-batch, recompute choice and place for the evaluation that keeps the global batch."""
     found = sorted(every_candidate(job, presets), key=lambda candidate: rank(job, candidate))
-    chosen = next((candidate for candidate in found if candidate.fits), None)
-    return Plan(job=job, candidates=tuple(found), chosen=chosen)
+    return Plan(job=job, candidates=tuple(found), chosen=choose(job, found))
+
+
+def choose(job: Job, ranked: Sequence[Candidate]) -> Candidate | None:
+    """The first that fits; of those as fast within `TIE`, where the model cannot tell, the simplest preset."""
+    first = next((candidate for candidate in ranked if candidate.fits), None)
+    if first is None:
+        return None
+    close = [
+        candidate
+        for candidate in ranked
+        if candidate.fits
+        and rank(job, candidate)[1] == rank(job, first)[1]
+        and candidate.step.tokens_per_second >= (1 - TIE) * first.step.tokens_per_second
+    ]
+    return min(close, key=lambda candidate: (simplicity(candidate.setup.preset), rank(job, candidate)))
+
+
+def simplicity(preset: Preset) -> int:
+    """The place of a preset in `PRESETS`; any other stands last."""
+    names = [name for listed in PRESETS.values() for name in listed]
+    return names.index(preset.name) if preset.name in names else len(names)
 
 
 def rank(job: Job, candidate: Candidate) -> tuple[bool, int, float, float]:

@@ -21,25 +21,27 @@ __all__ = ["OVERHEADS", "Overheads", "StepTime", "step_time"]
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Overheads:
-    """What formulas cannot know; fitted to the cells of benchmarks/planner that are not held out (docs/planner.md).
+    """What formulas cannot know; fitted to the cells of benchmarks/planner that are not held out.
 
     `narrow`: inputs + outputs at which a product reaches half of the best rate.  `traffic` multiplies the bytes counted
-    for operations between products.  Seconds of Python: of a decoder layer forward and backward, of an adapter, of
-    ZeRO-3's hooks around one module, of ZeRO-1/2's hook of one gradient.  `hidden`: share of communication behind the
-    backward pass.
+    for operations between products.  Launches (each of `Rates.launch_s`) that Python makes: for a decoder layer, for an
+    adapter, for ZeRO-3's hooks around a layer, for one gradient under DeepSpeed.  `hidden`: share of communication
+    behind the backward pass.  Bytes an optimizer moves per parameter: PyTorch's fused AdamW on its own, and under
+    DeepSpeed with the norm, the copies and the flat buffers.
     """
 
-    narrow: float = 2500.0
-    traffic: float = 1.33
-    layer_forward_s: float = 0.9e-3
-    layer_backward_s: float = 0.9e-3
-    adapter_s: float = 60e-6
-    four_bit_s: float = 40e-6
-    zero3_module_s: float = 0.5e-3
-    gradient_hook_s: float = 0.1e-3
-    hidden: float = 0.9
-    step_s: float = 30e-3
-    optimizer_bytes: float = 36.0
+    narrow: float = 3000.0
+    traffic: float = 1.25
+    forward_launches: float = 108.0
+    backward_launches: float = 231.0
+    adapter_launches: float = 28.0
+    zero3_forward_launches: float = 428.0
+    zero3_backward_launches: float = 686.0
+    gradient_launches: float = 3.7
+    hidden: float = 0.31
+    step_s: float = 0.03
+    optimizer_bytes: float = 45.0
+    deepspeed_bytes: float = 83.0
 
 
 OVERHEADS = Overheads()
@@ -63,43 +65,50 @@ class StepTime:
 
 def step_time(setup: Setup, rates: Rates, overheads: Overheads = OVERHEADS) -> StepTime:
     """Seconds of one optimizer step of all processes together."""
-    forward, backward = layers_seconds(setup, rates, overheads)
+    gpu_forward, gpu_backward = gpu_seconds(setup, rates, overheads)
+    python_forward, python_backward = python_seconds(setup, rates, overheads)
     head_forward, head_backward = loss_seconds(setup, rates)
+    if setup.recompute:
+        gpu_backward += gpu_forward
+        python_backward += python_forward
     count = setup.accumulation
+    backward = max(gpu_backward + head_backward, python_backward)
     parts = {
-        "forward": count * (forward + head_forward),
-        "recompute": count * forward if setup.recompute else 0.0,
-        "backward": count * (backward + head_backward),
+        "forward": count * max(gpu_forward + head_forward, python_forward),
+        "backward": count * backward,
+        "communication": communication_seconds(setup, rates, overheads, count * backward),
+        "optimizer": optimizer_seconds(setup, rates, overheads) + overheads.step_s,
     }
-    parts["communication"] = communication_seconds(setup, rates, overheads, parts["backward"])
-    parts["optimizer"] = optimizer_seconds(setup, rates, overheads) + overheads.step_s
-    parts["hooks"] = hook_seconds(setup, overheads)
     return StepTime(parts={name: value for name, value in parts.items() if value}, tokens=setup.step_tokens)
 
 
-def layers_seconds(setup: Setup, rates: Rates, overheads: Overheads) -> tuple[float, float]:
-    """Forward and backward of all decoder layers; each the larger of the GPU's and Python's time."""
+def gpu_seconds(setup: Setup, rates: Rates, overheads: Overheads) -> tuple[float, float]:
+    """Forward and backward of all decoder layers on the GPU: products, attention, and the memory traffic between."""
     shape, tokens = setup.shape, setup.tokens
     inner = [linear for linear in shape.linears if linear.kind != "lm_head"]
     products = sum(product_seconds(linear, tokens, rates, overheads) for linear in inner)
     products += 2 * tokens * active_expert_weights(shape) / rates.product_flops
     attention = 2 * setup.micro * shape.heads * shape.head_dim * setup.length**2 * shape.layers
-    between = overheads.traffic * between_bytes(shape) * tokens * shape.layers / rates.memory_bytes_per_s
-    extra, modules = adapter_traffic(setup), len_modules(shape)
+    moved = (between_bytes(shape) * shape.layers + adapter_traffic(setup)) * tokens
+    between = overheads.traffic * moved / rates.memory_bytes_per_s
     dequantise = 2.6 * shape.linear_parameters / rates.memory_bytes_per_s if setup.method == "qlora" else 0.0
-    adapters = extra * tokens / rates.memory_bytes_per_s
-    gpu_forward = products + attention / rates.attention_forward_flops + between + adapters + dequantise
-    weight_gradients = 2 if setup.method == "full" else 1
-    gpu_backward = weight_gradients * products + 2.5 * attention / rates.attention_backward_flops
-    gpu_backward += 2 * (between + adapters) + dequantise
-    python = shape.layers * overheads.layer_forward_s
-    python_back = shape.layers * overheads.layer_backward_s
+    forward = products + attention / rates.attention_forward_flops + between + dequantise
+    backward = (2 if setup.method == "full" else 1) * products
+    backward += 2.5 * attention / rates.attention_backward_flops + 2 * between + dequantise
+    return forward, backward
+
+
+def python_seconds(setup: Setup, rates: Rates, overheads: Overheads) -> tuple[float, float]:
+    """What Python needs to start the kernels of a forward and a backward pass, hooks included."""
+    layers, modules = setup.shape.layers, len_modules(setup.shape)
+    forward, backward = layers * overheads.forward_launches, layers * overheads.backward_launches
     if setup.method != "full":
-        python += modules * overheads.adapter_s
-        python_back += modules * overheads.adapter_s
-    if setup.method == "qlora":
-        python += modules * overheads.four_bit_s
-    return max(gpu_forward, python), max(gpu_backward, python_back)
+        forward += modules * overheads.adapter_launches
+        backward += 2 * modules * overheads.adapter_launches
+    if setup.preset.zero_stage == 3:
+        forward += layers * overheads.zero3_forward_launches
+        backward += layers * overheads.zero3_backward_launches
+    return forward * rates.launch_s, backward * rates.launch_s
 
 
 def product_seconds(linear: Linear, tokens: int, rates: Rates, overheads: Overheads) -> float:
@@ -190,21 +199,17 @@ def optimizer_seconds(setup: Setup, rates: Rates, overheads: Overheads) -> float
     micro-batch fetches what is there, adds on the GPU and sends it back, 6P (stage_1_and_2.py,
     async_accumulate_grad_in_cpu_via_gpu).
     """
-    share = setup.trainable / (setup.world if setup.preset.zero_stage else 1)
+    stage = setup.preset.zero_stage
+    share = setup.trainable / (setup.world if stage else 1)
+    tensors = (
+        len_modules(setup.shape) + 4 * setup.shape.layers if setup.method == "full" else 2 * len_modules(setup.shape)
+    )
+    norms = tensors * overheads.gradient_launches * rates.launch_s if stage else 0.0
     if setup.preset.offload_optimizer == "none":
-        return overheads.optimizer_bytes * share / rates.memory_bytes_per_s
+        moved_bytes = overheads.deepspeed_bytes if stage else overheads.optimizer_bytes
+        return moved_bytes * share / rates.memory_bytes_per_s + norms
     gradients = 2 if setup.accumulation == 1 else 6 * setup.accumulation
     moved = (2 + gradients) * share / rates.host_bytes_per_s
     if setup.preset.offload_param != "none":
         moved += 2 * 3 * setup.accumulation * setup.shape.parameters / setup.world / rates.host_bytes_per_s
-    return share / rates.adam_parameters_per_s + moved
-
-
-def hook_seconds(setup: Setup, overheads: Overheads) -> float:
-    """Python of DeepSpeed's hooks: ZeRO-3 fetches and releases around every module, ZeRO-1/2 reduces every gradient."""
-    stage = setup.preset.zero_stage
-    modules = len_modules(setup.shape) + 4 * setup.shape.layers
-    if stage == 3:
-        return setup.accumulation * (3 if setup.recompute else 2) * modules * overheads.zero3_module_s
-    tensors = modules if setup.method == "full" else 2 * len_modules(setup.shape)
-    return setup.accumulation * tensors * overheads.gradient_hook_s if stage in (1, 2) else 0.0
+    return share / rates.adam_parameters_per_s + moved + norms
