@@ -66,7 +66,7 @@ def parse() -> argparse.Namespace:
     parser.add_argument("--ds_preset", default="lora_zero2", help="preset to train with (default: lora_zero2)")
     parser.add_argument("--model", default=None, help="folder or hub id (default: SmolLM2-135M-Instruct from PyPI)")
     parser.add_argument("--num_processes", type=int, default=None, help="default: all GPUs, or 2 on CPUs")
-    parser.add_argument("--max_steps", type=int, default=28, help="optimizer steps of 8 samples")
+    parser.add_argument("--max_steps", type=int, default=30, help="optimizer steps of 8 samples")
     parser.add_argument("--gen_eval_limit", type=int, default=32, help="held-out sentences asked at each evaluation")
     parser.add_argument("--difficulty", type=int, default=1, choices=(1, 2, 3), help="of the sentences")
     parser.add_argument("--output_dir", default=None, help="default: runs/demo-PRESET, made anew")
