@@ -23,7 +23,7 @@ from hf_dsvllm.planner.explain import sentences, suggestions
 from hf_dsvllm.planner.search import Job, Plan, make_plan
 from hf_dsvllm.traps import Fix
 
-__all__ = ["AutoChoice", "choose", "is_auto"]
+__all__ = ["AutoChoice", "choose", "is_auto", "planned_length"]
 
 METHODS = ("full", "lora", "qlora", "any")
 DEFAULT_LENGTH = 1024  # TRL's SFTConfig.max_length
@@ -85,14 +85,14 @@ def job_of(args: Any, launch: Launch, device: str, model: str, method: str, argv
     machine = detect()
     world, local = launch.world_size, launch.local_world_size
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * world
-    length = getattr(args, "max_length", None) or flag(argv, "--block_size") or DEFAULT_LENGTH
+    length = planned_length(args, argv)
     ram = machine.ram_bytes * (world // local) if machine.ram_bytes else None
-    evaluation = (EVALUATION_SEQUENCES, int(length) + args.gen_eval_max_new_tokens) if args.gen_eval_file else None
+    evaluation = (EVALUATION_SEQUENCES, length + args.gen_eval_max_new_tokens) if args.gen_eval_file else None
     return Job(
         shape=load_shape(model),
         machine=machine if device == "cuda" else Machine(gpus=(), cpu_count=machine.cpu_count, ram_bytes=ram),
         rates=machine_rates(machine if device == "cuda" else None),
-        length=int(length),
+        length=length,
         global_batch=batch,
         method=method,  # type: ignore[arg-type]
         loss="trl" if hasattr(args, "max_length") else "plain",
@@ -103,6 +103,11 @@ def job_of(args: Any, launch: Launch, device: str, model: str, method: str, argv
         processes=world,
         local_processes=local,
     )
+
+
+def planned_length(args: Any, argv: Sequence[str]) -> int:
+    """Tokens of a sequence: TRL's max_length, or the recipe's --block_size, or TRL's default."""
+    return int(getattr(args, "max_length", None) or flag(argv, "--block_size") or DEFAULT_LENGTH)
 
 
 def applied(args: Any, plan: Plan) -> list[Fix]:

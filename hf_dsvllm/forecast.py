@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
+import sys
 from collections.abc import Mapping
 from typing import Any
 
+from hf_dsvllm.auto import planned_length
 from hf_dsvllm.errors import DsvllmError
 from hf_dsvllm.hardware import Machine, detect
 from hf_dsvllm.launch import read_launch
@@ -19,8 +21,6 @@ from hf_dsvllm.presets import Preset
 
 __all__ = ["Forecast", "comparison", "forecast", "out_of_memory_advice"]
 
-DEFAULT_LENGTH = 1024
-MIB = 2**20
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -76,7 +76,7 @@ def forecast(args: Any, model_args: Any, preset: Preset | None, device: str) -> 
         world=read_launch().world_size,
         micro=args.per_device_train_batch_size,
         accumulation=args.gradient_accumulation_steps,
-        length=getattr(args, "max_length", None) or getattr(args, "block_size", None) or DEFAULT_LENGTH,
+        length=planned_length(args, sys.argv[1:]),
         recompute=args.gradient_checkpointing,
         loss="trl" if hasattr(args, "max_length") else "plain",
         lora_r=model_args.lora_r,
