@@ -12,15 +12,18 @@ from hf_dsvllm.errors import DsvllmError
 from hf_dsvllm.hardware import Machine, detect
 from hf_dsvllm.launch import read_launch
 from hf_dsvllm.model_shape import load_shape
-from hf_dsvllm.planner.cards import Rates, machine_rates
+from hf_dsvllm.planner.cards import Rates, learn, machine_rates
 from hf_dsvllm.planner.footprint import Footprint, Setup, gpu_footprint
 from hf_dsvllm.planner.host import HostFootprint, host_footprint
 from hf_dsvllm.planner.search import Job, gib, make_plan
 from hf_dsvllm.planner.speed import StepTime, step_time
 from hf_dsvllm.presets import Preset
 
-__all__ = ["Forecast", "comparison", "forecast", "out_of_memory_advice"]
+__all__ = ["Forecast", "comparison", "forecast", "learn_from", "out_of_memory_advice"]
 
+
+STEPS_TO_LEARN_FROM = 5
+FULL = 0.9  # of the planned tokens: with shorter sequences a step says nothing about the formulas
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -107,6 +110,16 @@ def comparison(found: Forecast, measured: Mapping[str, Any]) -> list[str]:
         f"{name}: predicted {said:.2f} {unit}, measured {actual:.2f} {unit} ({100 * (said / actual - 1):+.0f} %)"
         for name, said, actual, unit in pairs
     ]
+
+
+def learn_from(found: Forecast, measured: Mapping[str, Any]) -> bool:
+    """Keep a GPU run's step time for later plans on this machine; False for one too short, or with short sequences."""
+    setup, seconds, steps = found.setup, measured.get("median_step_seconds"), measured.get("steps") or 0
+    full = (measured.get("tokens") or 0) >= FULL * steps * setup.step_tokens
+    if not seconds or steps < STEPS_TO_LEARN_FROM or not full or setup.device != "cuda":
+        return False
+    learn(found.machine.gpus[0].name, seconds / (found.step.seconds / found.rates.correction))
+    return True
 
 
 def out_of_memory_advice(found: Forecast | None, error: str) -> str:

@@ -32,7 +32,7 @@ from hf_dsvllm.errors import ConfigError, DsvllmError, ExportError, GpuMemoryErr
 from hf_dsvllm.evaluation import EVALS, Evaluator, Sampling
 from hf_dsvllm.files import write_json
 from hf_dsvllm.fingerprint import fingerprint_of
-from hf_dsvllm.forecast import comparison, forecast, out_of_memory_advice
+from hf_dsvllm.forecast import comparison, forecast, learn_from, out_of_memory_advice
 from hf_dsvllm.launch import read_launch
 from hf_dsvllm.measure import RunMeasure
 from hf_dsvllm.model_shape import load_shape
@@ -265,6 +265,8 @@ class Session:
         write_json(self.run_dir / "plan.json", {"predicted": self.forecast.as_record(), "measured": measured})
         for line in comparison(self.forecast, measured):
             say(line)
+        if learn_from(self.forecast, measured):
+            say("its step time is kept for later plans on this machine")
 
     def _export(self, snapshot: Snapshot) -> None:
         if self.args.export_to == "none":

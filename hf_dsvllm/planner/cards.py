@@ -11,16 +11,29 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import statistics
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from hf_dsvllm.errors import HardwareError
+from hf_dsvllm.files import write_text
 from hf_dsvllm.hardware import CARDS_MIB, MIB, Machine, find_card, squeeze
 
-__all__ = ["CARDS", "CPU_RATES", "Card", "Rates", "calibration_file", "machine_rates", "rates_of", "stored_rates"]
+__all__ = [
+    "CARDS",
+    "CPU_RATES",
+    "Card",
+    "Rates",
+    "calibration_file",
+    "learn",
+    "machine_rates",
+    "rates_of",
+    "stored_rates",
+]
 
 TERA, GIGA = 1e12, 1e9
+RUNS_NEEDED, RUNS_KEPT = 3, 50
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,6 +101,7 @@ class Rates:
     adam_parameters_per_s: float
     launch_s: float
     source: str
+    correction: float = 1.0  # measured over predicted seconds of a step, from runs of this machine
 
 
 # Measured on the host of an H200: one small operation from Python, DeepSpeedCPUAdam with 16 threads.
@@ -162,13 +176,44 @@ def from_record(record: Mapping[str, Any]) -> Rates:
     )
 
 
+def runs_file() -> Path:
+    """Where this machine's runs are kept, beside its calibration: one JSON line each."""
+    return calibration_file().with_name("runs.jsonl")
+
+
+def learn(card: str, ratio: float, file: Path | None = None) -> None:
+    """Keep how much longer a run's steps took than predicted without any correction; the last `RUNS_KEPT` runs stay."""
+    path = file or runs_file()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
+    lines.append(json.dumps({"card": card, "ratio": round(ratio, 4)}))
+    write_text(path, "\n".join(lines[-RUNS_KEPT:]) + "\n")
+
+
+def corrected(rates: Rates, card: str, file: Path | None = None) -> Rates:
+    """`rates` with the median ratio of this machine's runs on that card, once there are `RUNS_NEEDED`."""
+    try:
+        lines = (file or runs_file()).read_text(encoding="utf-8").splitlines()
+        ratios = [run["ratio"] for run in map(json.loads, lines) if run["card"] == card]
+    except (OSError, ValueError, KeyError):
+        return rates
+    if len(ratios) < RUNS_NEEDED:
+        return rates
+    ratio = statistics.median(ratios)
+    source = f"{rates.source}, corrected x{ratio:.2f} by {len(ratios)} runs of this machine"
+    return dataclasses.replace(rates, correction=ratio, source=source)
+
+
 def machine_rates(machine: Machine | None) -> Rates:
     """The measured rates where `doctor --calibrate` was run here, else the catalogue's; None is a run on CPUs."""
     device = "cuda" if machine is not None and machine.gpus else "cpu"
     record = stored_rates()
+    on_gpu = machine is not None and bool(machine.gpus)
     if record is not None and record.get("device") == device:
-        return from_record(record)
-    return rates_of(catalogue_name(machine)) if machine is not None and machine.gpus else CPU_RATES
+        rates = from_record(record)
+    else:
+        rates = rates_of(catalogue_name(machine)) if on_gpu and machine is not None else CPU_RATES
+    return corrected(rates, machine.gpus[0].name) if on_gpu and machine is not None else rates
 
 
 def catalogue_name(machine: Machine) -> str:

@@ -79,7 +79,8 @@ def step_time(setup: Setup, rates: Rates, overheads: Overheads = OVERHEADS) -> S
         "communication": communication_seconds(setup, rates, overheads, count * backward),
         "optimizer": optimizer_seconds(setup, rates, overheads) + overheads.step_s,
     }
-    return StepTime(parts={name: value for name, value in parts.items() if value}, tokens=setup.step_tokens)
+    corrected = {name: value * rates.correction for name, value in parts.items() if value}
+    return StepTime(parts=corrected, tokens=setup.step_tokens)
 
 
 def gpu_seconds(setup: Setup, rates: Rates, overheads: Overheads) -> tuple[float, float]:

@@ -209,3 +209,23 @@ def test_a_detected_card_is_found_in_the_catalogue(name: str, gib: float, card: 
 
     machine = Machine(gpus=(Gpu(name=name, memory_bytes=int(gib * 2**30), index=0),), cpu_count=1, ram_bytes=1)
     assert cards.catalogue_name(machine) == card
+
+
+def test_runs_of_this_machine_correct_its_plans_and_it_is_said(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path))
+    found = predicted()
+    measured = {
+        "steps": 10,
+        "median_step_seconds": 1.5 * found.step.seconds,
+        "tokens": 10 * found.setup.step_tokens,
+    }
+    assert not forecast.learn_from(found, {**measured, "tokens": 10})
+    assert not forecast.learn_from(found, {**measured, "steps": 2})
+    before = cards.machine_rates(found.machine)
+    for _ in range(3):
+        assert forecast.learn_from(found, measured)
+    after = cards.machine_rates(found.machine)
+    assert (before.correction, after.correction) == (1.0, pytest.approx(1.5, rel=1e-3))
+    assert "by 3 runs of this machine" in after.source
+    slower = step_time(found.setup, after).seconds
+    assert slower == pytest.approx(1.5 * found.step.seconds, rel=1e-3)
