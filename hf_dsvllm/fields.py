@@ -13,8 +13,8 @@ class PresetFields:
 
     ds_preset: str | None = dataclasses.field(
         default=None,
-        metadata={"help": "Preset of DeepSpeed, LoRA or QLoRA settings, e.g. zero3_offload, qlora or zero3+lora. "
-                  "`hf-dsvllm presets` lists them."},
+        metadata={"help": "Preset of DeepSpeed, LoRA or QLoRA settings, e.g. zero3_offload, qlora or zero3+lora, or "
+                  "auto for the planner's choice. `hf-dsvllm presets` lists them."},
     )  # fmt: skip
     nvme_path: str | None = dataclasses.field(
         default=None,

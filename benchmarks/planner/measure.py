@@ -11,12 +11,9 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import importlib.metadata
 import json
 import os
-import platform
 import selectors
-import shutil
 import signal
 import socket
 import subprocess
@@ -26,11 +23,10 @@ from pathlib import Path
 from typing import Any
 
 from matrix import Cell, cells, dry_cells
+from rows import copy_results, host_record, read, shared, tail, verdict
 
 HERE = Path(__file__).resolve().parent
-ALONE_BYTES = int(2.2 * 2**30)  # what CUDA, cuBLAS and NCCL of one process take beside the allocator
 GRACE_S = 4.0  # from the first rank that runs out of memory to the end of those that wait for it
-PACKAGES = ("torch", "transformers", "accelerate", "trl", "peft", "deepspeed", "bitsandbytes")
 
 
 @dataclasses.dataclass(slots=True)
@@ -185,7 +181,7 @@ class Measurement:
     def calibrate(self) -> None:
         """Rates of one GPU, of 2 and of 4; once per folder."""
         count = len(self.lanes)
-        self.rates.setdefault("host", host_record(self.options))
+        self.rates.setdefault("host", host_record(self.options.gpus, self.options.threads))
         if "one" not in self.rates:
             jobs = [self.start("one", "calibrate", self.lanes[:1], 120.0)]
             if count >= 4 and "collectives_2" not in self.rates:
@@ -310,7 +306,7 @@ class Measurement:
             self.rates[job.name] = ranks[0] if ranks else {"failed": tail(self.work / f"{job.name}.0.log")}
         elif job.cell is not None:
             row = {"cell": dataclasses.asdict(job.cell), "tokens": job.cell.tokens, "seconds": took, "ranks": ranks}
-            row |= verdict(job, ranks, self.work)
+            row |= verdict(ranks, len(job.lanes), job.killed, self.work / f"{job.name}.0.log")
             self.results[job.name] = row
             alone = row.get("allocated_gib")
             print(f"{self.elapsed():6.1f} s: {row['status']:8} {job.name}  {took} s  {alone} GiB", flush=True)
@@ -326,28 +322,6 @@ class Measurement:
             copy_results(self.out, self.options.copy_to)
 
 
-def verdict(job: Job, ranks: list[dict[str, Any]], work: Path) -> dict[str, Any]:
-    """`status` of a cell from its ranks: out of memory on one is out of memory."""
-    statuses = [rank.get("status") for rank in ranks]
-    peaks = [
-        phase["allocated_peak"] for rank in ranks for phase in rank["phases"].values() if "allocated_peak" in phase
-    ]
-    peak = {"allocated_gib": round(max(peaks) / 2**30, 2)} if peaks else {}
-    if "oom" in statuses:
-        worst = ranks[statuses.index("oom")]
-        return {"status": "oom", "phase": worst["phase"], "message": worst["message"][:300]} | peak
-    if len(ranks) == len(job.lanes) and set(statuses) == {"ok"}:
-        return {"status": "ok"} | peak
-    failed = next((rank for rank in ranks if rank.get("status") == "failed"), None)
-    message = failed["message"] if failed else job.killed or tail(work / f"{job.name}.0.log")
-    return {"status": "failed" if failed or not job.killed else "timeout", "message": message[:1500]} | peak
-
-
-def shared(ranks: list[dict[str, Any]]) -> bool:
-    """Whether another program had memory on one of the GPUs: its times are no measurement."""
-    return any(rank.get("outside_allocator", 0) > ALONE_BYTES for rank in ranks)
-
-
 def choose(free: list[Lane], count: int) -> list[Lane]:
     """`count` free lanes, pairs from the same half where there is one."""
     if count == 2:
@@ -356,31 +330,6 @@ def choose(free: list[Lane], count: int) -> list[Lane]:
                 if second.index == first.index + 1 and first.index % 2 == 0:
                     return [first, second]
     return free[:count]
-
-
-def host_record(options: argparse.Namespace) -> dict[str, Any]:
-    versions = {}
-    for name in PACKAGES:
-        try:
-            versions[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            continue
-    return {
-        "date": time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime()),
-        "python": platform.python_version(),
-        "versions": versions,
-        "cpus": os.cpu_count(),
-        "threads_per_process": options.threads,
-        "gpus": options.gpus,
-    }
-
-
-def read(path: Path) -> dict[str, Any]:
-    return json.loads(path.read_text(encoding="utf-8")) if path.exists() else {}
-
-
-def tail(path: Path) -> str:
-    return path.read_text(encoding="utf-8", errors="replace")[-600:] if path.exists() else ""
 
 
 def free_port() -> int:
@@ -410,16 +359,6 @@ def main() -> None:
         measurement.save()
         for lane in measurement.lanes:
             lane.process.kill()
-
-
-def copy_results(out: Path, target: Path) -> None:
-    target.mkdir(parents=True, exist_ok=True)
-    for name in ("cells.json", "rates.json"):
-        if (out / name).exists():
-            shutil.copy(out / name, target / name)
-    logs = sorted((out / "work").glob("*.log"))
-    text = "".join(f"==== {log.name}\n{tail(log)}\n" for log in logs)
-    (target / "logs.txt").write_text(text, encoding="utf-8")
 
 
 if __name__ == "__main__":

@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import Any
 
 from matrix import HEAD_DIM, SHAPES, VOCAB, Cell, held_out
-from measure import shared
+from rows import shared
 
 from hf_dsvllm.hardware import CARDS_MIB
 from hf_dsvllm.model_shape import ModelShape, shape_from_config
@@ -278,7 +278,8 @@ def table(rows: Sequence[Row]) -> str:
             f"| {row.cell.name} | {'yes' if row.held_out else ''} | {result} | {size(row.allocated)} | "
             f"{size(row.footprint.peak)} | {off(row.footprint.peak, row.allocated)} | {size(row.reserved)} | "
             f"{size(reserved_bytes(row.setup, row.footprint))} | {size(row.host)} | {size(host)} | "
-            f"{f'{row.seconds:.3f}' if row.seconds else '–'} | {row.step.seconds:.3f} | {off(row.step.seconds, row.seconds)} | "
+            f"{f'{row.seconds:.3f}' if row.seconds else '–'} | {row.step.seconds:.3f} | "
+            f"{off(row.step.seconds, row.seconds)} | "
             f"{size(found)} | {size(accelerate_estimate(row.setup))} |"
         )
     return "\n".join(lines)
@@ -298,8 +299,8 @@ def about(rows: Sequence[Row], rates: dict[str, Any]) -> str:
     versions = ", ".join(f"{name} {version}" for name, version in host["versions"].items())
     count = max(row.cell.world for row in rows)
     return (
-        f"1 to {count} x {rates['one']['device_name']}, {host['cpus']} CPUs, {host['date']}; {versions}. Qwen3 shapes with "
-        "random weights and random tokens; GiB of one GPU, host GiB of all processes; without a step time: another "
+        f"1 to {count} x {rates['one']['device_name']}, {host['cpus']} CPUs, {host['date']}; {versions}. Qwen3 shapes "
+        "with random weights and random tokens; GiB of one GPU, host GiB of all processes; no step time: another "
         "program used the GPU, or the cell ended early. Written by `python benchmarks/planner/report.py`."
     )
 

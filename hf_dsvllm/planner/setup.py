@@ -1,0 +1,79 @@
+"""One run as the formulas see it."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Literal
+
+from hf_dsvllm.model_shape import ModelShape
+from hf_dsvllm.planner.activations import Method, Numerics, Traced, layer_bytes
+from hf_dsvllm.presets import Preset
+
+__all__ = ["Loss", "Setup"]
+
+Loss = Literal["trl", "plain"]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Setup:
+    """One run: a model under a preset.  `micro` sequences of `length` tokens a process, `accumulation` times a step."""
+
+    shape: ModelShape
+    preset: Preset
+    world: int
+    micro: int
+    accumulation: int = 1
+    length: int
+    recompute: bool
+    loss: Loss = "trl"
+    lora_r: int = 16
+    lora_dropout: bool = True  # TRL's ModelConfig: 0.05
+    device: Literal["cuda", "cpu"] = "cuda"
+    traced: Traced | None = None
+
+    @property
+    def layer_bytes(self) -> int:
+        """Bytes one layer saves for a token: counted where the model was traced, else computed."""
+        return self.traced.of(self.numerics) if self.traced else layer_bytes(self.shape, self.numerics)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of one process in one forward pass."""
+        length = -(-self.length // self.world) if self.preset.sequence_parallel else self.length
+        return self.micro * length
+
+    @property
+    def step_tokens(self) -> int:
+        """Tokens of all processes in one optimizer step."""
+        replicas = 1 if self.preset.sequence_parallel else self.world
+        return replicas * self.micro * self.accumulation * self.length
+
+    @property
+    def method(self) -> Method:
+        return self.preset.adapter or "full"
+
+    @property
+    def trainable(self) -> int:
+        return self.shape.parameters if self.method == "full" else self.shape.lora_parameters(self.lora_r)
+
+    @property
+    def numerics(self) -> Numerics:
+        """How `hf_dsvllm.adapters` and the Trainer set this preset up."""
+        adapted = self.method != "full"
+        if self.device == "cpu":
+            return Numerics(
+                method=self.method,
+                weight_bytes=4,
+                lora_r=self.lora_r if adapted else 0,
+                dropout=adapted and self.lora_dropout,
+                adapter_bytes=4,
+            )
+        plain = not self.preset.uses_deepspeed
+        return Numerics(
+            method=self.method,
+            weight_bytes=4 if plain and not adapted else 2,
+            autocast=plain,
+            lora_r=self.lora_r if adapted else 0,
+            dropout=adapted and self.lora_dropout,
+            adapter_bytes=4 if plain and self.method == "lora" else 2,
+        )
