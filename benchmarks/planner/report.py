@@ -235,27 +235,42 @@ def fit_verdicts(rows: Sequence[Row]) -> list[str]:
     return wrong
 
 
+def picks(rows: Sequence[Row]) -> dict[str, tuple[Row, Row]]:
+    """For each case with two measured ways or more: the planner's pick among its cells, and the fastest measured."""
+    found = {}
+    for case in sorted({row.cell.case for row in rows if row.cell.case}):
+        ours = [row for row in rows if row.cell.case == case]
+        ran = [row for row in ours if row.seconds]
+        # a cell without a time of its own cannot be compared, whether picked or not
+        fitting = [row for row in ours if row.predicted_fit and (row.seconds or row.status == "oom")]
+        if len(ran) >= 2 and fitting:
+            picked = max(fitting, key=lambda row: row.step.tokens_per_second)
+            found[case] = (picked, max(ran, key=speed))
+    return found
+
+
+def speed(row: Row) -> float:
+    """Measured tokens a second; 0 where the cell did not run."""
+    return row.cell.tokens / row.seconds if row.seconds else 0.0
+
+
+def shares(rows: Sequence[Row]) -> dict[str, float]:
+    """Speed of the pick over that of the best, by case."""
+    return {case: speed(picked) / speed(best) for case, (picked, best) in picks(rows).items()}
+
+
 def choices(rows: Sequence[Row]) -> str:
     """For each case: the planner's choice among what was measured, against the fastest that was."""
     lines = [
         "| case | model, cards, length | choice | tokens/s | best measured | share |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
-    for case in sorted({row.cell.case for row in rows if row.cell.case}):
-        ours = [row for row in rows if row.cell.case == case]
-        ran = [row for row in ours if row.seconds]
-        fitting = [row for row in ours if row.predicted_fit]
-        if len(ran) < 2 or not fitting:
-            continue
-        picked = max(fitting, key=lambda row: row.step.tokens_per_second)
-        best = max(ran, key=lambda row: row.cell.tokens / (row.seconds or 1))
+    for case, (picked, best) in picks(rows).items():
         cell = picked.cell
         what = f"{cell.shape}, {cell.world} GPU, {cell.length}"
-        speed = cell.tokens / picked.seconds if picked.seconds else 0.0
-        top = best.cell.tokens / (best.seconds or 1)
         lines.append(
-            f"| {case} | {what} | {label(cell)} | {speed:,.0f} | {label(best.cell)} {top:,.0f} | "
-            f"{100 * speed / top:.0f} % |"
+            f"| {case} | {what} | {label(cell)} | {speed(picked):,.0f} | {label(best.cell)} {speed(best):,.0f} | "
+            f"{100 * speed(picked) / speed(best):.0f} % |"
         )
     return "\n".join(lines)
 

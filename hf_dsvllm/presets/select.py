@@ -61,6 +61,11 @@ def get_preset(name: str) -> Preset:
     an optimizer the installed DeepSpeed no longer has.
     """
     parts = [part.strip() for part in name.lower().replace("-", "_").split("+")]
+    if parts[0].split(":")[0].strip() == "auto":
+        raise PresetError(
+            "preset 'auto' is chosen when a script of this package makes its arguments. Here, name the preset that "
+            "`hf-dsvllm plan MODEL` chooses."
+        )
     for part in parts:
         if part not in _FACTORIES:
             raise PresetError(_unknown(part))
