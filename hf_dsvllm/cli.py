@@ -1,4 +1,4 @@
-"""The `hf-dsvllm` command: presets, run, export, serve, doctor.  It parses and prints; the work is elsewhere.
+"""The `hf-dsvllm` command: presets, run, export, serve, report, doctor.  It parses and prints; the work is elsewhere.
 
 Results go to stdout and can be redirected to a file, everything said about them to stderr.  No framework is imported
 before a command needs it.
@@ -15,7 +15,7 @@ import typer
 from rich.console import Console
 from rich.table import Table
 
-from hf_dsvllm import __version__, cli_models
+from hf_dsvllm import __version__, cli_models, cli_report
 from hf_dsvllm.console import friendly_errors, say
 from hf_dsvllm.presets import Preset, available_presets, get_preset
 
@@ -288,6 +288,7 @@ def plan(
 app.command()(cli_models.export)
 app.command(cls=cli_models.WithArgumentsForVllm)(cli_models.serve)
 app.command()(cli_models.chat)
+app.command()(cli_report.report)
 
 
 @app.command()

@@ -21,6 +21,7 @@ __all__ = [
     "ModelShapeError",
     "PresetError",
     "Problem",
+    "ReportError",
     "WiringError",
 ]
 
@@ -82,6 +83,10 @@ class EngineError(DsvllmError, RuntimeError):
 
 class ExportError(DsvllmError, RuntimeError):
     """An export that could not be made or was not proven equal; nothing is left that looks finished."""
+
+
+class ReportError(DsvllmError, ValueError):
+    """A folder that is no run's, or a report that cannot be written."""
 
 
 class GpuMemoryError(DsvllmError, MemoryError):

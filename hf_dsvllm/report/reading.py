@@ -1,0 +1,320 @@
+"""A run folder, finished or in progress → `RunReport`.  What is missing is said in the section that would show it."""
+
+from __future__ import annotations
+
+import difflib
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from hf_dsvllm.errors import ReportError
+from hf_dsvllm.report.answers import read_tasks
+from hf_dsvllm.report.records import Evaluation, Export, LossLog, Memory, RunReport, Times, Versus
+from hf_dsvllm.report.tolerant import count, mapping, number, numbers, read_lines, read_object, word
+
+__all__ = ["EVALUATION_PHASES", "is_run", "read_run", "record_files"]
+
+GIB = 1 << 30
+EVALUATION_PHASES = ("wait", "publish", "sync", "generate")
+RECORDS = ("run.json", "plan.json", "measured.json", "ds_config.json", "trainer_state.json", "snapshots/best.json")
+PATTERNS = ("checkpoint-*/trainer_state.json", "evals/*.jsonl", "*/export_report.json")
+FACTS = {
+    "base_model": "base model",
+    "preset": "preset",
+    "adapter": "adapter",
+    "dtype": "dtype",
+    "device": "device",
+    "world_size": "processes",
+    "zero_stage": "ZeRO stage",
+    "trainable_parameters": "trainable parameters",
+}
+PROOF = (  # value, its limit, in words
+    ("mean_abs_difference", "mean_limit", "mean difference of the logits"),
+    ("max_abs_difference", None, "largest difference of the logits"),
+    ("greedy_agreement", "greedy_limit", "same next token"),
+    ("answer_agreement", "greedy_limit", "same greedy answer"),
+    ("mean_logprob_difference", None, "mean difference of log-probabilities"),
+    ("adapter_share", None, "share of the adapter's effect that is there"),
+)
+
+
+def record_files(run: Path) -> list[Path]:
+    """Every file of the folder that a report reads and that is there."""
+    named = [run / name for name in RECORDS]
+    return [path for path in [*named, *sorted(found for p in PATTERNS for found in run.glob(p))] if path.is_file()]
+
+
+def is_run(folder: Path) -> bool:
+    """Whether the folder holds anything that a report shows."""
+    return (folder / "run.json").is_file() or (folder / "evals").is_dir() or any(folder.glob(PATTERNS[0]))
+
+
+def read_run(run: Path) -> RunReport:
+    """Everything the folder says; ReportError if it is none, or not that of a run."""
+    check_folder(run)
+    gaps: list[str] = []
+    record = read_object(
+        run / "run.json", gaps, missing="There is no run.json: training has not begun, or was not ours."
+    )
+    plan = read_object(run / "plan.json", gaps, missing=None)
+    measured = read_measured(run, plan, gaps)
+    best = read_best(run)
+    evaluations, evaluation_gaps = read_evaluations(run / "evals" / "scores.jsonl")
+    tasks, task_gaps = read_tasks(run / "evals", best[0] if best else None)
+    exports, export_gaps = read_exports(run)
+    config: list[str] = []
+    ds_config = read_object(run / "ds_config.json", config, missing=None)
+    return RunReport(
+        name=run.absolute().name,
+        ended=bool(measured),
+        facts=tuple((text, fact(record[key])) for key, text in FACTS.items() if record.get(key) is not None),
+        best=best,
+        loss=read_loss(run),
+        evaluations=evaluations,
+        evaluation_gaps=evaluation_gaps,
+        tasks=tasks,
+        task_gaps=task_gaps,
+        memory=read_memory(record, mapping(plan.get("predicted")), measured),
+        times=read_times(measured, evaluations),
+        exports=exports,
+        export_gaps=export_gaps,
+        versions={name: word(version) for name, version in mapping(record.get("versions")).items()},
+        ds_config=json.dumps(ds_config, indent=2, ensure_ascii=False) if ds_config else None,
+        gaps=tuple(gaps + config),
+    )
+
+
+def check_folder(run: Path) -> None:
+    if not run.is_dir():
+        beside = sorted(item.name for item in run.parent.iterdir() if item.is_dir()) if run.parent.is_dir() else []
+        near = difflib.get_close_matches(run.name, beside, n=3, cutoff=0.4) or beside[:8]
+        hint = f" Nearest beside it: {', '.join(near)}." if near else ""
+        raise ReportError(f"{run} is no folder: name the --output_dir of a run.{hint}")
+    if not is_run(run):
+        inside = sorted(str(item) for item in run.iterdir() if item.is_dir() and is_run(item))
+        above = [str(folder) for folder in run.absolute().parents[:2] if (folder / "run.json").is_file()]
+        hint = f" Runs near it: {', '.join([*inside, *above][:8])}." if inside or above else ""
+        raise ReportError(f"{run} is no run: it has no run.json, no evals and no checkpoint with its log.{hint}")
+
+
+def fact(value: Any) -> str:
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else word(value)
+
+
+def read_measured(run: Path, plan: Mapping[str, Any], gaps: list[str]) -> dict[str, Any]:
+    """measured.json, unless it is of an earlier run: a new one rewrites plan.json without measures at its start."""
+    measured = read_object(run / "measured.json", gaps, missing=None)
+    if measured and plan and "measured" not in plan:
+        gaps.append("measured.json is of an earlier run in this folder and is not shown.")
+        return {}
+    return measured
+
+
+def read_best(run: Path) -> tuple[int, str, float] | None:
+    """Step, metric and score of the best snapshot."""
+    found = read_object(run / "snapshots" / "best.json", [], missing=None)
+    step, score = count(found.get("step")), number(found.get("score"))
+    return None if step is None or score is None else (step, word(found.get("metric")), score)
+
+
+def read_loss(run: Path) -> LossLog:
+    """The Trainer's log of losses.  Each trainer_state.json holds all of it so far, so the newest one is read."""
+    files = [path for path in record_files(run) if path.name == "trainer_state.json"]
+    if not files:
+        return LossLog(
+            gaps=(
+                "There is no log of the loss: the Trainer writes it with its checkpoints "
+                "(checkpoint-*/trainer_state.json), and the folder holds none.",
+            )
+        )
+    gaps: list[str] = []
+    newest = max(files, key=modified)
+    rows = read_object(newest, gaps, missing=None).get("log_history")
+    rows = [row for row in rows if isinstance(row, dict)] if isinstance(rows, list) else []
+    if (run / "run.json").is_file() and modified(newest) < modified(run / "run.json"):
+        gaps.append(
+            "This log is older than run.json: the run went on from that checkpoint and has written none since, "
+            "or the log is of an earlier run in this folder."
+        )
+    training, evaluation = series(rows, "loss"), series(rows, "eval_loss")
+    if not training and not evaluation:
+        gaps.append("The log holds no loss: none was logged before it was written (--logging_steps).")
+    return LossLog(
+        training=training, evaluation=evaluation, source=str(newest.relative_to(run)), gaps=tuple(gaps)
+    )  # fmt: skip
+
+
+def modified(path: Path) -> int:
+    """Nanoseconds of the last change; 0 for a file that has just gone."""
+    try:
+        return path.stat().st_mtime_ns
+    except OSError:
+        return 0
+
+
+def series(rows: list[dict[str, Any]], key: str) -> tuple[tuple[int, float], ...]:
+    """(step, value) of every row that has a finite one, in the order of steps; of a repeated step the last."""
+    found = {}
+    for row in rows:
+        step, value = count(row.get("step")), number(row.get(key))
+        if step is not None and value is not None:
+            found[step] = value
+    return tuple(sorted(found.items()))
+
+
+def read_evaluations(path: Path) -> tuple[tuple[Evaluation, ...], tuple[str, ...]]:
+    """The lines of evals/scores.jsonl in the order of steps."""
+    if not path.is_file():
+        return (), ("There are no scores (evals/scores.jsonl): no evaluation by generation has ended.",)
+    gaps: list[str] = []
+    found = {}
+    for row in read_lines(path, gaps):
+        step = count(row.get("step"))
+        if step is None:
+            gaps.append("A line of scores.jsonl without a step is left out.")
+        else:
+            found[step] = evaluation_of(step, row)
+    return tuple(found[step] for step in sorted(found)), tuple(dict.fromkeys(gaps))
+
+
+def evaluation_of(step: int, row: Mapping[str, Any]) -> Evaluation:
+    seconds = {name: number(row.get(f"{name}_seconds")) or 0.0 for name in EVALUATION_PHASES}
+    total = number(row.get("total_seconds"))
+    if total is not None:
+        seconds["scoring and writing"] = max(0.0, total - sum(seconds.values()))
+    return Evaluation(
+        step=step,
+        scores=numbers(row.get("scores")),
+        standard_errors=numbers(row.get("standard_errors")),
+        samples=count(row.get("samples")),
+        generated_tokens=count(row.get("generated_tokens")),
+        tokens_per_second=number(row.get("tokens_per_second")),
+        weights_path=word(row.get("weights_path")),
+        weights_why=word(row.get("weights_why")),
+        seconds=seconds,
+        total_seconds=total,
+    )
+
+
+def read_memory(record: Mapping[str, Any], predicted: Mapping[str, Any], measured: Mapping[str, Any]) -> Memory:
+    """Predicted and measured peaks, in GiB."""
+    allocated = numbers(predicted.get("gpu_allocated_bytes"))
+    parts = {str(phase): numbers(sizes) for phase, sizes in mapping(predicted.get("gpu_parts_bytes")).items()}
+    line = number(measured.get("gpu_peak_allocated_gib"))
+    rows = (
+        Versus(name="GPU, allocated", predicted=gib(max(allocated.values(), default=None)), measured=line, unit="GiB"),
+        Versus(
+            name="GPU, reserved by PyTorch",
+            predicted=None,
+            measured=number(measured.get("gpu_peak_reserved_gib")),
+            unit="GiB",
+        ),
+        Versus(
+            name="host, all processes",
+            predicted=gib(number(predicted.get("host_bytes"))),
+            measured=number(measured.get("host_peak_all_gib")),
+            unit="GiB",
+        ),
+        Versus(
+            name="least that the main process needs",
+            predicted=number(record.get("predicted_gib")),
+            measured=None,
+            unit="GiB",
+        ),
+        Versus(
+            name="one step",
+            predicted=number(predicted.get("step_seconds")),
+            measured=number(measured.get("median_step_seconds")),
+            unit="s",
+        ),
+    )
+    gaps = []
+    if not predicted:
+        gaps.append("Nothing was predicted: there is no plan.json (no preset, or an architecture without formulas).")
+    if not measured:
+        gaps.append("Nothing is measured yet: measured.json is written when training ends.")
+    return Memory(
+        rows=tuple(row for row in rows if row.predicted is not None or row.measured is not None),
+        parts={phase: sizes for phase, sizes in parts.items() if sizes},
+        phases={str(phase): numbers(peaks) for phase, peaks in mapping(measured.get("phases")).items()},
+        line_gib=line,
+        of_gpu=bool(allocated),
+        gaps=tuple(gaps),
+    )
+
+
+def gib(size: float | None) -> float | None:
+    return None if size is None else size / GIB
+
+
+def read_times(measured: Mapping[str, Any], evaluations: tuple[Evaluation, ...]) -> Times:
+    """Seconds in training, and in each phase of all evaluations together."""
+    phases: dict[str, float] = {}
+    for evaluation in evaluations:
+        for name, seconds in evaluation.seconds.items():
+            phases[name] = phases.get(name, 0.0) + seconds
+    training = number(measured.get("step_seconds"))
+    gaps = [] if measured else ["Seconds in training steps are known when training ends (measured.json)."]
+    return Times(
+        training=training,
+        steps=count(measured.get("steps")),
+        median_step=number(measured.get("median_step_seconds")),
+        tokens_per_second=number(measured.get("tokens_per_second")),
+        phases=phases,
+        gaps=tuple(gaps),
+    )
+
+
+def read_exports(run: Path) -> tuple[tuple[Export, ...], tuple[str, ...]]:
+    """Every finished export in the run folder."""
+    gaps: list[str] = []
+    found = []
+    for path in sorted(run.glob(PATTERNS[2])):
+        report = read_object(path, gaps, missing=None)
+        if report:
+            found.append(export_of(path.parent.name, report))
+    if not found:
+        gaps.append("There is no export in the run folder: it is made at the end, or elsewhere (--export_to, --out).")
+    return tuple(found), tuple(gaps)
+
+
+def export_of(folder: str, report: Mapping[str, Any]) -> Export:
+    facts = {
+        "step": report.get("step"),
+        "made from": report.get("source"),
+        "format": report.get("format"),
+        "dtype": report.get("dtype"),
+        "parameters": report.get("parameters"),
+        "changed tensors": f"{word(report.get('changed_tensors'))} of {word(report.get('tensors'))}",
+        "bytes": report.get("weights_bytes"),
+    }
+    proof = []
+    checked = mapping(report.get("verification"))
+    for key, limit, text in PROOF:
+        if number(checked.get(key)) is not None:
+            proof.append((text, f"{number(checked[key]):.4g}", limited(key, number(checked.get(limit or "")))))
+    if checked:
+        words = f"{fact(checked.get('prompts'))} texts, {fact(checked.get('tokens'))} tokens"
+        proof.append(("compared on", words, word(checked.get("device"))))
+    engine = mapping(report.get("verification_in_vllm"))
+    if number(engine.get("mean_logprob_difference")) is not None:
+        value = f"{number(engine['mean_logprob_difference']):.4g}"
+        limit = limited("mean_logprob_difference", number(engine.get("limit")))
+        proof.append((f"in vLLM {word(engine.get('vllm'))}: mean difference of log-probabilities", value, limit))
+    notes = report.get("notes")
+    skipped = report.get("verification_skipped")
+    return Export(
+        folder=folder,
+        facts=tuple((name, fact(value)) for name, value in facts.items() if value is not None),
+        proof=tuple(proof),
+        skipped=word(skipped) if skipped else None,
+        notes=tuple(word(note) for note in notes) if isinstance(notes, list) else (),
+    )
+
+
+def limited(key: str, limit: float | None) -> str:
+    """A limit in words: agreement has a least value, a difference a largest one."""
+    if limit is None:
+        return ""
+    return f"at least {limit:.4g}" if key.endswith("agreement") else f"at most {limit:.4g}"
