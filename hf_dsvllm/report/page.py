@@ -1,4 +1,4 @@
-"""`RunReport` → one HTML page that needs no network and runs no script; every text is escaped by the template engine."""
+"""`RunReport` → one HTML page without network or script; the template engine escapes every text."""
 
 from __future__ import annotations
 
@@ -62,6 +62,7 @@ class AnswerView:
 class SampleView:
     """One prompt, cut to a readable length."""
 
+    id: str
     sample: Sample
     headline: str
     prompt: Sequence[tuple[str, str, int]]
@@ -184,6 +185,7 @@ def sample_view(sample: Sample) -> SampleView:
     reference, reference_left = clip(sample.reference, MAX_ANSWER)
     each = MAX_PROMPT // max(1, len(prompt))
     return SampleView(
+        id=clip(sample.id, HEADLINE)[0],
         sample=sample,
         headline=clip(" ".join(prompt[-1][1].split()), HEADLINE)[0] if prompt else "",
         prompt=[(clip(role, 40)[0], *clip(text, each)) for role, text in prompt],

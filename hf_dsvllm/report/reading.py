@@ -10,15 +10,16 @@ from typing import Any
 
 from hf_dsvllm.errors import ReportError
 from hf_dsvllm.report.answers import read_tasks
-from hf_dsvllm.report.records import Evaluation, Export, LossLog, Memory, RunReport, Times, Versus
-from hf_dsvllm.report.tolerant import count, mapping, number, numbers, read_lines, read_object, word
+from hf_dsvllm.report.exports import REPORTS, read_exports
+from hf_dsvllm.report.records import Evaluation, LossLog, Memory, RunReport, Times, Versus
+from hf_dsvllm.report.tolerant import count, fact, mapping, number, numbers, read_lines, read_object, word
 
 __all__ = ["EVALUATION_PHASES", "is_run", "read_run", "record_files"]
 
 GIB = 1 << 30
 EVALUATION_PHASES = ("wait", "publish", "sync", "generate")
 RECORDS = ("run.json", "plan.json", "measured.json", "ds_config.json", "trainer_state.json", "snapshots/best.json")
-PATTERNS = ("checkpoint-*/trainer_state.json", "evals/*.jsonl", "*/export_report.json")
+PATTERNS = ("checkpoint-*/trainer_state.json", "evals/*.jsonl", REPORTS)
 FACTS = {
     "base_model": "base model",
     "preset": "preset",
@@ -29,14 +30,6 @@ FACTS = {
     "zero_stage": "ZeRO stage",
     "trainable_parameters": "trainable parameters",
 }
-PROOF = (  # value, its limit, in words
-    ("mean_abs_difference", "mean_limit", "mean difference of the logits"),
-    ("max_abs_difference", None, "largest difference of the logits"),
-    ("greedy_agreement", "greedy_limit", "same next token"),
-    ("answer_agreement", "greedy_limit", "same greedy answer"),
-    ("mean_logprob_difference", None, "mean difference of log-probabilities"),
-    ("adapter_share", None, "share of the adapter's effect that is there"),
-)
 
 
 def record_files(run: Path) -> list[Path]:
@@ -59,7 +52,7 @@ def read_run(run: Path) -> RunReport:
     )
     plan = read_object(run / "plan.json", gaps, missing=None)
     measured = read_measured(run, plan, gaps)
-    best = read_best(run)
+    best = read_best(run, gaps)
     evaluations, evaluation_gaps = read_evaluations(run / "evals" / "scores.jsonl")
     tasks, task_gaps = read_tasks(run / "evals", best[0] if best else None)
     exports, export_gaps = read_exports(run)
@@ -98,10 +91,6 @@ def check_folder(run: Path) -> None:
         raise ReportError(f"{run} is no run: it has no run.json, no evals and no checkpoint with its log.{hint}")
 
 
-def fact(value: Any) -> str:
-    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else word(value)
-
-
 def read_measured(run: Path, plan: Mapping[str, Any], gaps: list[str]) -> dict[str, Any]:
     """measured.json, unless it is of an earlier run: a new one rewrites plan.json without measures at its start."""
     measured = read_object(run / "measured.json", gaps, missing=None)
@@ -111,9 +100,9 @@ def read_measured(run: Path, plan: Mapping[str, Any], gaps: list[str]) -> dict[s
     return measured
 
 
-def read_best(run: Path) -> tuple[int, str, float] | None:
+def read_best(run: Path, gaps: list[str]) -> tuple[int, str, float] | None:
     """Step, metric and score of the best snapshot."""
-    found = read_object(run / "snapshots" / "best.json", [], missing=None)
+    found = read_object(run / "snapshots" / "best.json", gaps, missing=None)
     step, score = count(found.get("step")), number(found.get("score"))
     return None if step is None or score is None else (step, word(found.get("metric")), score)
 
@@ -124,8 +113,10 @@ def read_loss(run: Path) -> LossLog:
     if not files:
         return LossLog(
             gaps=(
-                "There is no log of the loss: the Trainer writes it with its checkpoints "
-                "(checkpoint-*/trainer_state.json), and the folder holds none.",
+                (
+                    "There is no log of the loss: the Trainer writes it with its checkpoints "
+                    "(checkpoint-*/trainer_state.json), and the folder holds none."
+                ),
             )
         )
     gaps: list[str] = []
@@ -264,57 +255,3 @@ def read_times(measured: Mapping[str, Any], evaluations: tuple[Evaluation, ...])
         phases=phases,
         gaps=tuple(gaps),
     )
-
-
-def read_exports(run: Path) -> tuple[tuple[Export, ...], tuple[str, ...]]:
-    """Every finished export in the run folder."""
-    gaps: list[str] = []
-    found = []
-    for path in sorted(run.glob(PATTERNS[2])):
-        report = read_object(path, gaps, missing=None)
-        if report:
-            found.append(export_of(path.parent.name, report))
-    if not found:
-        gaps.append("There is no export in the run folder: it is made at the end, or elsewhere (--export_to, --out).")
-    return tuple(found), tuple(gaps)
-
-
-def export_of(folder: str, report: Mapping[str, Any]) -> Export:
-    facts = {
-        "step": report.get("step"),
-        "made from": report.get("source"),
-        "format": report.get("format"),
-        "dtype": report.get("dtype"),
-        "parameters": report.get("parameters"),
-        "changed tensors": f"{word(report.get('changed_tensors'))} of {word(report.get('tensors'))}",
-        "bytes": report.get("weights_bytes"),
-    }
-    proof = []
-    checked = mapping(report.get("verification"))
-    for key, limit, text in PROOF:
-        if number(checked.get(key)) is not None:
-            proof.append((text, f"{number(checked[key]):.4g}", limited(key, number(checked.get(limit or "")))))
-    if checked:
-        words = f"{fact(checked.get('prompts'))} texts, {fact(checked.get('tokens'))} tokens"
-        proof.append(("compared on", words, word(checked.get("device"))))
-    engine = mapping(report.get("verification_in_vllm"))
-    if number(engine.get("mean_logprob_difference")) is not None:
-        value = f"{number(engine['mean_logprob_difference']):.4g}"
-        limit = limited("mean_logprob_difference", number(engine.get("limit")))
-        proof.append((f"in vLLM {word(engine.get('vllm'))}: mean difference of log-probabilities", value, limit))
-    notes = report.get("notes")
-    skipped = report.get("verification_skipped")
-    return Export(
-        folder=folder,
-        facts=tuple((name, fact(value)) for name, value in facts.items() if value is not None),
-        proof=tuple(proof),
-        skipped=word(skipped) if skipped else None,
-        notes=tuple(word(note) for note in notes) if isinstance(notes, list) else (),
-    )
-
-
-def limited(key: str, limit: float | None) -> str:
-    """A limit in words: agreement has a least value, a difference a largest one."""
-    if limit is None:
-        return ""
-    return f"at least {limit:.4g}" if key.endswith("agreement") else f"at most {limit:.4g}"

@@ -7,7 +7,18 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-__all__ = ["count", "mapping", "number", "numbers", "parse_line", "read_lines", "read_object", "word"]
+__all__ = [
+    "count",
+    "fact",
+    "mapping",
+    "number",
+    "numbers",
+    "parse_line",
+    "read_lines",
+    "read_object",
+    "say_skipped",
+    "word",
+]
 
 HUGE = 1e100  # no figure of a run comes near it; differences of two such numbers are still finite
 
@@ -89,3 +100,8 @@ def word(value: Any) -> str:
     if isinstance(value, str):
         return value
     return "" if value is None else json.dumps(value, ensure_ascii=False, default=str)
+
+
+def fact(value: Any) -> str:
+    """A value as a person reads it: whole numbers with commas."""
+    return f"{value:,}" if isinstance(value, int) and not isinstance(value, bool) else word(value)
