@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 
 from hf_dsvllm.errors import EvalFileError
-from hf_dsvllm.metrics import BUILT_IN, Metric, paired_bootstrap, resolve, score, summarise
+from hf_dsvllm.metrics import BUILT_IN, Metric, resolve, score, summarise
 
 CASES = [
     ("exact_match", " Paris\n", "Paris", True),
@@ -45,6 +45,14 @@ CASES = [
     ("number_match", "-5", "5", False),
     ("number_match", "from 2020-05", "5", True),
     ("number_match", "none", "5", False),
+    ("rouge_l", "The cat, it sat.", "the CAT it SAT", True),
+    ("rouge_l", "a dog", "the cat", False),
+    ("bleu", "the cat sat on the mat\n", "the cat sat on the mat", True),
+    ("bleu", "dogs bark", "the cat sat on the mat", False),
+    ("chrf", "straße 5", "straße 5", True),
+    ("chrf", "xyz", "abc", False),
+    ("code_tests", "def add(a, b):\n    return a + b", "assert add(1, 2) == 3", True),
+    ("code_tests", "def add(a, b):\n    return a - b", "assert add(1, 2) == 3", False),
     ("number_match", "#### 72", "Natalia sold 48/2 = 24 clips. #### 72", True),
 ]
 
@@ -68,6 +76,11 @@ def test_every_built_in_metric_has_a_case_for_right_and_for_wrong():
         ("number_match", "seven", "holds no number"),
         ("contains", "  ", "blank"),
         ("normalized_match", "...", "nothing but punctuation"),
+        ("rouge_l", "…", "holds no word"),
+        ("bleu", " ", "blank"),
+        ("chrf", "", "blank"),
+        ("code_tests", "", "needs tests"),
+        ("code_tests", "assert add(1,", "not Python"),
     ],
 )
 def test_a_reference_that_the_metric_cannot_use_is_named(name, reference, part):
@@ -154,6 +167,28 @@ def test_numpy_numbers_are_numbers():
     assert score(metric, ["", "", ""], ["", "", ""]) == [0.5, 1.0, 0.0]
 
 
+def test_a_batch_sees_prompts_and_ids_and_may_leave_an_answer_without_a_score():
+    seen = []
+
+    def judged(questions):
+        seen.extend(questions)
+        return [None if not question.completion else 0.5 for question in questions]
+
+    metric = Metric(name="judged", function=lambda completion, reference: 0.0, batch=judged)
+    scores = score(metric, ["a", ""], ["r", "r"], sample_ids=["x", "y"], prompts=["p", [{"role": "user"}]])
+    assert scores == [0.5, None]
+    assert [(question.sample_id, question.prompt) for question in seen] == [("x", "p"), ("y", [{"role": "user"}])]
+    assert (summarise(scores).mean, summarise(scores).count) == (0.5, 1)
+    with pytest.raises(EvalFileError, match="none of 1 answers could be scored"):
+        summarise([None])
+
+
+def test_what_a_batch_returns_is_checked_too():
+    metric = Metric(name="judged", function=lambda completion, reference: 0.0, batch=lambda questions: [math.inf])
+    with pytest.raises(EvalFileError, match="returned inf"):
+        score(metric, ["a"], ["r"])
+
+
 def test_completions_and_references_must_have_the_same_length():
     with pytest.raises(ValueError):
         score(resolve("exact_match"), ["a"], ["a", "b"])
@@ -166,35 +201,6 @@ def test_summary_is_mean_and_standard_error():
     assert summarise([1.0]).standard_error is None
     with pytest.raises(ValueError):
         summarise([])
-
-
-def test_bootstrap_interval_is_reproducible_and_brackets_the_difference():
-    generator = np.random.default_rng(0)
-    before = generator.integers(0, 2, 200).astype(float)
-    after = np.maximum(before, generator.integers(0, 2, 200))
-    interval = paired_bootstrap(before, after, seed=1)
-    assert interval == paired_bootstrap(before, after, seed=1)
-    assert interval.mean == pytest.approx(after.mean() - before.mean())
-    assert 0 < interval.low < interval.mean < interval.high
-
-
-def test_bootstrap_agrees_with_the_normal_approximation():
-    differences = np.random.default_rng(3).normal(0.1, 1.0, 2000)
-    interval = paired_bootstrap(np.zeros(2000), differences, seed=0, resamples=4000)
-    half_width = 1.96 * differences.std(ddof=1) / math.sqrt(2000)
-    assert interval.high - interval.low == pytest.approx(2 * half_width, rel=0.06)
-
-
-def test_bootstrap_of_equal_scores_is_a_point():
-    interval = paired_bootstrap([1.0, 0.0], [1.0, 0.0], seed=0, resamples=10)
-    assert (interval.low, interval.high, interval.mean) == (0.0, 0.0, 0.0)
-
-
-def test_bootstrap_refuses_unpaired_scores():
-    with pytest.raises(ValueError):
-        paired_bootstrap([1.0], [1.0, 0.0], seed=0)
-    with pytest.raises(ValueError):
-        paired_bootstrap([], [], seed=0)
 
 
 def test_tasks_and_metrics_do_not_import_torch():

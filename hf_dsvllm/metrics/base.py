@@ -1,0 +1,45 @@
+"""What a metric is: a named function of an answer and its reference."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable, Mapping, Sequence
+from typing import Any
+
+__all__ = ["BatchFunction", "Metric", "Question", "ScoreFunction", "shorten"]
+
+ScoreFunction = Callable[[str, str], float | bool]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Question:
+    """One answer to score; `prompt` is what was asked (text or chat messages), or None where it is not known."""
+
+    sample_id: str
+    completion: str
+    reference: str
+    prompt: str | Sequence[Mapping[str, Any]] | None = None
+
+
+BatchFunction = Callable[[Sequence[Question]], Sequence[float | bool | None]]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Metric:
+    """A named scoring function; `check_reference` returns why a reference cannot be used, or None.
+
+    `batch`, where there is one, scores many answers at a time (for metrics that wait for other processes); it gives
+    None for an answer it could not score.
+    """
+
+    name: str
+    function: ScoreFunction
+    check_reference: Callable[[str], str | None] | None = None
+    batch: BatchFunction | None = None
+
+    def __call__(self, completion: str, reference: str) -> float | bool:
+        return self.function(completion, reference)
+
+
+def shorten(text: str, limit: int = 80) -> str:
+    return text if len(text) <= limit else text[: limit - 1] + "…"
