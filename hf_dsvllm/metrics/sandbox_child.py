@@ -37,6 +37,7 @@ MOUNT_SETATTR, AT_FDCWD, AT_RECURSIVE, MOUNT_ATTR_RDONLY = (
 )  # since Linux 5.12, on every machine type
 PR_SET_PDEATHSIG, PR_SET_DUMPABLE, PR_SET_CHILD_SUBREAPER, PR_SET_NO_NEW_PRIVS = 1, 4, 36, 38  # linux/prctl.h
 NOBODY = 65534
+FIRST_TO_DIE = "1000"  # proc_pid_oom_score_adj(5): where memory runs out, the kernel ends these and not the trainer
 KILL_S = 5.0
 PYTHON = os.path.realpath(sys.executable)  # not a virtual environment's link to it
 LIBC = ctypes.CDLL(None, use_errno=True)
@@ -195,6 +196,8 @@ def sound_the_clock(_signal, _frame) -> None:
 
 def main() -> None:
     task, folder = json.loads(sys.stdin.read()), os.getcwd()
+    with contextlib.suppress(OSError), open("/proc/self/oom_score_adj", "w", encoding="ascii") as file:
+        file.write(FIRST_TO_DIE)  # and whatever is forked from here
     walls = raise_walls(task, folder)
     LIBC.prctl(PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)  # after the change of user, which clears it
     LIBC.prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)

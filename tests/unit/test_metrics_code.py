@@ -129,6 +129,10 @@ def test_a_program_longer_than_a_pipe_holds_is_run():
     assert run_python(f"x = '{'a' * 300_000}'\nassert len(x) == 300_000").passed
 
 
+def test_it_is_the_first_to_go_when_memory_runs_out():
+    assert run_python("assert open('/proc/self/oom_score_adj').read() == '1000\\n'").passed
+
+
 @needs("network")
 def test_there_is_no_network():
     outcome = run_python("import socket; socket.create_connection(('127.0.0.1', 22), timeout=5)")
