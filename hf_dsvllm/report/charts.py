@@ -16,6 +16,7 @@ LEFT, RIGHT, TOP, BOTTOM = 56, 12, 12, 34
 MAX_POINTS = 400  # of a line: more than the column has pixels to tell apart
 ROW = 24
 BAR_LEFT = 92
+COLOURS = 12  # those of page.css
 TINY = 1e-100
 Z95 = 1.96  # standard errors on either side of a mean that hold 95 % of a normal distribution
 
@@ -144,7 +145,7 @@ def lines(title: str, series: Sequence[Series], *, share: bool = False) -> Lines
                 )
             )
         path = " ".join(f"{mark.x},{mark.y}" for mark in marks)
-        drawn.append(Line(name=one.name, colour=colour % 8, path=path, marks=tuple(marks)))
+        drawn.append(Line(name=one.name, colour=colour % COLOURS, path=path, marks=tuple(marks)))
     return Lines(
         title=title,
         height=HEIGHT,
@@ -172,7 +173,7 @@ def bars(
 ) -> Bars:  # fmt: skip
     """Stacked horizontal bars, one a row; `line`: a value to draw across them."""
     names = list(dict.fromkeys(name for parts in rows.values() for name in parts))
-    colours = {name: place % 8 for place, name in enumerate(names)}
+    colours = {name: place % COLOURS for place, name in enumerate(names)}
     longest = max([sum(parts.values()) for parts in rows.values()] + [line or 0.0]) or 1.0
     scale = (WIDTH - BAR_LEFT - RIGHT) / longest
     drawn = []

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 import json
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -35,12 +36,15 @@ FACTS = {
 def record_files(run: Path) -> list[Path]:
     """Every file of the folder that a report reads and that is there."""
     named = [run / name for name in RECORDS]
-    return [path for path in [*named, *sorted(found for p in PATTERNS for found in run.glob(p))] if path.is_file()]
+    return [
+        path for path in [*named, *sorted(found for p in PATTERNS for found in run.glob(p))] if os.path.isfile(path)
+    ]
 
 
 def is_run(folder: Path) -> bool:
     """Whether the folder holds anything that a report shows."""
-    return (folder / "run.json").is_file() or (folder / "evals").is_dir() or any(folder.glob(PATTERNS[0]))
+    # os.path.isfile: Path.is_file raises for a folder of somebody else
+    return os.path.isfile(folder / "run.json") or any(any(folder.glob(pattern)) for pattern in PATTERNS[:2])
 
 
 def read_run(run: Path) -> RunReport:
@@ -80,15 +84,25 @@ def read_run(run: Path) -> RunReport:
 
 def check_folder(run: Path) -> None:
     if not run.is_dir():
-        beside = sorted(item.name for item in run.parent.iterdir() if item.is_dir()) if run.parent.is_dir() else []
+        beside = [item.name for item in folders(run.parent)]
         near = difflib.get_close_matches(run.name, beside, n=3, cutoff=0.4) or beside[:8]
         hint = f" Nearest beside it: {', '.join(near)}." if near else ""
         raise ReportError(f"{run} is no folder: name the --output_dir of a run.{hint}")
     if not is_run(run):
-        inside = sorted(str(item) for item in run.iterdir() if item.is_dir() and is_run(item))
-        above = [str(folder) for folder in run.absolute().parents[:2] if (folder / "run.json").is_file()]
+        inside = [str(item) for item in folders(run) if is_run(item)]
+        above = [str(folder) for folder in run.absolute().parents[:2] if os.path.isfile(folder / "run.json")]
         hint = f" Runs near it: {', '.join([*inside, *above][:8])}." if inside or above else ""
-        raise ReportError(f"{run} is no run: it has no run.json, no evals and no checkpoint with its log.{hint}")
+        raise ReportError(
+            f"{run} is no run: it has no run.json, no evals/*.jsonl and no checkpoint with its log.{hint}"
+        )
+
+
+def folders(path: Path) -> list[Path]:
+    """The folders in `path`; none where it cannot be listed."""
+    try:
+        return sorted(item for item in path.iterdir() if os.path.isdir(item))
+    except OSError:
+        return []
 
 
 def read_measured(run: Path, plan: Mapping[str, Any], gaps: list[str]) -> dict[str, Any]:
