@@ -6,8 +6,11 @@ import dataclasses
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
-__all__ = ["BatchFunction", "Metric", "Question", "ScoreFunction", "shorten"]
+__all__ = ["BATCH_S", "BatchFunction", "Metric", "Question", "ScoreFunction", "shorten"]
 
+BATCH_S = 300.0  # bound of one batch: the other ranks wait meanwhile, 1800 s at most (transformers' ddp_timeout)
+    300.0  # bound of one batch: the trainer's other ranks wait in a collective meanwhile, ten minutes at most (NCCL)
+)
 ScoreFunction = Callable[[str, str], float | bool]
 
 

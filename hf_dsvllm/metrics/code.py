@@ -5,12 +5,13 @@ from __future__ import annotations
 import functools
 import os
 import re
+import time
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 
 from hf_dsvllm.console import say
-from hf_dsvllm.metrics.base import Metric, Question
-from hf_dsvllm.metrics.sandbox import run_python
+from hf_dsvllm.metrics.base import BATCH_S, Metric, Question
+from hf_dsvllm.metrics.sandbox import Outcome, run_python
 
 __all__ = ["METRICS", "code_tests", "extract_code", "program_of"]
 
@@ -54,15 +55,24 @@ def check_tests(reference: str) -> str | None:
     return None
 
 
-def batch(questions: Sequence[Question]) -> list[bool]:
-    """As many programs at a time as this process has cores."""
+def batch(questions: Sequence[Question]) -> list[bool | None]:
+    """As many programs at a time as this process has cores; None for what was not begun within `BATCH_S`."""
+    until = time.monotonic() + BATCH_S
+
+    def run(question: Question) -> Outcome | None:
+        in_time = time.monotonic() < until
+        return run_python(program_of(question.completion, question.reference)) if in_time else None
+
     cores = len(os.sched_getaffinity(0))
-    programs = [program_of(question.completion, question.reference) for question in questions]
     with ThreadPoolExecutor(max_workers=min(cores, 16), thread_name_prefix="code-tests") as pool:
-        outcomes = list(pool.map(run_python, programs))
-    for outcome in outcomes[:1]:
+        outcomes = list(pool.map(run, questions))
+    ran = [outcome for outcome in outcomes if outcome is not None]
+    for outcome in ran[:1]:
         warn_of_missing_walls(frozenset(outcome.walls))
-    return [outcome.passed for outcome in outcomes]
+    if len(ran) < len(outcomes):
+        missing = len(outcomes) - len(ran)
+        say(f"metric code_tests: {missing} of {len(outcomes)} answers have no score (not begun within {BATCH_S:.0f} s)")
+    return [None if outcome is None else outcome.passed for outcome in outcomes]
 
 
 @functools.cache

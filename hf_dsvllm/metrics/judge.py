@@ -24,7 +24,7 @@ import httpx
 
 from hf_dsvllm.console import say
 from hf_dsvllm.errors import EvalFileError
-from hf_dsvllm.metrics.base import Metric, Question, shorten
+from hf_dsvllm.metrics.base import BATCH_S, Metric, Question, shorten
 
 __all__ = ["API_KEY", "PREFIX", "Judge", "judge_metric", "parse_verdict"]
 
@@ -34,7 +34,6 @@ OPTIONS = ("model", "instructions", "name")
 PAUSES_S = (2.0, 8.0)  # before the second and the third attempt
 AT_A_TIME = 8
 REQUEST_S = 60.0  # one request, from connecting to the last byte
-EVALUATION_S = 300.0  # all answers of one task; the trainer's other ranks wait meanwhile
 FAILURES_IN_A_ROW = 8  # answers; then the judge is taken to be gone, and is not asked again in this evaluation
 ANSWER_LIMIT_BYTES = 1_000_000
 MAX_TOKENS = 1024
@@ -73,9 +72,9 @@ class Judge:
     _gone: bool = False
 
     def score(self, questions: Sequence[Question]) -> list[float | None]:
-        """A score from 0 to 1 for each answer, None where there is no verdict; at most about `EVALUATION_S` seconds."""
+        """A score from 0 to 1 for each answer, None where there is no verdict; at most about `BATCH_S` seconds."""
         self._in_a_row, self._gone = 0, False
-        deadline = self.clock() + EVALUATION_S
+        deadline = self.clock() + BATCH_S
         reasons: collections.Counter[str] = collections.Counter()
 
         def ask(question: Question) -> float | None:
@@ -104,7 +103,7 @@ class Judge:
                 raise NoVerdict(f"not asked, since {FAILURES_IN_A_ROW} answers in a row had failed")
             remaining = deadline - self.clock()
             if remaining <= 0:
-                raise NoVerdict(f"not asked within {EVALUATION_S:.0f} s")
+                raise NoVerdict(f"not asked within {BATCH_S:.0f} s")
             try:
                 text = self._ask(client, question, min(REQUEST_S, remaining))
             except NoVerdict as problem:

@@ -10,7 +10,7 @@ import os
 import psutil
 import pytest
 
-from hf_dsvllm.metrics import resolve, sandbox, score
+from hf_dsvllm.metrics import code, resolve, sandbox, score
 from hf_dsvllm.metrics.code import extract_code, program_of, warn_of_missing_walls
 from hf_dsvllm.metrics.sandbox import WALLS, Limits, run_python
 
@@ -34,7 +34,7 @@ def needs(wall: str) -> pytest.MarkDecorator:
 
 
 @pytest.mark.parametrize(
-    ("completion", "code"),
+    ("completion", "expected"),
     [
         ("x = 1", "x = 1"),
         ("Here:\n```python\nx = 1\n```\nThen\n```python\nx = 2\n```", "x = 1\n"),
@@ -43,8 +43,8 @@ def needs(wall: str) -> pytest.MarkDecorator:
         ("```bash\nls\n```\n```Python\nx = 1\n```", "x = 1\n"),
     ],
 )
-def test_the_first_block_of_python_is_the_code(completion, code):
-    assert extract_code(completion) == code
+def test_the_first_block_of_python_is_the_code(completion, expected):
+    assert extract_code(completion) == expected
 
 
 def test_the_code_stands_before_the_tests_or_where_they_say():
@@ -58,6 +58,12 @@ def test_the_code_stands_before_the_tests_or_where_they_say():
 def test_many_answers_are_judged_in_order():
     answers = [f"x = {number}" for number in range(6)]
     assert score(resolve("code_tests"), answers, ["assert x % 2 == 0"] * 6) == [1.0, 0.0] * 3
+
+
+def test_answers_beyond_the_time_of_a_batch_have_no_score(monkeypatch, capsys):
+    monkeypatch.setattr(code, "BATCH_S", 0.0)
+    assert score(resolve("code_tests"), ["x = 1", "x = 2"], ["assert x"] * 2) == [None, None]
+    assert "metric code_tests: 2 of 2 answers have no score" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -12,8 +12,8 @@ import pytest
 
 from hf_dsvllm.errors import EvalFileError
 from hf_dsvllm.metrics import Question, resolve, score
-from hf_dsvllm.metrics.base import Metric
-from hf_dsvllm.metrics.judge import API_KEY, EVALUATION_S, FAILURES_IN_A_ROW, PAUSES_S, Judge, NoVerdict, parse_verdict
+from hf_dsvllm.metrics.base import BATCH_S, Metric
+from hf_dsvllm.metrics.judge import API_KEY, FAILURES_IN_A_ROW, PAUSES_S, Judge, NoVerdict, parse_verdict
 
 Handler = Callable[[httpx.Request], httpx.Response]
 ADDRESS = "http://judge.test/v1"
@@ -157,11 +157,11 @@ def test_a_judge_that_is_gone_is_not_asked_about_every_answer(capsys):
 
 
 def test_an_evaluation_has_a_deadline(capsys):
-    ticks = itertools.count(0, EVALUATION_S / 2)
+    ticks = itertools.count(0, BATCH_S / 2)
     judge = judge_of(in_turn(says("SCORE: 1")))
     judge.clock = lambda: next(ticks)
     assert None in judge.score(questions(20))
-    assert f"not asked within {EVALUATION_S:.0f} s" in capsys.readouterr().err
+    assert f"not asked within {BATCH_S:.0f} s" in capsys.readouterr().err
 
 
 def test_a_specification_becomes_a_metric_of_its_name(tmp_path):
