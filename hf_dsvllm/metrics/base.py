@@ -9,8 +9,6 @@ from typing import Any
 __all__ = ["BATCH_S", "BatchFunction", "Metric", "Question", "ScoreFunction", "shorten"]
 
 BATCH_S = 300.0  # bound of one batch: the other ranks wait meanwhile, 1800 s at most (transformers' ddp_timeout)
-    300.0  # bound of one batch: the trainer's other ranks wait in a collective meanwhile, ten minutes at most (NCCL)
-)
 ScoreFunction = Callable[[str, str], float | bool]
 
 
