@@ -36,9 +36,8 @@ FACTS = {
 def record_files(run: Path) -> list[Path]:
     """Every file of the folder that a report reads and that is there."""
     named = [run / name for name in RECORDS]
-    return [
-        path for path in [*named, *sorted(found for p in PATTERNS for found in run.glob(p))] if os.path.isfile(path)
-    ]
+    found = sorted(path for pattern in PATTERNS for path in run.glob(pattern))
+    return [path for path in [*named, *found] if os.path.isfile(path)]
 
 
 def is_run(folder: Path) -> bool:
@@ -92,9 +91,8 @@ def check_folder(run: Path) -> None:
         inside = [str(item) for item in folders(run) if is_run(item)]
         above = [str(folder) for folder in run.absolute().parents[:2] if os.path.isfile(folder / "run.json")]
         hint = f" Runs near it: {', '.join([*inside, *above][:8])}." if inside or above else ""
-        raise ReportError(
-            f"{run} is no run: it has no run.json, no evals/*.jsonl and no checkpoint with its log.{hint}"
-        )
+        lacks = "it has no run.json, no evals/*.jsonl and no checkpoint with its log"
+        raise ReportError(f"{run} is no run: {lacks}.{hint}")
 
 
 def folders(path: Path) -> list[Path]:
