@@ -76,16 +76,16 @@ class Judge:
         self._in_a_row, self._gone = 0, False
         deadline = self.clock() + BATCH_S
         reasons: collections.Counter[str] = collections.Counter()
+        key = os.environ.get(API_KEY, "").strip()
 
         def ask(question: Question) -> float | None:
             try:
                 return self._ask_patiently(client, question, deadline)
             except NoVerdict as problem:
-                reasons[str(problem)] += 1
+                reasons[str(problem).replace(key, "…") if key else str(problem)] += 1  # servers quote what they refuse
                 return None
 
-        key = os.environ.get(API_KEY)
-        headers = {"Authorization": f"Bearer {key}"} if key else {}
+        headers = {"Authorization": f"Bearer {key}".encode()} if key else {}
         with (
             httpx.Client(headers=headers, transport=self.transport) as client,
             ThreadPoolExecutor(max_workers=AT_A_TIME, thread_name_prefix="judge") as pool,

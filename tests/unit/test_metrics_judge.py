@@ -83,6 +83,12 @@ def test_without_a_key_no_authorization_is_sent(monkeypatch):
     assert judge_of(handler).score(questions(1)) == [0.0]
 
 
+def test_a_key_that_the_server_quotes_is_not_printed(monkeypatch, capsys):
+    monkeypatch.setenv(API_KEY, " k-123\n")
+    assert judge_of(in_turn(httpx.Response(401, text="k-123 is no key"))).score(questions(1)) == [None]
+    assert "HTTP 401: … is no key" in capsys.readouterr().err
+
+
 @pytest.mark.parametrize(
     ("text", "value"), [("SCORE: 10", 1.0), ("Good.\n\n SCORE: 3 \n", 0.3), ("SCORE: 9\nno:\nSCORE: 0", 0.0)]
 )
