@@ -22,8 +22,8 @@ PROOF = (  # value, its limit, in words
 )
 
 
-def read_exports(run: Path) -> tuple[tuple[Export, ...], tuple[str, ...]]:
-    """Every finished export in the run folder."""
+def read_exports(run: Path, *, ended: bool) -> tuple[tuple[Export, ...], tuple[str, ...]]:
+    """Every finished export in the run folder, and sentences about what is missing; `ended`: training has."""
     gaps: list[str] = []
     found = []
     for path in sorted(run.glob(REPORTS)):
@@ -32,6 +32,8 @@ def read_exports(run: Path) -> tuple[tuple[Export, ...], tuple[str, ...]]:
             found.append(export_of(path.parent.name, report))
     if not found:
         gaps.append("There is no export in the run folder: it is made at the end, or elsewhere (--export_to, --out).")
+    elif not ended:
+        gaps.append("Training has not ended: this export was made by hand, or is of an earlier run in this folder.")
     return tuple(found), tuple(gaps)
 
 

@@ -58,7 +58,7 @@ def read_run(run: Path) -> RunReport:
     best = read_best(run, gaps)
     evaluations, evaluation_gaps = read_evaluations(run / "evals" / "scores.jsonl")
     tasks, task_gaps = read_tasks(run / "evals", best[0] if best else None)
-    exports, export_gaps = read_exports(run)
+    exports, export_gaps = read_exports(run, ended=bool(measured))
     config: list[str] = []
     ds_config = read_object(run / "ds_config.json", config, missing=None)
     return RunReport(

@@ -194,6 +194,7 @@ def test_measures_of_an_earlier_run_in_the_folder_are_not_this_runs(run_folder: 
     put(run_folder / "plan.json", {"predicted": plan["predicted"]})
     text = text_of(run_folder)
     assert "measured.json is of an earlier run" in text
+    assert "this export was made by hand, or is of an earlier run" in text
     assert "GPU, allocated10 GiB––" in text
 
 
