@@ -8,6 +8,7 @@ import math
 import numpy as np
 import pytest
 
+from hf_dsvllm import statistics
 from hf_dsvllm.statistics import FEWEST_PAIRS, Reference, compare, paired_bootstrap, pass_at_k, pass_at_k_scores
 
 
@@ -26,6 +27,14 @@ def test_bootstrap_agrees_with_the_normal_approximation():
     interval = paired_bootstrap(np.zeros(2000), differences, seed=0, resamples=4000)
     half_width = 1.96 * differences.std(ddof=1) / math.sqrt(2000)
     assert interval.high - interval.low == pytest.approx(2 * half_width, rel=0.06)
+
+
+def test_drawing_counts_is_drawing_samples(monkeypatch):
+    differences = np.random.default_rng(0).choice([1.0, 0.0, -1.0], size=100, p=[0.4, 0.4, 0.2])
+    by_counts = paired_bootstrap(np.zeros(100), differences, seed=0)
+    monkeypatch.setattr(statistics, "FEW_VALUES", 0)
+    by_samples = paired_bootstrap(np.zeros(100), differences, seed=0)
+    assert (by_counts.low, by_counts.high) == pytest.approx((by_samples.low, by_samples.high), abs=0.011)
 
 
 def test_bootstrap_of_equal_scores_is_a_point():
@@ -77,6 +86,11 @@ def test_a_small_gain_is_called_noise():
     sentence = compare(now, base=Reference(step=0, scores=then), best=None).sentence
     assert sentence.startswith("+1.0 points over step 0 (95 % interval -")
     assert sentence.endswith(", within noise")
+
+
+def test_a_loss_is_said_without_a_sign_and_its_interval_with_one():
+    sentence = compare(right(30), base=Reference(step=0, scores=right(60)), best=None).sentence
+    assert sentence.startswith("30.0 points below step 0 (95 % interval -")
 
 
 @pytest.mark.parametrize(
