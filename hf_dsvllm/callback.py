@@ -145,7 +145,7 @@ class SessionCallback(TrainerCallback):
     def _keep_best(self, scores: dict[str, float], step: int) -> None:
         """Point snapshots/best.json to the best step by the steering metric, or by the first one logged; rank 0."""
         args = self.trainer.args
-        wanted = args.metric_for_best_model if steers(args) else next(iter(scores))
+        wanted = args.metric_for_best_model if steers(args) else next(iter(scores), None)
         key = wanted if wanted in scores else f"eval_{wanted}"
         if key not in scores:
             return

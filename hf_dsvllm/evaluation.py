@@ -46,7 +46,7 @@ class EvalResult:
 
     step: int
     scores: Mapping[str, float]
-    standard_errors: Mapping[str, float]
+    standard_errors: Mapping[str, float | None]
     samples: int
     generated_tokens: int
     weights_path: str
@@ -61,11 +61,14 @@ class EvalResult:
     def tokens_per_second(self) -> float:
         return self.generated_tokens / self.generate_seconds if self.generate_seconds else 0.0
 
+    def _error(self, name: str) -> str:
+        """The standard error, which one answer alone has not."""
+        error = self.standard_errors[name]
+        return "" if error is None else f" ± {error:.1%}"
+
     def line(self) -> str:
         """One line for the console."""
-        scores = ", ".join(
-            f"{name} {value:.1%} ± {self.standard_errors[name]:.1%}" for name, value in self.scores.items()
-        )
+        scores = ", ".join(f"{name} {value:.1%}{self._error(name)}" for name, value in self.scores.items())
         return (
             f"step {self.step}: {scores} ({self.samples} prompts, {self.generated_tokens} tokens, "
             f"{self.tokens_per_second:.0f} tok/s, weights by {self.weights_path} in {self.sync_seconds:.2f} s, "
@@ -181,19 +184,23 @@ class Evaluator:
 
     def _score_and_write(
         self, step: int, answers: Mapping[str, Sequence[Completion]], sync: SyncResult
-    ) -> tuple[dict[str, float], dict[str, float]]:
+    ) -> tuple[dict[str, float], dict[str, float | None]]:
         means: dict[str, float] = {}
-        errors: dict[str, float] = {}
+        errors: dict[str, float | None] = {}
         for task in self.tasks:
             # The training tokenizer decodes, so that scores do not depend on the server's.
             texts = [self.tokenizer.decode(c.token_ids, skip_special_tokens=True) for c in answers[task.name]]
             references = [sample.reference for sample in task.samples]
             ids = [sample.id for sample in task.samples]
-            columns: dict[str, list[float]] = {}
+            prompts = [sample.prompt for sample in task.samples]
+            columns: dict[str, list[float | None]] = {}
             for spec in task.metrics:
                 metric = metrics.resolve(spec)
-                columns[metric.name] = metrics.score(metric, texts, references, sample_ids=ids)
-                summary = metrics.summarise(columns[metric.name])
+                column = metrics.score(metric, texts, references, sample_ids=ids, prompts=prompts)
+                columns[metric.name] = column
+                if all(value is None for value in column):
+                    continue  # a judge that was away, say; the reason has been printed
+                summary = metrics.summarise(column)
                 key = metric_key(task.name, metric.name)
                 means[key], errors[key] = summary.mean, summary.standard_error
             rows = [

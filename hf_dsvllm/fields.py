@@ -28,7 +28,8 @@ class PresetFields:
     gen_eval_metrics: list[str] | None = dataclasses.field(
         default=None,
         metadata={"help": "Metrics for the answers: exact_match (default), normalized_match, contains, regex, "
-                  "json_equal, number_match, or your own package.module:function or file.py:function."},
+                  "json_equal, number_match, rouge_l, bleu, chrf, code_tests, judge:URL?model=NAME, or your own "
+                  "package.module:function or file.py:function."},
     )  # fmt: skip
     gen_eval_steps: int | None = dataclasses.field(
         default=None,

@@ -155,6 +155,8 @@ def start(plan: Plan) -> int:
 
 
 def _die_with_us() -> None:
+    # A shell starts commands in the background with SIGINT ignored, and a launcher would inherit that.
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
 

@@ -26,6 +26,7 @@ TRL = {
     "grpo": ("--reward_funcs", "think_format_reward", "--num_generations", "2", "--max_completion_length", "8"),
 }
 TRL_PRESETS = ("zero2", "zero3", "qlora")
+EVALUATED = ("sft-qlora", "dpo-zero2", "kto-zero3", "grpo-zero2")  # each script that writes text, each preset
 OWN_PRESETS = ("zero2", "zero3", "lora", "qlora")
 OWN = ("clm", "fixed", "own_loss", "module")
 ON_CPU = ("--use_cpu", "true", "--bf16", "false")
@@ -58,7 +59,7 @@ def trl_cases(folder: Path) -> list[Case]:
     for preset in TRL_PRESETS:
         for script in TRL:
             name = f"{script}-{preset}"
-            evaluated = asked if name == "dpo-zero2" else ()
+            evaluated = asked if name in EVALUATED else ()
             cases.append(
                 Case(name=name, argv=["trl", script, *trl_words(folder, script, name), *ours(preset, *evaluated)])
             )
@@ -178,8 +179,9 @@ def test_trls_own_scripts_train_and_save(script: str, preset: str, outcomes: Map
 
 
 @pytest.mark.vllm
-def test_vllm_answers_while_trls_dpo_script_trains(outcomes: Mapping[str, Outcome]) -> None:
-    done = outcomes["dpo-zero2"].trained()
+@pytest.mark.parametrize("name", EVALUATED)
+def test_vllm_answers_while_trls_scripts_train(name: str, outcomes: Mapping[str, Outcome]) -> None:
+    done = outcomes[name].trained()
     scores = [json.loads(line) for line in (done.out / "evals" / "scores.jsonl").read_text().splitlines()]
     assert [row["step"] for row in scores] == [0, 2], done.log[-3000:]
     assert "vLLM answers questions" in done.wired
