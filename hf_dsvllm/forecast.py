@@ -104,7 +104,7 @@ def comparison(found: Forecast, measured: Mapping[str, Any]) -> list[str]:
         pairs.append(("GPU peak", found.footprint.peak / 2**30, allocated, "GiB"))
     if measured.get("host_peak_all_gib"):
         pairs.append(("host RAM", host_peak(found) / 2**30, measured["host_peak_all_gib"], "GiB"))
-    if measured.get("median_step_seconds"):
+    if measured.get("median_step_seconds") and found.setup.device == "cuda":  # CPUs have no rates of their own
         pairs.append(("step", found.step.seconds, measured["median_step_seconds"], "s"))
     return [
         f"{name}: predicted {said:.2f} {unit}, measured {actual:.2f} {unit} ({100 * (said / actual - 1):+.0f} %)"
