@@ -14,19 +14,11 @@ from pathlib import Path
 
 import pytest
 
-from tests.scripts.any.cases import HERE, SHORT, Case, Outcome, run_all, write_place
+from tests.scripts.any.cases import HERE, SHORT, TRL, Case, Outcome, ours, run_all, trl_words, write_place
 
-pytestmark = [pytest.mark.slow, pytest.mark.distributed, pytest.mark.timeout(580)]
+pytestmark = [pytest.mark.slow, pytest.mark.distributed, pytest.mark.timeout(900)]
 
-TRL = {
-    "sft": ("--max_length", "64"),
-    "dpo": ("--max_length", "64"),
-    "reward": ("--max_length", "64"),
-    "kto": ("--max_length", "64"),
-    "grpo": ("--reward_funcs", "think_format_reward", "--num_generations", "2", "--max_completion_length", "8"),
-}
 TRL_PRESETS = ("zero2", "zero3", "qlora")
-EVALUATED = ("sft-qlora", "dpo-zero2", "kto-zero3", "grpo-zero2")  # each script that writes text, each preset
 OWN_PRESETS = ("zero2", "zero3", "lora", "qlora")
 OWN = ("clm", "fixed", "own_loss", "module")
 ON_CPU = ("--use_cpu", "true", "--bf16", "false")
@@ -38,32 +30,17 @@ ENGINES = {
 }
 
 
-def trl_words(folder: Path, script: str, name: str) -> list[str]:
-    data = {"reward": "dpo"}.get(script, script)
-    named = ["--model_name_or_path", str(folder / "model"), "--dataset_name", str(folder / data)]
-    return [*named, "--output_dir", str(folder / "out" / name), *SHORT, *TRL[script]]
-
-
 def clm_words(folder: Path, name: str) -> list[str]:
     named = ["--model_name_or_path", str(folder / "model"), "--train_file", str(folder / "texts.jsonl")]
     return [*named, "--output_dir", str(folder / "out" / name), *SHORT]
 
 
-def ours(preset: str, *more: str) -> list[str]:
-    return ["--ds_preset", preset, "--export_to", "none", *more]
-
-
 def trl_cases(folder: Path) -> list[Case]:
-    asked = ("--gen_eval_file", str(folder / "questions.jsonl"), "--gen_eval_max_new_tokens", "8")
-    cases = []
-    for preset in TRL_PRESETS:
-        for script in TRL:
-            name = f"{script}-{preset}"
-            evaluated = asked if name in EVALUATED else ()
-            cases.append(
-                Case(name=name, argv=["trl", script, *trl_words(folder, script, name), *ours(preset, *evaluated)])
-            )
-    return cases
+    return [
+        Case(name=f"{script}-{preset}", argv=[*trl_words(folder, script, f"{script}-{preset}"), *ours(preset)])
+        for preset in TRL_PRESETS
+        for script in TRL
+    ]
 
 
 def own_cases(folder: Path) -> list[Case]:
@@ -102,11 +79,11 @@ def plain_cases(folder: Path) -> list[Case]:
         cases.append(Case(name=name, plain=True, argv=[str(HERE / "clm.py"), *clm_words(folder, name), *more]))
         name = f"sft-plain{stage}"
         cases.append(
-            Case(name=name, plain=True, argv=[str(scripts / "sft.py"), *trl_words(folder, "sft", name), *more])
+            Case(name=name, plain=True, argv=[str(scripts / "sft.py"), *trl_words(folder, "sft", name)[2:], *more])
         )
     name = "sft-plainqlora"
     flags = ["--use_peft", "--lora_target_modules", "all-linear", "--load_in_4bit", "--use_bnb_nested_quant"]
-    argv = [str(scripts / "sft.py"), *trl_words(folder, "sft", name), *ON_CPU, *flags]
+    argv = [str(scripts / "sft.py"), *trl_words(folder, "sft", name)[2:], *ON_CPU, *flags]
     return [*cases, Case(name=name, plain=True, argv=argv)]
 
 
@@ -146,7 +123,7 @@ def odd_cases(folder: Path) -> list[Case]:
     recipe = HERE.parents[2] / "recipes" / "sft.py"
     cases.append(Case(name="recipe", argv=[str(recipe), *ours("zero2")]))
     questions = ["--gen_eval_file", str(folder / "questions.jsonl")]
-    argv = ["trl", "reward", *trl_words(folder, "reward", "asked_reward"), *ours("zero2", *questions)]
+    argv = [*trl_words(folder, "reward", "asked_reward"), *ours("zero2", *questions)]
     return [
         *cases,
         Case(name="asked_reward", argv=argv),
@@ -176,15 +153,6 @@ def test_trls_own_scripts_train_and_save(script: str, preset: str, outcomes: Map
     if preset == "qlora":
         assert "layers in 4 bit" in done.running
         assert "adapter 'default' on down_proj, gate_proj, k_proj, o_proj, q_proj, up_proj, v_proj" in done.wired
-
-
-@pytest.mark.vllm
-@pytest.mark.parametrize("name", EVALUATED)
-def test_vllm_answers_while_trls_scripts_train(name: str, outcomes: Mapping[str, Outcome]) -> None:
-    done = outcomes[name].trained()
-    scores = [json.loads(line) for line in (done.out / "evals" / "scores.jsonl").read_text().splitlines()]
-    assert [row["step"] for row in scores] == [0, 2], done.log[-3000:]
-    assert "vLLM answers questions" in done.wired
 
 
 # -- scripts of one's own
