@@ -19,6 +19,7 @@ CONCURRENT_SEQUENCES = 64
 MAX_KV_CACHE_BYTES = 8 * GIB
 # The chat template may still change between the check and the run (TRL can clone one): room for its extra tokens.
 TEMPLATE_SLACK_TOKENS = 64
+FOREIGN_PROMPT_TOKENS = 4096  # prompts that are not ours: few-shot tasks of lm-eval, a chat
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,9 +39,9 @@ class Placement:
 
 def place_engine(device: str, args: Any, model_args: Any, tasks: Sequence[EvalTask], tokenizer: Any) -> Placement:
     """A GPU the trainer leaves free if there is one, else the main process's GPU, else the CPU."""
-    longest = max(len(render_prompt(sample, tokenizer)) for task in tasks for sample in task.samples)
-    length = longest + args.gen_eval_max_new_tokens + TEMPLATE_SLACK_TOKENS
-    per_token = kv_bytes_per_token(load_config(model_args), element_bytes=4 if device == "cpu" else 2)
+    config = load_config(model_args)
+    length = context_tokens(args, config, tasks, tokenizer)
+    per_token = kv_bytes_per_token(config, element_bytes=4 if device == "cpu" else 2)
     cache = min(max(CONCURRENT_SEQUENCES * length * per_token, GIB), MAX_KV_CACHE_BYTES)
     size = f"sequences up to {length} tokens, {cache / GIB:.1f} GiB of KV cache"
     merging = why_merge_for_engine(model_args, device) if model_args.use_peft else None
@@ -59,6 +60,20 @@ def place_engine(device: str, args: Any, model_args: Any, tasks: Sequence[EvalTa
         merge_adapters=merging is not None,
         reason=f"vLLM evaluates on {where}; {size}{weights}",
     )
+
+
+def context_tokens(args: Any, config: Any, tasks: Sequence[EvalTask], tokenizer: Any) -> int:
+    """The longest prompt with its answer; for lm-eval and a user's own client what they may send."""
+    lengths = [
+        len(render_prompt(sample, tokenizer)) + (task.settings.max_new_tokens or args.gen_eval_max_new_tokens)
+        for task in tasks
+        for sample in task.samples
+    ]
+    longest = max(lengths, default=0) + TEMPLATE_SLACK_TOKENS
+    if args.gen_eval_lm_eval or args.gen_eval_expose is not None:
+        holds = getattr(config.get_text_config(), "max_position_embeddings", None) or FOREIGN_PROMPT_TOKENS
+        longest = max(longest, min(FOREIGN_PROMPT_TOKENS, holds))
+    return longest
 
 
 def choose_gpu(visible: Sequence[str], training: int) -> tuple[str, str]:

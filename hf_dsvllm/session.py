@@ -29,10 +29,12 @@ from hf_dsvllm.console import is_main_process, say
 from hf_dsvllm.ds_config import swap_buffer_elements
 from hf_dsvllm.engine.server import EngineServer, EngineSpec, find_vllm
 from hf_dsvllm.errors import ConfigError, DsvllmError, ExportError, GpuMemoryError, Problem, WiringError
-from hf_dsvllm.evaluation import EVALS, Evaluator, Sampling
-from hf_dsvllm.files import write_json
+from hf_dsvllm.evaluation import EVALS, Evaluator, HarnessTasks, Sampling
+from hf_dsvllm.fields import asks_for_answers
+from hf_dsvllm.files import write_json, write_text
 from hf_dsvllm.fingerprint import fingerprint_of
 from hf_dsvllm.forecast import comparison, forecast, learn_from, out_of_memory_advice
+from hf_dsvllm.harness import names_of
 from hf_dsvllm.launch import read_launch
 from hf_dsvllm.measure import RunMeasure
 from hf_dsvllm.model_shape import load_shape
@@ -90,7 +92,7 @@ class Session:
     @property
     def evaluates(self) -> bool:
         """Whether this run evaluates by generation."""
-        return bool(self.tasks)
+        return asks_for_answers(self.args)
 
     @property
     def ds_config(self) -> dict[str, Any] | None:
@@ -174,6 +176,9 @@ class Session:
                 sampling=self._sampling(trainer),
                 run_dir=self.run_dir,
                 merge_base=self._merge_base,
+                harness=_harness_tasks(self.args),
+                expose_port=self.args.gen_eval_expose,
+                lower_is_better=_lower_is_better(self.args),
             )
         scores = SessionCallback(self, trainer)
         trainer.add_callback(scores)
@@ -287,6 +292,7 @@ class Session:
         return Sampling(
             max_new_tokens=self.args.gen_eval_max_new_tokens,
             temperature=self.args.gen_eval_temperature,
+            samples=self.args.gen_eval_samples,
             seed=self.args.seed,
             timeout_s=self.args.gen_eval_timeout,
             stop_token_ids=stop_tokens(trainer.model, trainer.processing_class),
@@ -304,10 +310,19 @@ class Session:
             max_lora_rank=self.model_args.lora_r if adapter and not placement.merge_adapters else None,
             kv_cache_bytes=placement.kv_cache_bytes,
             seed=self.args.seed,
-            extra_args=tuple(shlex.split(self.args.vllm_args or "")),
+            extra_args=(*self._chat_template(), *shlex.split(self.args.vllm_args or "")),
             visible_devices=placement.visible_devices,
             cpu_threads=placement.cpu_threads,
         )
+
+    def _chat_template(self) -> tuple[str, ...]:
+        """The template of training for those who chat with the exposed model; our own prompts are token ids."""
+        template = self._tokenizer().chat_template if self.args.gen_eval_expose is not None else None
+        if not isinstance(template, str):
+            return ()
+        file = self.run_dir.absolute() / "engine" / "chat_template.jinja"
+        write_text(file, template)
+        return ("--chat-template", str(file))
 
     def _dequantised_base(self) -> Path:
         """The base as a QLoRA trainer holds it, in 16 bit, for the engine to put adapters on."""
@@ -338,6 +353,18 @@ def stop_tokens(model: Any, tokenizer: Any) -> tuple[int, ...]:
     listed = getattr(model.generation_config, "eos_token_id", None)
     tokens = listed if isinstance(listed, list) else [listed]
     return tuple(dict.fromkeys(t for t in [*tokens, tokenizer.eos_token_id] if t is not None))
+
+
+def _harness_tasks(args: Any) -> HarnessTasks | None:
+    names = names_of(args.gen_eval_lm_eval)
+    return HarnessTasks(names=names, limit=args.gen_eval_limit) if names else None
+
+
+def _lower_is_better(args: Any) -> tuple[str, ...]:
+    """The metric that steers, where its user says that less is better."""
+    wanted = args.metric_for_best_model or ""
+    key = wanted if wanted.startswith("eval_") else f"eval_{wanted}"
+    return (key,) if args.greater_is_better is False else ()
 
 
 def _load_tasks(args: Any) -> tuple[EvalTask, ...]:
