@@ -63,8 +63,8 @@ class Forwarder:
         self._loop = asyncio.new_event_loop()
         # Without log_config the root logger is left alone; requests come and go in silence.
         config = uvicorn.Config(
-            self._app, log_config=None, log_level="critical", access_log=False, lifespan="off", ws="none",
-            timeout_graceful_shutdown=1,
+            self._app, interface="asgi3", log_config=None, log_level="critical", access_log=False, lifespan="off",
+            ws="none", timeout_graceful_shutdown=1,
         )  # fmt: skip
         self._server = uvicorn.Server(config)
         self._thread = threading.Thread(target=self._serve, name="dsvllm-forwarder", daemon=True)

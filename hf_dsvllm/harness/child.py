@@ -11,6 +11,7 @@ import json
 import os
 import sys
 import threading
+import traceback
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -24,17 +25,19 @@ def main() -> None:
     threading.Thread(target=end_with_parent, daemon=True).start()
     out = Path(job["out"])
     try:
-        result = check(job) if job["kind"] == "check" else run(job)
+        write(out, check(job) if job["kind"] == "check" else run(job))
     except Exception as error:
-        result = {"error": f"{type(error).__name__}: {error}"}
-        write(out, result)
-        raise
-    write(out, result)
+        traceback.print_exc()
+        write(out, {"error": f"{type(error).__name__}: {error}"})
+    sys.stdout.flush()
+    sys.stderr.flush()
+    os._exit(0)  # the result is written; an orderly end would wait for threads of libraries, and for ours
 
 
 def end_with_parent() -> None:
     with contextlib.suppress(OSError):
-        sys.stdin.buffer.read()
+        while os.read(0, 1):
+            pass
     os._exit(ENDED_WITH_PARENT)
 
 
@@ -49,20 +52,19 @@ def check(job: Mapping[str, Any]) -> dict[str, Any]:
     from lm_eval.tasks import TaskManager
 
     manager = TaskManager()
-    known = [name for name in job["tasks"] if name.endswith(".yaml") or name in manager.all_tasks]
-    unknown = [name for name in job["tasks"] if name not in known]
-    if unknown:
-        near = {name: difflib.get_close_matches(name, manager.all_tasks, n=3) for name in unknown}
-        return {"unknown": near}
+    unknown: dict[str, list[str]] = {}
     found: dict[str, int] = {}
     failed: dict[str, str] = {}
-    for name in known:
+    for name in job["tasks"]:
+        if not name.endswith(".yaml") and name not in manager.all_tasks:
+            unknown[name] = difflib.get_close_matches(name, manager.all_tasks, n=3)
+            continue
         try:
             tasks = manager.load([name])["tasks"]
             found |= {task: len(list(loaded.eval_docs)) for task, loaded in tasks.items()}
         except Exception as error:  # a data set that cannot be had, a broken file: whatever a task's code raises
             failed[name] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-    return {"failed": failed} if failed else {"found": found}
+    return {"unknown": unknown, "failed": failed, "found": found}
 
 
 def run(job: Mapping[str, Any]) -> dict[str, Any]:
@@ -117,12 +119,11 @@ def rows(samples: Any) -> list[dict[str, Any]]:
     found: dict[Any, dict[str, Any]] = {}
     for sample in samples:
         chosen = sample.get("filter", "none")
-        arguments = next(iter(sample["arguments"].values()), {})
         row = found.setdefault(
             sample["doc_id"],
             {
                 "id": str(sample["doc_id"]),
-                "prompt": str(arguments.get("arg_0", "")),
+                "prompt": str(sample["arguments"][0][0]) if sample["arguments"] else "",
                 "reference": str(sample.get("target", "")),
                 "answer": shown(sample.get("filtered_resps", "")),
                 "finish_reason": "",

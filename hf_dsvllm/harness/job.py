@@ -75,7 +75,7 @@ def check_tasks(names: Sequence[str]) -> list[Problem]:
             f"gen_eval_lm_eval: there is no task {name!r}",
             f"did you mean {' or '.join(near)}?" if near else "`lm-eval ls tasks` lists them",
         )
-        for name, near in result.get("unknown", {}).items()
+        for name, near in result["unknown"].items()
     ]
     return problems + [
         Problem(
@@ -83,7 +83,7 @@ def check_tasks(names: Sequence[str]) -> list[Problem]:
             "its data set comes from the hub: load it once where the hub is reached (HF_HUB_OFFLINE unset), or name "
             "a .yaml task with files of your own",
         )
-        for name, why in result.get("failed", {}).items()
+        for name, why in result["failed"].items()
     ]
 
 

@@ -62,7 +62,7 @@ def case(tmp_path: Path) -> tuple[Any, Any, Any, Any]:
     folder = write_tiny_model(tmp_path / "model")
     file = tmp_path / "eval.jsonl"
     file.write_text('{"prompt": "short", "reference": "x"}\n{"prompt": "rather longer", "reference": "y"}\n')
-    args = SimpleNamespace(gen_eval_max_new_tokens=50)
+    args = SimpleNamespace(gen_eval_max_new_tokens=50, gen_eval_lm_eval=None, gen_eval_expose=None)
     model_args = SimpleNamespace(model_name_or_path=str(folder), model_revision=None, use_peft=False)
     return args, model_args, load_task(file), AutoTokenizer.from_pretrained(folder)
 
