@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
-__all__ = ["PresetFields", "added_fields"]
+__all__ = ["PresetFields", "added_fields", "metric_key", "steers"]
 
 
 @dataclasses.dataclass
@@ -58,6 +59,26 @@ class PresetFields:
             "help": "Seconds one evaluation may take, server start included, before it is skipped with a warning."
         },
     )
+    gen_eval_placement: str = dataclasses.field(
+        default="auto",
+        metadata={"help": "Where vLLM runs: spare (GPUs the trainer does not use), shared (the main process's GPU), "
+                  "cpu, remote (--gen_eval_server), or auto: the first of remote, spare and shared that there is."},
+    )  # fmt: skip
+    gen_eval_late: bool | None = dataclasses.field(
+        default=None,
+        metadata={"help": "Train on while vLLM answers; scores arrive some steps later and are logged under their own "
+                  "step. Default: where vLLM has a GPU of its own or is remote, unless --save_strategy best waits for "
+                  "the score."},
+    )  # fmt: skip
+    gen_eval_server: str | None = dataclasses.field(
+        default=None,
+        metadata={"help": "Address of a vLLM server that already runs, e.g. http://node7:8000, for placement remote. "
+                  "Its key comes from the environment variable HF_DSVLLM_API_KEY."},
+    )  # fmt: skip
+    gen_eval_tensor_parallel: int | None = dataclasses.field(
+        default=None,
+        metadata={"help": "GPUs one vLLM engine spreads over. Default: as many as the model's 16-bit weights need."},
+    )
     vllm_python: str | None = dataclasses.field(
         default=None,
         metadata={"help": "Python interpreter of another environment that has vLLM. Default: this one."},
@@ -76,3 +97,14 @@ class PresetFields:
 def added_fields() -> tuple[str, ...]:
     """Names of the added arguments, in order."""
     return tuple(field.name for field in dataclasses.fields(PresetFields))
+
+
+def steers(args: Any) -> bool:
+    """Whether a generation score decides which checkpoint is best."""
+    return metric_key(args).startswith("eval_gen_")
+
+
+def metric_key(args: Any) -> str:
+    """`metric_for_best_model` as it is logged, with the Trainer's prefix."""
+    wanted = args.metric_for_best_model or ""
+    return wanted if wanted.startswith("eval_") else f"eval_{wanted}"

@@ -19,6 +19,7 @@ from hf_dsvllm.engine.server import find_vllm
 from hf_dsvllm.errors import DsvllmError, Problem
 from hf_dsvllm.files import read_json_or_problem
 from hf_dsvllm.launch import Launch
+from hf_dsvllm.placement import choose_place, place_problems, visible_gpus
 from hf_dsvllm.presets import Preset
 from hf_dsvllm.presets.select import deepspeed_has_onebit
 from hf_dsvllm.tasks import load_task
@@ -101,8 +102,14 @@ def evaluation_problems(args: Any, launch: Launch, device: str) -> list[Problem]
             problems.append(Problem("gen_eval options without prompts do nothing", "--gen_eval_file prompts.jsonl"))
         return problems
     problems += _number_problems(args)
-    if launch.is_main:
-        kind: Literal["cuda", "cpu"] = "cuda" if device == "cuda" else "cpu"
+    visible = visible_gpus() if device == "cuda" else []
+    wrong_place = place_problems(args, device, launch, visible)
+    problems += wrong_place
+    if launch.is_main and not wrong_place:
+        place = choose_place(args, device, launch, visible)
+        if place.kind == "remote":
+            return problems
+        kind: Literal["cuda", "cpu"] = place.device
         try:
             find_vllm(Path(args.vllm_python) if args.vllm_python else None, device=kind)
         except DsvllmError as error:

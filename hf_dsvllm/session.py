@@ -9,11 +9,10 @@ trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
 
 from __future__ import annotations
 
+import copy
 import functools
 import importlib.metadata
 import itertools
-import shlex
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,11 +22,13 @@ import torch
 from hf_dsvllm import adapters
 from hf_dsvllm._compat import keep_4bit_weights_packed
 from hf_dsvllm.arguments import full_dtype, resolve_preset, training_device
-from hf_dsvllm.callback import SessionCallback, Steering, broadcast
+from hf_dsvllm.callback import SessionCallback
 from hf_dsvllm.checks import check_before_loading, load_tokenizer, predict_memory
 from hf_dsvllm.console import is_main_process, say
 from hf_dsvllm.ds_config import swap_buffer_elements
-from hf_dsvllm.engine.server import EngineServer, EngineSpec, find_vllm
+from hf_dsvllm.engine.server import EngineServer
+from hf_dsvllm.engine_size import largest_parameter
+from hf_dsvllm.engine_start import start_engine
 from hf_dsvllm.errors import ConfigError, DsvllmError, ExportError, GpuMemoryError, Problem, WiringError
 from hf_dsvllm.evaluation import EVALS, Evaluator, Sampling
 from hf_dsvllm.files import write_json
@@ -36,15 +37,19 @@ from hf_dsvllm.forecast import comparison, forecast, learn_from, out_of_memory_a
 from hf_dsvllm.launch import read_launch
 from hf_dsvllm.measure import RunMeasure
 from hf_dsvllm.model_shape import load_shape
-from hf_dsvllm.placement import Placement, largest_parameter, place_engine
+from hf_dsvllm.placement import Place, choose_place, visible_gpus
+from hf_dsvllm.ranks import Ranks
 from hf_dsvllm.snapshot import SNAPSHOTS, Snapshot
-from hf_dsvllm.source import best_step, local_base
+from hf_dsvllm.source import best_step
+from hf_dsvllm.steering import Steering
 from hf_dsvllm.tasks import EvalTask, load_task
 from hf_dsvllm.traps import Fix
 from hf_dsvllm.wiring import Wiring
 
 __all__ = ["Session", "prepare"]
 
+# Ranks that wait for rank 0 notice its death at once; this only bounds a first start, an evaluation or an export.
+PATIENCE_S = 24 * 3600.0
 PACKAGES = ("hf-dsvllm", "torch", "transformers", "accelerate", "deepspeed", "peft", "bitsandbytes", "trl")
 
 
@@ -84,6 +89,8 @@ class Session:
         self.tasks = _load_tasks(args)
         self.server: EngineServer | None = None
         self.forecast = forecast(args, model_args, preset, device)
+        self.ranks = Ranks(PATIENCE_S)
+        self.place = self._choose_place() if self.tasks else None
         self._evaluator: Evaluator | None = None
         self._merge_base: Path | None = None
 
@@ -91,6 +98,11 @@ class Session:
     def evaluates(self) -> bool:
         """Whether this run evaluates by generation."""
         return bool(self.tasks)
+
+    @property
+    def late(self) -> bool:
+        """Whether training goes on while vLLM answers."""
+        return self.place is not None and self.place.late
 
     @property
     def ds_config(self) -> dict[str, Any] | None:
@@ -113,7 +125,7 @@ class Session:
 
     @property
     def snapshot_dtype(self) -> torch.dtype:
-        """bf16 as it will ship; float32 on CPUs, where the engine runs in float32 and greedy answers then agree."""
+        """bf16 as it will ship; float32 where training runs on CPUs, as the engine does: greedy answers then agree."""
         return torch.float32 if self.device == "cpu" else torch.bfloat16
 
     @property
@@ -152,14 +164,14 @@ class Session:
         """Start vLLM on rank 0 and return at once: it loads while the trainer's model does."""
         if not is_main_process():
             return
-        placement = place_engine(self.device, self.args, self.model_args, self.tasks, self._tokenizer())
-        say(placement.reason)
-        model: Path | str = self.model_args.model_name_or_path
-        if self.model_args.load_in_4bit:
-            model = self._dequantised_base()
-        if placement.merge_adapters:
-            self._merge_base = local_base(str(model))
-        self.server = EngineServer.start(self._engine_spec(model, placement), self.run_dir)
+        assert self.place is not None
+        self.server, self._merge_base = start_engine(
+            self.place, self.args, self.model_args, self.tasks, self._tokenizer(), self.quantization_config
+        )
+
+    def _choose_place(self) -> Place:
+        visible = visible_gpus() if self.device == "cuda" else []
+        return choose_place(self.args, self.device, read_launch(), visible)
 
     def attach(self, trainer: Any) -> None:
         """Add the callback to `trainer`; it checks the wiring when training begins and evaluates on the way."""
@@ -170,7 +182,8 @@ class Session:
             self._evaluator = Evaluator(
                 server=self.server,
                 tasks=self.tasks,
-                tokenizer=trainer.processing_class,
+                # A copy: a fast tokenizer cannot be used by two threads at once ("Already borrowed").
+                tokenizer=copy.deepcopy(trainer.processing_class),
                 sampling=self._sampling(trainer),
                 run_dir=self.run_dir,
                 merge_base=self._merge_base,
@@ -252,7 +265,7 @@ class Session:
                 self._export(snapshot)
             except Exception as problem:  # whatever it is, the other ranks wait in the broadcast
                 error = str(problem) if isinstance(problem, DsvllmError) else f"{type(problem).__name__}: {problem}"
-        error = broadcast(error)
+        error = self.ranks.broadcast(error)
         if error is not None:
             say(f"training is complete and its weights are in {snapshot.path}, but the export failed: {error}")
             raise ExportError(error)
@@ -291,33 +304,6 @@ class Session:
             timeout_s=self.args.gen_eval_timeout,
             stop_token_ids=stop_tokens(trainer.model, trainer.processing_class),
         )
-
-    def _engine_spec(self, model: Path | str, placement: Placement) -> EngineSpec:
-        python = find_vllm(Path(self.args.vllm_python) if self.args.vllm_python else None)
-        adapter = self.model_args.use_peft
-        return EngineSpec(
-            model=model,
-            python=python,
-            device="cuda" if self.device == "cuda" else "cpu",
-            dtype="float32" if self.device == "cpu" else "bfloat16",
-            max_model_len=placement.max_model_len,
-            max_lora_rank=self.model_args.lora_r if adapter and not placement.merge_adapters else None,
-            kv_cache_bytes=placement.kv_cache_bytes,
-            seed=self.args.seed,
-            extra_args=tuple(shlex.split(self.args.vllm_args or "")),
-            visible_devices=placement.visible_devices,
-            cpu_threads=placement.cpu_threads,
-        )
-
-    def _dequantised_base(self) -> Path:
-        """The base as a QLoRA trainer holds it, in 16 bit, for the engine to put adapters on."""
-        from hf_dsvllm.fourbit import dequantised_base
-
-        out = self.run_dir / "engine" / "base"
-        shutil.rmtree(out, ignore_errors=True)
-        config = self.quantization_config.to_dict()
-        dtype = getattr(torch, self.model_args.dtype)
-        return dequantised_base(local_base(self.model_args.model_name_or_path), config, out, dtype=dtype)
 
     def _tokenizer(self) -> Any:
         return load_tokenizer(self.args, self.model_args)
