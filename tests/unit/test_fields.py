@@ -42,5 +42,5 @@ def test_an_added_argument_has_a_default_and_a_help_sentence(field: dataclasses.
 def test_the_mixin_adds_nothing_unless_asked() -> None:
     fields = PresetFields()
     assert {name for name in FROZEN if getattr(fields, name)} == {
-        *("gen_eval_on_start", "gen_eval_max_new_tokens", "gen_eval_timeout")
+        *("gen_eval_on_start", "gen_eval_max_new_tokens", "gen_eval_timeout", "gen_eval_placement")
     }
