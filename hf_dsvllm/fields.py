@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-__all__ = ["PresetFields", "added_fields", "asks_for_answers"]
+__all__ = ["PresetFields", "added_fields", "asks_for_answers", "metric_key", "steers"]
 
 
 @dataclasses.dataclass
@@ -74,6 +74,26 @@ class PresetFields:
         metadata={"help": "Port on 127.0.0.1 (0: any free one) where an OpenAI client can ask the model in training, "
                   "by the name training."},
     )  # fmt: skip
+    gen_eval_placement: str = dataclasses.field(
+        default="auto",
+        metadata={"help": "Where vLLM runs: spare (GPUs the trainer does not use), shared (the main process's GPU), "
+                  "cpu, remote (--gen_eval_server), or auto: the first of remote, spare and shared that there is."},
+    )  # fmt: skip
+    gen_eval_late: bool | None = dataclasses.field(
+        default=None,
+        metadata={"help": "Train on while vLLM answers; scores arrive some steps later and are logged under their own "
+                  "step. Default: where vLLM has a GPU of its own or is remote, unless --save_strategy best waits for "
+                  "the score."},
+    )  # fmt: skip
+    gen_eval_server: str | None = dataclasses.field(
+        default=None,
+        metadata={"help": "Address of a vLLM server that already runs, e.g. http://node7:8000, for placement remote. "
+                  "Its key comes from the environment variable HF_DSVLLM_API_KEY."},
+    )  # fmt: skip
+    gen_eval_tensor_parallel: int | None = dataclasses.field(
+        default=None,
+        metadata={"help": "GPUs one vLLM engine spreads over. Default: as many as the model's 16-bit weights need."},
+    )
     vllm_python: str | None = dataclasses.field(
         default=None,
         metadata={"help": "Python interpreter of another environment that has vLLM. Default: this one."},
@@ -97,3 +117,14 @@ def asks_for_answers(args: Any) -> bool:
 def added_fields() -> tuple[str, ...]:
     """Names of the added arguments, in order."""
     return tuple(field.name for field in dataclasses.fields(PresetFields))
+
+
+def steers(args: Any) -> bool:
+    """Whether a generation score decides which checkpoint is best."""
+    return metric_key(args).startswith("eval_gen_")
+
+
+def metric_key(args: Any) -> str:
+    """`metric_for_best_model` as it is logged, with the Trainer's prefix."""
+    wanted = args.metric_for_best_model or ""
+    return wanted if wanted.startswith("eval_") else f"eval_{wanted}"

@@ -22,6 +22,7 @@ from hf_dsvllm.fields import asks_for_answers
 from hf_dsvllm.files import read_json_or_problem
 from hf_dsvllm.forwarder import listen
 from hf_dsvllm.launch import Launch
+from hf_dsvllm.placement import choose_place, place_problems, visible_gpus
 from hf_dsvllm.presets import Preset
 from hf_dsvllm.presets.select import deepspeed_has_onebit
 from hf_dsvllm.tasks import EvalTask, load_task
@@ -109,7 +110,14 @@ def evaluation_problems(args: Any, launch: Launch, device: str) -> list[Problem]
     if launch.is_main:
         problems += _harness_problems(args, tasks)
         problems += _port_problems(args.gen_eval_expose)
-        kind: Literal["cuda", "cpu"] = "cuda" if device == "cuda" else "cpu"
+    visible = visible_gpus() if device == "cuda" else []
+    wrong_place = place_problems(args, device, launch, visible)
+    problems += wrong_place
+    if launch.is_main and not wrong_place:
+        place = choose_place(args, device, launch, visible)
+        if place.kind == "remote":
+            return problems
+        kind: Literal["cuda", "cpu"] = place.device
         try:
             find_vllm(Path(args.vllm_python) if args.vllm_python else None, device=kind)
         except DsvllmError as error:

@@ -12,8 +12,6 @@ from __future__ import annotations
 import functools
 import importlib.metadata
 import itertools
-import shlex
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -23,30 +21,36 @@ import torch
 from hf_dsvllm import adapters
 from hf_dsvllm._compat import keep_4bit_weights_packed
 from hf_dsvllm.arguments import full_dtype, resolve_preset, training_device
-from hf_dsvllm.callback import SessionCallback, Steering, broadcast
+from hf_dsvllm.callback import SessionCallback
 from hf_dsvllm.checks import check_before_loading, load_tokenizer, predict_memory
 from hf_dsvllm.console import is_main_process, say
 from hf_dsvllm.ds_config import swap_buffer_elements
-from hf_dsvllm.engine.server import EngineServer, EngineSpec, find_vllm
+from hf_dsvllm.engine.server import EngineServer
+from hf_dsvllm.engine_size import largest_parameter
+from hf_dsvllm.engine_start import start_engine
 from hf_dsvllm.errors import ConfigError, DsvllmError, ExportError, GpuMemoryError, Problem, WiringError
 from hf_dsvllm.evaluation import EVALS, Evaluator, HarnessTasks, Sampling
-from hf_dsvllm.fields import asks_for_answers
-from hf_dsvllm.files import write_json, write_text
+from hf_dsvllm.fields import asks_for_answers, metric_key
+from hf_dsvllm.files import write_json
 from hf_dsvllm.fingerprint import fingerprint_of
 from hf_dsvllm.forecast import comparison, forecast, learn_from, out_of_memory_advice
 from hf_dsvllm.harness import names_of
 from hf_dsvllm.launch import read_launch
 from hf_dsvllm.measure import RunMeasure
 from hf_dsvllm.model_shape import load_shape
-from hf_dsvllm.placement import Placement, largest_parameter, place_engine
+from hf_dsvllm.placement import Place, choose_place, visible_gpus
+from hf_dsvllm.ranks import Ranks
 from hf_dsvllm.snapshot import SNAPSHOTS, Snapshot
-from hf_dsvllm.source import best_step, local_base
+from hf_dsvllm.source import best_step
+from hf_dsvllm.steering import Steering
 from hf_dsvllm.tasks import EvalTask, load_task
 from hf_dsvllm.traps import Fix
 from hf_dsvllm.wiring import Wiring
 
 __all__ = ["Session", "prepare"]
 
+# Ranks that wait for rank 0 notice its death at once; this only bounds a first start, an evaluation or an export.
+PATIENCE_S = 24 * 3600.0
 PACKAGES = ("hf-dsvllm", "torch", "transformers", "accelerate", "deepspeed", "peft", "bitsandbytes", "trl")
 
 
@@ -86,6 +90,8 @@ class Session:
         self.tasks = _load_tasks(args)
         self.server: EngineServer | None = None
         self.forecast = forecast(args, model_args, preset, device)
+        self.ranks = Ranks(PATIENCE_S)
+        self.place = self._choose_place() if self.evaluates else None
         self._evaluator: Evaluator | None = None
         self._merge_base: Path | None = None
 
@@ -93,6 +99,11 @@ class Session:
     def evaluates(self) -> bool:
         """Whether this run evaluates by generation."""
         return asks_for_answers(self.args)
+
+    @property
+    def late(self) -> bool:
+        """Whether training goes on while vLLM answers."""
+        return self.place is not None and self.place.late
 
     @property
     def ds_config(self) -> dict[str, Any] | None:
@@ -115,7 +126,7 @@ class Session:
 
     @property
     def snapshot_dtype(self) -> torch.dtype:
-        """bf16 as it will ship; float32 on CPUs, where the engine runs in float32 and greedy answers then agree."""
+        """bf16 as it will ship; float32 where training runs on CPUs, as the engine does: greedy answers then agree."""
         return torch.float32 if self.device == "cpu" else torch.bfloat16
 
     @property
@@ -154,14 +165,14 @@ class Session:
         """Start vLLM on rank 0 and return at once: it loads while the trainer's model does."""
         if not is_main_process():
             return
-        placement = place_engine(self.device, self.args, self.model_args, self.tasks, self._tokenizer())
-        say(placement.reason)
-        model: Path | str = self.model_args.model_name_or_path
-        if self.model_args.load_in_4bit:
-            model = self._dequantised_base()
-        if placement.merge_adapters:
-            self._merge_base = local_base(str(model))
-        self.server = EngineServer.start(self._engine_spec(model, placement), self.run_dir)
+        assert self.place is not None
+        self.server, self._merge_base = start_engine(
+            self.place, self.args, self.model_args, self.tasks, self._tokenizer(), self.quantization_config
+        )
+
+    def _choose_place(self) -> Place:
+        visible = visible_gpus() if self.device == "cuda" else []
+        return choose_place(self.args, self.device, read_launch(), visible)
 
     def attach(self, trainer: Any) -> None:
         """Add the callback to `trainer`; it checks the wiring when training begins and evaluates on the way."""
@@ -257,7 +268,7 @@ class Session:
                 self._export(snapshot)
             except Exception as problem:  # whatever it is, the other ranks wait in the broadcast
                 error = str(problem) if isinstance(problem, DsvllmError) else f"{type(problem).__name__}: {problem}"
-        error = broadcast(error)
+        error = self.ranks.broadcast(error)
         if error is not None:
             say(f"training is complete and its weights are in {snapshot.path}, but the export failed: {error}")
             raise ExportError(error)
@@ -298,42 +309,6 @@ class Session:
             stop_token_ids=stop_tokens(trainer.model, trainer.processing_class),
         )
 
-    def _engine_spec(self, model: Path | str, placement: Placement) -> EngineSpec:
-        python = find_vllm(Path(self.args.vllm_python) if self.args.vllm_python else None)
-        adapter = self.model_args.use_peft
-        return EngineSpec(
-            model=model,
-            python=python,
-            device="cuda" if self.device == "cuda" else "cpu",
-            dtype="float32" if self.device == "cpu" else "bfloat16",
-            max_model_len=placement.max_model_len,
-            max_lora_rank=self.model_args.lora_r if adapter and not placement.merge_adapters else None,
-            kv_cache_bytes=placement.kv_cache_bytes,
-            seed=self.args.seed,
-            extra_args=(*self._chat_template(), *shlex.split(self.args.vllm_args or "")),
-            visible_devices=placement.visible_devices,
-            cpu_threads=placement.cpu_threads,
-        )
-
-    def _chat_template(self) -> tuple[str, ...]:
-        """The template of training for those who chat with the exposed model; our own prompts are token ids."""
-        template = self._tokenizer().chat_template if self.args.gen_eval_expose is not None else None
-        if not isinstance(template, str):
-            return ()
-        file = self.run_dir.absolute() / "engine" / "chat_template.jinja"
-        write_text(file, template)
-        return ("--chat-template", str(file))
-
-    def _dequantised_base(self) -> Path:
-        """The base as a QLoRA trainer holds it, in 16 bit, for the engine to put adapters on."""
-        from hf_dsvllm.fourbit import dequantised_base
-
-        out = self.run_dir / "engine" / "base"
-        shutil.rmtree(out, ignore_errors=True)
-        config = self.quantization_config.to_dict()
-        dtype = getattr(torch, self.model_args.dtype)
-        return dequantised_base(local_base(self.model_args.model_name_or_path), config, out, dtype=dtype)
-
     def _tokenizer(self) -> Any:
         return load_tokenizer(self.args, self.model_args)
 
@@ -362,9 +337,7 @@ def _harness_tasks(args: Any) -> HarnessTasks | None:
 
 def _lower_is_better(args: Any) -> tuple[str, ...]:
     """The metric that steers, where its user says that less is better."""
-    wanted = args.metric_for_best_model or ""
-    key = wanted if wanted.startswith("eval_") else f"eval_{wanted}"
-    return (key,) if args.greater_is_better is False else ()
+    return (metric_key(args),) if args.greater_is_better is False else ()
 
 
 def _load_tasks(args: Any) -> tuple[EvalTask, ...]:
