@@ -25,6 +25,7 @@ CHILD = Path(__file__).with_name("child.py")
 CHECK_S = 600.0  # data sets may have to be downloaded
 CONCURRENT = 16
 LOG_LINES = 6
+_loaded: set[tuple[str, ...]] = set()  # names whose tasks this process has seen load
 INSTALL = "pip install 'hf-dsvllm[lm-eval]'"
 
 
@@ -59,6 +60,8 @@ def names_of(given: Sequence[str] | None) -> tuple[str, ...]:
 
 def check_tasks(names: Sequence[str]) -> list[Problem]:
     """What would go wrong with these tasks, found by loading them and their data: minutes where it is downloaded."""
+    if tuple(names) in _loaded:  # arguments are often made more than once
+        return []
     if not installed():
         return [Problem("gen_eval_lm_eval needs lm-evaluation-harness, which is not installed", INSTALL)]
     absent = [name for name in names if name.endswith(".yaml") and not Path(name).is_file()]
@@ -77,7 +80,7 @@ def check_tasks(names: Sequence[str]) -> list[Problem]:
         )
         for name, near in result["unknown"].items()
     ]
-    return problems + [
+    problems += [
         Problem(
             f"gen_eval_lm_eval: task {name} cannot be loaded: {why}",
             "its data set comes from the hub: load it once where the hub is reached (HF_HUB_OFFLINE unset), or name "
@@ -85,6 +88,9 @@ def check_tasks(names: Sequence[str]) -> list[Problem]:
         )
         for name, why in result["failed"].items()
     ]
+    if not problems:
+        _loaded.add(tuple(names))
+    return problems
 
 
 def run_tasks(

@@ -118,6 +118,18 @@ def test_without_lm_eval_the_install_line_is_said(monkeypatch: pytest.MonkeyPatc
     assert "pip install 'hf-dsvllm[lm-eval]'" in problem.fix
 
 
+def test_tasks_that_have_loaded_once_are_not_loaded_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(job, "_loaded", set())
+    monkeypatch.setattr(job, "installed", lambda: True)
+    counted = tmp_path / "counted"
+    answers = [{"unknown": {"a": []}, "failed": {}, "found": {}}, {"unknown": {}, "failed": {}, "found": {"a": 1}}]
+    for answer, problems, times in zip((*answers, answers[0]), (1, 0, 0), (1, 2, 2), strict=True):
+        body = f"open({str(counted)!r}, 'a').write('x')\nopen(job['out'], 'w').write(json.dumps({answer!r}))"
+        ending(tmp_path, monkeypatch, body)
+        assert len(harness.check_tasks(("a",))) == problems
+        assert len(counted.read_text()) == times
+
+
 def test_a_task_file_that_is_not_there_is_said_at_once(tmp_path: Path) -> None:
     [problem] = harness.check_tasks((str(tmp_path / "x.yaml"),))
     assert "there is no file" in problem.what
