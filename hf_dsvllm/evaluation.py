@@ -22,9 +22,10 @@ from hf_dsvllm.engine.client import Completion, EngineClient
 from hf_dsvllm.engine.server import EngineServer
 from hf_dsvllm.engine.sync import SyncResult, WeightSync
 from hf_dsvllm.errors import EngineError
+from hf_dsvllm.eval_result import EvalResult, HarnessTasks, Sampling, sampling_of
 from hf_dsvllm.files import write_text
 from hf_dsvllm.forwarder import MODEL, Forwarder, expose_key
-from hf_dsvllm.harness import HarnessScores, run_tasks
+from hf_dsvllm.harness import HarnessScores, Worker, run_tasks
 from hf_dsvllm.merged_copy import merged_copy
 from hf_dsvllm.score_history import EVALS, ScoreHistory, answers_file, metric_key
 from hf_dsvllm.snapshot import Snapshot
@@ -34,84 +35,7 @@ from hf_dsvllm.tasks import EvalTask, render_prompt
 
 __all__ = ["EVALS", "EvalResult", "Evaluator", "HarnessTasks", "Sampling", "metric_key", "sampling_of"]
 
-
 HARNESS_LENGTH = 2048  # lm-eval's own default of max_length, in tokens
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Sampling:
-    """How answers are drawn; temperature 0 is greedy.  `timeout_s` bounds one evaluation, server start included.
-
-    Of `samples` answers to a prompt number i is drawn with seed + i (vLLM's v1/engine/parallel_sampling.py).
-    """
-
-    max_new_tokens: int
-    temperature: float
-    seed: int
-    timeout_s: float
-    stop_token_ids: tuple[int, ...]
-    samples: int = 1
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class HarnessTasks:
-    """Tasks of lm-evaluation-harness; `limit`: only the first so many prompts of each."""
-
-    names: tuple[str, ...]
-    limit: int | None = None
-
-
-def sampling_of(task: EvalTask, sampling: Sampling) -> Sampling:
-    """The arguments' sampling with what the task's own settings say otherwise."""
-    own = task.settings
-    given = {"max_new_tokens": own.max_new_tokens, "temperature": own.temperature, "samples": own.samples}
-    return dataclasses.replace(sampling, **{name: value for name, value in given.items() if value is not None})
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class EvalResult:
-    """One evaluation: `scores` by metric key, and where the seconds went (`publish`: live weights to disk).
-
-    `samples` counts prompts.  `comparisons`: by metric key, against step 0 and the best step before this one.
-    """
-
-    step: int
-    scores: Mapping[str, float]
-    standard_errors: Mapping[str, float | None]
-    samples: int
-    generated_tokens: int
-    weights_path: str
-    weights_why: str
-    publish_seconds: float
-    wait_seconds: float
-    sync_seconds: float
-    generate_seconds: float
-    total_seconds: float
-    comparisons: Mapping[str, Comparison] = dataclasses.field(default_factory=dict)
-
-    @property
-    def tokens_per_second(self) -> float:
-        return self.generated_tokens / self.generate_seconds if self.generate_seconds else 0.0
-
-    def _error(self, name: str) -> str:
-        """The standard error, which one answer alone has not."""
-        error = self.standard_errors[name]
-        return "" if error is None else f" ± {error:.1%}"
-
-    def _compared(self, name: str) -> str:
-        brief = self.comparisons[name].brief if name in self.comparisons else ""
-        return f" ({brief})" if brief else ""
-
-    def line(self) -> str:
-        """One line for the console."""
-        scores = ", ".join(
-            f"{name} {value:.1%}{self._error(name)}{self._compared(name)}" for name, value in self.scores.items()
-        )
-        return (
-            f"step {self.step}: {scores} ({self.samples} prompts, {self.generated_tokens} tokens, "
-            f"{self.tokens_per_second:.0f} tok/s, weights by {self.weights_path} in {self.sync_seconds:.2f} s, "
-            f"{self.total_seconds:.1f} s in all)"
-        )
 
 
 class Evaluator:
@@ -145,6 +69,7 @@ class Evaluator:
         self.run_dir = run_dir
         self.merge_base = merge_base
         self.harness = harness
+        self._lm_eval = Worker(run_dir / "engine" / "lm-eval.log")
         self.history = ScoreHistory(run_dir, lower_is_better=lower_is_better)
         self.prompts = {task.name: [render_prompt(sample, tokenizer) for sample in task.samples] for task in tasks}
         self._told_few = False
@@ -195,6 +120,7 @@ class Evaluator:
         """Stop the engine."""
         if self.door is not None:
             self.door.close()
+        self._lm_eval.close()
         self.client.close()
         self.server.stop()
 
@@ -294,6 +220,7 @@ class Evaluator:
             with Forwarder(key=key) as forwarder:
                 forwarder.resume(model, self.server.uds)
                 return run_tasks(
+                    self._lm_eval,
                     self.harness.names,
                     url=forwarder.url,
                     key=key,
@@ -302,7 +229,6 @@ class Evaluator:
                     max_length=spec.max_model_len or HARNESS_LENGTH,
                     limit=self.harness.limit,
                     seed=self.sampling.seed,
-                    log=self.run_dir / "engine" / "lm-eval.log",
                     timeout_s=max(0.0, deadline - time.monotonic()),
                 )
         except EngineError as error:

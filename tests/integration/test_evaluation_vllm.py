@@ -146,6 +146,7 @@ def test_two_evaluations_by_samples_harness_and_client(place: Path, evaluator: E
     again = evaluator.evaluate(0, None)
     assert again.scores == first.scores  # fixed seeds
     assert rows_of(run, "step-000000.sampled.jsonl") == sampled
+    assert rows_of(run, "step-000000.tiny_choice.jsonl") == chosen
 
     snapshot = Snapshot(path=place / "later", step=10, kind="full")
     evaluator.evaluate(10, snapshot)

@@ -148,7 +148,8 @@ def test_evaluation_options_without_prompts_are_refused(tmp_path: Path) -> None:
     assert problem.fix == "--gen_eval_file prompts.jsonl"
 
 
-def test_a_port_that_is_taken_is_said_before_training(tmp_path: Path) -> None:
+def test_a_port_that_is_taken_is_said_before_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preflight, "find_vllm", lambda python, device: python)
     file = tmp_path / "eval.jsonl"
     file.write_text('{"prompt": "a", "reference": "b"}\n')
     with socket.socket() as other:
@@ -167,6 +168,7 @@ def test_tasks_of_lm_eval_need_no_file_and_are_checked(tmp_path: Path, monkeypat
         return [Problem("gen_eval_lm_eval: there is no task 'gsm8kk'", "did you mean gsm8k?")]
 
     monkeypatch.setattr(preflight.harness, "check_tasks", check)
+    monkeypatch.setattr(preflight, "find_vllm", lambda python, device: python)
     file = tmp_path / "gsm8kk.jsonl"
     file.write_text('{"prompt": "a", "reference": "b"}\n')
     (problem,) = problems_of(tmp_path, gen_eval_lm_eval=["gsm8kk,arc_easy"], use_cpu=True)
