@@ -73,6 +73,8 @@ class Evaluator:
         self.history = ScoreHistory(run_dir, lower_is_better=lower_is_better)
         self.prompts = {task.name: [render_prompt(sample, tokenizer) for sample in task.samples] for task in tasks}
         self._told_few = False
+        if harness is not None:
+            self._lm_eval.start()
         self.door = None if expose_port is None else self._expose(expose_port)
 
     def evaluate(self, step: int, snapshot: Snapshot | None, publish_seconds: float = 0.0) -> EvalResult:

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import contextlib
 import difflib
+import importlib
 import json
 import os
 import queue
@@ -25,6 +26,8 @@ BOOTSTRAPS = 1000  # of lm-eval's standard errors for metrics that are no means
 def main() -> None:
     jobs: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
     threading.Thread(target=read_jobs, args=(jobs,), daemon=True).start()
+    with contextlib.suppress(Exception):  # while the engine loads; if it cannot be imported the first job says so
+        importlib.import_module("lm_eval")
     while True:
         job = jobs.get()
         os.environ["OPENAI_API_KEY"] = job.get("key", "")

@@ -113,7 +113,8 @@ def run_tasks(
     """
     job = {
         "kind": "run", "tasks": list(names), "url": url, "key": key, "model": model, "tokenizer": tokenizer,
-        "limit": limit, "max_length": max_length, "seed": seed, "concurrent": CONCURRENT, "timeout_s": max(1, int(timeout_s)),
+        "limit": limit, "max_length": max_length, "seed": seed, "concurrent": CONCURRENT,
+        "timeout_s": max(1, int(timeout_s)),
     }  # fmt: skip
     result = worker.do(job, timeout_s)
     rows = result["rows"]
@@ -150,6 +151,11 @@ class Worker:
 
     def __exit__(self, *_: object) -> None:
         self.close()
+
+    def start(self) -> None:
+        """Start it without a job yet, so that its imports are done when one comes; a failure shows at that job."""
+        with contextlib.suppress(OSError):
+            self._alive()
 
     def do(self, job: Mapping[str, Any], timeout_s: float) -> dict[str, Any]:
         """The result of one job; EngineError if it fails, or the process does, or `timeout_s` pass."""

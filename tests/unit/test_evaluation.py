@@ -23,6 +23,11 @@ PROMPTS = 32
 KEY = "eval_gen_letters_exact_match"
 
 
+@pytest.fixture(autouse=True)
+def _no_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Worker, "start", lambda self: None)
+
+
 class Tokenizer:
     """One token a character."""
 
