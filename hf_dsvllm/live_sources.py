@@ -9,8 +9,9 @@ from typing import Any
 
 import torch
 
-__all__ = ["Source", "plain_source", "sources", "why_no_stream"]
+__all__ = ["Source", "conversions", "plain_source", "sources", "why_no_stream"]
 
+CHANGES_MORE = ("use_dora", "lora_bias", "use_qalora", "alora_invocation_tokens", "arrow_config")  # of LoraConfig
 # The outermost number of a name is its decoder layer's (vLLM groups by the same rule).
 LAYER = re.compile(r"^(.*?\.\d+)\.")
 
@@ -47,12 +48,13 @@ def sources(model: Any, *, merge_adapters: bool) -> list[Source]:
     seen: set[int] = set()
     kept = []
     for part in found:
-        first = id(part.parameters[0])
-        if first in seen or (part.name in tied and first in own):
-            continue
-        seen.add(first)
+        if part.parameters:
+            first = id(part.parameters[0])
+            if first in seen or (part.name in tied and first in own):
+                continue
+            seen.add(first)
         kept.append(part)
-    return kept + _buffers(base, merge_adapters)
+    return kept
 
 
 def _of_module(module: Any, prefix: str, merge: bool) -> Iterator[Source]:
@@ -73,6 +75,9 @@ def _of_module(module: Any, prefix: str, merge: bool) -> Iterator[Source]:
         return
     for name, parameter in module.named_parameters(recurse=False, remove_duplicate=False):
         yield Source(name=f"{prefix}{name}", parameters=(parameter,), make=_plain(parameter))
+    for name, buffer in module.named_buffers(recurse=False):
+        if name not in module._non_persistent_buffers_set:
+            yield Source(name=f"{prefix}{name}", parameters=(), make=buffer.detach)
     for name, child in module.named_children():
         yield from _of_module(child, f"{prefix}{name}.", merge)
 
@@ -127,88 +132,69 @@ def _adapter_kind(module: Any) -> str | None:
     return "other" if isinstance(module, BaseTunerLayer | AuxiliaryTrainingWrapper) else None
 
 
-def _buffers(base: Any, merge: bool) -> list[Source]:
-    """Buffers that checkpoints have; those inside adapters and 4-bit layers are no part of the merged model."""
-    del merge
-    found = []
-    for prefix, module in base.named_modules():
-        if _adapter_kind(module) is not None or type(module).__name__ == "Linear4bit":
-            continue
-        for name, buffer in module.named_buffers(recurse=False):
-            if name not in module._non_persistent_buffers_set and ".base_layer" not in f".{prefix}":
-                found.append(_buffer_source(f"{prefix}.{name}" if prefix else name, buffer))
-    return found
-
-
-def _buffer_source(name: str, buffer: torch.Tensor) -> Source:
-    return Source(name=name, parameters=(), make=lambda: buffer.detach())
-
-
 def why_no_stream(model: Any, *, merge_adapters: bool) -> str | None:
     """Why this model's tensors cannot be named and made one by one, so that it needs a snapshot; None: they can."""
     base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    return _quantisation(base) or _experts(base) or (_adapters(model, base) if merge_adapters else None)
+    return _quantisation(base) or _experts(base) or _adapters(model, base, merge_adapters)
 
 
 def _quantisation(base: Any) -> str | None:
-    quantizer = getattr(base, "hf_quantizer", None)
-    method = getattr(getattr(quantizer, "quantization_config", None), "quant_method", None)
-    if method is None:
+    config = getattr(getattr(base, "hf_quantizer", None), "quantization_config", None)
+    method = getattr(config, "quant_method", None)
+    name = str(getattr(method, "value", method))
+    if method is None or (name == "bitsandbytes" and getattr(config, "load_in_4bit", False)):
         return None
-    config = quantizer.quantization_config
-    if str(getattr(method, "value", method)) == "bitsandbytes" and getattr(config, "load_in_4bit", False):
-        return None
-    return (
-        f"its weights are quantised by {getattr(method, 'value', method)}, and only bitsandbytes' 4 bit is known here"
-    )
+    return f"its weights are quantised by {name}, and only 4 bit by bitsandbytes is known here"
 
 
 def _experts(base: Any) -> str | None:
     """Fused experts need transformers' own way back to the checkpoint's names."""
-    fused = [
-        n for n, p in base.named_parameters() if ".experts." in n and getattr(p, "ds_shape", p.shape).__len__() == 3
-    ]
-    if not fused:
+    fused = next((name for name, p in base.named_parameters() if ".experts." in name and dimensions(p) == 3), None)
+    if fused is None or conversions(base):
         return None
+    return f"{type(base).__name__} fuses its experts ({fused}) and transformers knows no way back"
+
+
+def dimensions(parameter: torch.nn.Parameter) -> int:
+    """Of the whole parameter, of which a shard may be here."""
+    return len(getattr(parameter, "ds_shape", parameter.shape))
+
+
+def conversions(base: Any) -> list[Any]:
+    """transformers' steps between its modules and the checkpoint's tensors for this model; [] where they are the same."""
     from transformers.conversion_mapping import get_model_conversion_mapping
 
     known = getattr(base, "_weight_conversions", None)
-    if known if known is not None else get_model_conversion_mapping(base, add_legacy=False):
-        return None
-    return f"{type(base).__name__} fuses its experts ({fused[0]}) and transformers knows no way back"
+    return list(known if known is not None else get_model_conversion_mapping(base, add_legacy=False))
 
 
-def _adapters(model: Any, base: Any) -> str | None:
-    configs = getattr(model, "peft_config", None) or {}
-    for name, config in configs.items():
+def _adapters(model: Any, base: Any, merge: bool) -> str | None:
+    for name, config in (getattr(model, "peft_config", None) or {}).items() if merge else ():
         kind = str(getattr(config.peft_type, "value", config.peft_type))
         if kind != "LORA":
             return f"adapter {name} is {kind}, and only LoRA can be merged here"
-        for setting in ("use_dora", "lora_bias", "use_qalora", "alora_invocation_tokens", "arrow_config"):
+        for setting in CHANGES_MORE:
             if getattr(config, setting, None):
                 return f"adapter {name} has {setting}, which changes more than weight + scaling * B @ A"
-    odd = [n for n, m in base.named_modules() if _adapter_kind(m) == "other" or _unmergeable(m)]
+    odd = [name for name, module in base.named_modules() if _unmergeable(module)]
     if odd:
-        return f"{odd[0]} is adapted in a way that cannot be merged here (trainable tokens, parameters, attention)"
-    return _tied_apart(base)
+        return f"{odd[0]} is adapted in a way that is not known here (trainable tokens, parameters, attention)"
+    return _tied_apart(base) if merge else None
 
 
 def _unmergeable(module: Any) -> bool:
-    if _adapter_kind(module) != "lora":
-        return False
-    base = module.get_base_layer()
-    return not hasattr(module, "get_delta_weight") or not hasattr(base, "weight") or type(module).__name__ in (
-        "ParamWrapper",
-        "MultiheadAttention",
-    )  # fmt: skip
+    kind = _adapter_kind(module)
+    if kind != "lora":
+        return kind == "other"
+    known = hasattr(module, "get_delta_weight") and hasattr(module.get_base_layer(), "weight")
+    return not known or type(module).__name__ in ("ParamWrapper", "MultiheadAttention")
 
 
 def _tied_apart(base: Any) -> str | None:
     """Adapters on tied weights make two of one; the engine's configuration knows only one."""
-    tied = getattr(base, "all_tied_weights_keys", None) or {}
-    touched = {n for n, m in base.named_modules() if _adapter_kind(m) is not None}
-    for target, source in tied.items():
-        for name in (target, source):
+    touched = [name for name, module in base.named_modules() if _adapter_kind(module) is not None]
+    for pair in (getattr(base, "all_tied_weights_keys", None) or {}).items():
+        for name in pair:
             if any(name.startswith(f"{module}.") for module in touched):
-                return f"{name.removesuffix('.weight')} is adapted, but tied to another layer that is not the same then"
+                return f"{name.removesuffix('.weight')} is adapted, but tied to another layer that is not"
     return None

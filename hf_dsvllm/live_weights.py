@@ -17,7 +17,7 @@ from hf_dsvllm.console import is_main_process
 from hf_dsvllm.engine.bodies import TransferBackend
 from hf_dsvllm.engine.sync import SyncResult, WeightSync
 from hf_dsvllm.errors import DsvllmError, EngineError
-from hf_dsvllm.live_sources import Source, sources, why_no_stream
+from hf_dsvllm.live_sources import Source, conversions, sources, why_no_stream
 from hf_dsvllm.transfer import IpcTransfer, NcclTransfer
 from hf_dsvllm.transfer.ipc import Handles, Parcel, merged_handles
 
@@ -91,13 +91,11 @@ def _cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
 
 def _reversion(model: Any) -> Reversion | None:
     """transformers' own way back from its modules to the checkpoint's names (fused experts, renamed modules)."""
-    from transformers.conversion_mapping import get_model_conversion_mapping
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if not conversions(base):
+        return None
     from transformers.core_model_loading import revert_weight_conversion
 
-    base = model.get_base_model() if hasattr(model, "get_base_model") else model
-    known = getattr(base, "_weight_conversions", None)
-    if not (known if known is not None else get_model_conversion_mapping(base, add_legacy=False)):
-        return None
     return lambda made: revert_weight_conversion(base, made)
 
 

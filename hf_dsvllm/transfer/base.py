@@ -75,7 +75,7 @@ def wait_for(future: concurrent.futures.Future[T], what: str, *, deadline: float
         return future.result(left_of(deadline))
     except concurrent.futures.TimeoutError:
         raise EngineError(
-            f"{what} was not done in time. The other end is stuck or gone; vLLM's log says why."
+            f"{what} was not done in time. The other end is stuck or gone; the engine's log in the run folder says why."
         ) from None
     except EngineError:
         raise

@@ -1,9 +1,9 @@
 """Weights to a vLLM on the same GPU by CUDA IPC: the workers map the trainer's memory and copy out of it.
 
-Two ways.  Parameters that lie whole and in the engine's dtype in the trainer's memory are sent as they are, in one request,
-nothing copied on our side.  Others (gathered, cast, merged: they live for one bucket) are packed into a buffer: vLLM clones
-from that before it answers, while of single tensors it may hold on to some until the update is finished (padded
-vocabularies, for one).
+Two ways.  Parameters that lie whole and in the engine's dtype in the trainer's memory are sent as they are, in one
+request, nothing copied on our side.  Others (gathered, cast, merged: they live for one bucket) are packed into a buffer:
+vLLM clones from that before it answers, while of single tensors it may hold on to some until the update is finished
+(padded vocabularies, for one).
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from __future__ import annotations
 import base64
 import pickle
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, TypeAlias
 
 import torch
@@ -27,17 +27,14 @@ __all__ = ["Handles", "IpcTransfer", "Parcel", "gpu_uuid", "merged_handles"]
 # Arguments of torch's rebuild_cuda_tensor by GPU UUID: a list for single tensors, one entry for a packed buffer.
 Handle: TypeAlias = dict[str, tuple[Any, ...]]
 Handles: TypeAlias = list[Handle]
-Reduce: TypeAlias = Callable[[torch.Tensor], tuple[Any, tuple[Any, ...]]]
 
 
 class Parcel:
-    """A bucket as this rank offers it: its handles, and the memory they point to, which lives as long as the parcel."""
+    """A bucket as this rank offers it: its handles, and the memory they point to, kept as long as the parcel."""
 
-    def __init__(
-        self, bucket: Bucket, *, staged: bool, reduce: Reduce = reduce_tensor, uuid: str | None = None
-    ) -> None:
+    def __init__(self, bucket: Bucket, *, staged: bool) -> None:
         """`staged` packs copies; otherwise the tensors themselves are offered.  Every rank with a worker makes one."""
-        owner = gpu_uuid() if uuid is None else uuid
+        owner = gpu_uuid()
         if staged:
             buffer, bucket = packed(bucket)
             self.memory = [buffer]
@@ -46,7 +43,7 @@ class Parcel:
         self.tensors = described(bucket, sizes=staged)
         self.staged = staged
         # A fresh export each time: torch counts one reader for each, and the workers give each back once.
-        self.handles: Handles = [{owner: reduce(tensor)[1]} for tensor in self.memory]
+        self.handles: Handles = [{owner: reduce_tensor(tensor)[1]} for tensor in self.memory]
         synchronise()
 
 

@@ -1,6 +1,6 @@
 """The few functions of NCCL that a broadcast needs, through ctypes on the library torch has loaded.
 
-torch.distributed is no help here: its groups want every member to be of the same torch world, and vLLM's workers are not.
+torch.distributed is no help here: the members of its groups belong to one torch world, and vLLM's workers do not.
 Prototypes: nccl.h 2.x, unchanged since 2.0.
 """
 

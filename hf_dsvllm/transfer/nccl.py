@@ -1,7 +1,7 @@
 """Weights to a vLLM on other GPUs of this host by NCCL: one broadcast for each bucket, packed into one buffer.
 
-While the workers load a bucket the trainer gathers the next: `send` returns as soon as its copy is made, and waits for the
-one before.  Whatever may block for ever (NCCL, HTTP) runs on daemon threads, and the caller waits with a deadline.
+While the workers load a bucket the trainer gathers the next: `send` returns as soon as its copy is made, and waits for
+the one before.  Whatever may block for ever (NCCL, HTTP) runs on daemon threads; the caller waits with a deadline.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ __all__ = ["NcclTransfer"]
 class NcclTransfer:
     """Rank 0's end of the communicator; made on the device that holds the weights, the current one."""
 
-    def __init__(self, client: EngineClient, version: str, *, workers: int, nccl: Any = None) -> None:
-        """`workers`: members on the server's side.  `nccl` is for tests."""
+    def __init__(self, client: EngineClient, version: str, *, workers: int) -> None:
+        """`workers`: members on the server's side."""
         self.client = client
         self.version = version
         self.world_size = 1 + workers
-        self._nccl = nccl
+        self._nccl: Nccl | None = None
         self._device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else None
         self._stream = torch.cuda.Stream(self._device) if self._device is not None else None
         self._communicator: int | None = None
@@ -72,6 +72,7 @@ class NcclTransfer:
         raise EngineError(f"vLLM {self.version} refused to take weights by NCCL: {'; '.join(refusals)}")
 
     def _join(self, meeting: Meeting, deadline: float) -> int | None:
+        assert self._nccl is not None
         if not meeting.wait_for_someone(deadline):
             return None
         identity = self._nccl.unique_id()
@@ -98,6 +99,7 @@ class NcclTransfer:
         self._under_way = (told, sent)
 
     def _broadcast(self, buffer: torch.Tensor, ready: Any) -> None:
+        assert self._nccl is not None and self._communicator is not None
         with self._on_device():
             if self._stream is not None:
                 self._stream.wait_event(ready)
@@ -123,6 +125,7 @@ class NcclTransfer:
             in_background(lambda: self._abort(communicator), "dsvllm-nccl-abort")
 
     def _abort(self, communicator: int) -> None:
+        assert self._nccl is not None
         with self._on_device(), contextlib.suppress(EngineError):
             self._nccl.abort(communicator)
 
