@@ -161,7 +161,7 @@ def dimensions(parameter: torch.nn.Parameter) -> int:
 
 
 def conversions(base: Any) -> list[Any]:
-    """transformers' steps between its modules and the checkpoint's tensors for this model; [] where they are the same."""
+    """transformers' steps between the model's tensors and the checkpoint's; [] where they are the same."""
     from transformers.conversion_mapping import get_model_conversion_mapping
 
     known = getattr(base, "_weight_conversions", None)

@@ -219,14 +219,13 @@ class _Sender:
 
     def _connection(self, path: TransferBackend, workers: int) -> IpcTransfer | NcclTransfer:
         """The connection of the stream before, if it still fits, or a new one."""
-        version = self.sync.capabilities().version
         kept = self.sync.connection
         if path == "nccl":
             found = kept if isinstance(kept, NcclTransfer) else None
-            made: IpcTransfer | NcclTransfer = found or NcclTransfer(self.sync.client, version, workers=workers)
+            made: IpcTransfer | NcclTransfer = found or NcclTransfer(self.sync.client, workers=workers)
         else:
             fits = kept if isinstance(kept, IpcTransfer) and kept.staged == self.staged else None
-            made = fits or IpcTransfer(self.sync.client, version, staged=self.staged)
+            made = fits or IpcTransfer(self.sync.client, staged=self.staged)
         self.sync.connection = made
         return made
 

@@ -8,8 +8,8 @@ Read from the wheels 0.22, 0.24, 0.26, 0.27, 0.28 and 0.32 (vllm/distributed/wei
 | ipc, one packed buffer | `packed` with each update | `packed` at init | `packed` at init |
 | nccl, one packed buffer | `packed` with each update | `packed` with each update | `packed` at init |
 
-An unknown key is refused at init, before anything has changed, so the server itself decides: the form its version
-suggests is tried first, the other one after a refusal.
+The server itself decides, whatever its version says: `packed` is offered at init first, where those that do not know it
+there refuse it before anything has changed.  The other way round it would be found out with half of the weights gone.
 """
 
 from __future__ import annotations
@@ -19,12 +19,12 @@ import re
 from collections.abc import Mapping
 from typing import Any, Literal, TypeAlias
 
-__all__ = ["PackedIn", "TensorNames", "TransferBackend", "init_info", "packed_forms", "release", "update_info"]
+__all__ = ["PACKED_FORMS", "PackedIn", "TensorNames", "TransferBackend", "init_info", "release", "update_info"]
 
 TransferBackend: TypeAlias = Literal["ipc", "nccl"]
 PackedIn: TypeAlias = Literal["init", "update"]
 
-PACKED_AT_INIT_SINCE: Mapping[TransferBackend, tuple[int, int]] = {"ipc": (0, 27), "nccl": (0, 28)}
+PACKED_FORMS: tuple[PackedIn, ...] = ("init", "update")  # in the order in which they can be tried without harm
 # The receiver cuts a new buffer when one is fuller than this.  Each request is one buffer here, so it never must.
 ONE_BUFFER_BYTES = 1 << 62
 
@@ -40,17 +40,9 @@ class TensorNames:
 
 
 def release(version: str) -> tuple[int, int] | None:
-    """(major, minor) of a version such as 0.32.0+cpu, None for a build without numbers (a source checkout)."""
-    found = re.match(r"(\d+)\.(\d+)", version)
+    """(major, minor) of a version such as 0.32.0+cpu, None for a build from a source checkout (0.1.dev20+g1f3a)."""
+    found = None if ".dev" in version else re.match(r"(\d+)\.(\d+)", version)
     return None if found is None else (int(found[1]), int(found[2]))
-
-
-def packed_forms(backend: TransferBackend, version: str) -> tuple[PackedIn, PackedIn]:
-    """Where `packed` belongs, the more likely place first; a build without a number is taken for a new one."""
-    known = release(version)
-    if known is None or known >= PACKED_AT_INIT_SINCE[backend]:
-        return "init", "update"
-    return "update", "init"
 
 
 def init_info(

@@ -1,9 +1,9 @@
 """Weights to a vLLM on the same GPU by CUDA IPC: the workers map the trainer's memory and copy out of it.
 
 Two ways.  Parameters that lie whole and in the engine's dtype in the trainer's memory are sent as they are, in one
-request, nothing copied on our side.  Others (gathered, cast, merged: they live for one bucket) are packed into a buffer:
-vLLM clones from that before it answers, while of single tensors it may hold on to some until the update is finished
-(padded vocabularies, for one).
+request, nothing copied on our side.  Others (gathered, cast, merged: they live for one bucket) are packed into a
+buffer: vLLM clones from that before it answers, while of single tensors it may hold on to some until the update is
+finished (padded vocabularies, for one).
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from typing import Any, TypeAlias
 import torch
 from torch.multiprocessing.reductions import reduce_tensor
 
-from hf_dsvllm.engine.bodies import PackedIn, init_info, packed_forms, update_info
+from hf_dsvllm.engine.bodies import PACKED_FORMS, PackedIn, init_info, update_info
 from hf_dsvllm.engine.client import EngineClient, EngineRefusal
 from hf_dsvllm.errors import EngineError
 from hf_dsvllm.transfer.base import Bucket, described, left_of, packed, synchronise
@@ -60,10 +60,9 @@ def merged_handles(ranks: Sequence[Handles]) -> Handles:
 class IpcTransfer:
     """Rank 0's end: needs no rendezvous, only the form in which this server wants to be told."""
 
-    def __init__(self, client: EngineClient, version: str, *, staged: bool) -> None:
+    def __init__(self, client: EngineClient, *, staged: bool) -> None:
         """`staged`: buckets come packed (see the top of this file); it is settled with the server on `open`."""
         self.client = client
-        self.version = version
         self.staged = staged
         self._packed_in: PackedIn | None = None
         self._opened = False
@@ -72,7 +71,7 @@ class IpcTransfer:
         """Tell the server whether buckets come packed; the form it refuses is followed by the other one."""
         if self._opened:
             return
-        forms: tuple[PackedIn | None, ...] = packed_forms("ipc", self.version) if self.staged else (None,)
+        forms: tuple[PackedIn | None, ...] = PACKED_FORMS if self.staged else (None,)
         refusals = []
         for form in forms:
             try:
@@ -82,7 +81,7 @@ class IpcTransfer:
                 continue
             self._packed_in, self._opened = form, True
             return
-        raise EngineError(f"vLLM {self.version} refused to take weights by CUDA IPC: {'; '.join(refusals)}")
+        raise EngineError(f"vLLM refused to take weights by CUDA IPC: {'; '.join(refusals)}")
 
     def send(self, bucket: Bucket, *, deadline: float) -> None:
         """Offer a bucket of this rank's GPU alone, and wait until the server has it."""

@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from hf_dsvllm.engine.bodies import PackedIn, init_info, packed_forms, update_info
+from hf_dsvllm.engine.bodies import PACKED_FORMS, PackedIn, init_info, update_info
 from hf_dsvllm.engine.client import EngineClient, EngineRefusal
 from hf_dsvllm.errors import EngineError
 from hf_dsvllm.transfer.base import Bucket, described, in_background, left_of, packed, synchronise, wait_for
@@ -25,10 +25,9 @@ __all__ = ["NcclTransfer"]
 class NcclTransfer:
     """Rank 0's end of the communicator; made on the device that holds the weights, the current one."""
 
-    def __init__(self, client: EngineClient, version: str, *, workers: int) -> None:
+    def __init__(self, client: EngineClient, *, workers: int) -> None:
         """`workers`: members on the server's side."""
         self.client = client
-        self.version = version
         self.world_size = 1 + workers
         self._nccl: Nccl | None = None
         self._device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else None
@@ -44,7 +43,7 @@ class NcclTransfer:
         if self._nccl is None:
             self._nccl = Nccl()
         refusals = []
-        for form in packed_forms("nccl", self.version):
+        for form in PACKED_FORMS:
             meeting = Meeting(self.world_size, left_of(deadline))
             joined = in_background(lambda meeting=meeting: self._join(meeting, deadline), "dsvllm-nccl-join")
             rendezvous = {
@@ -69,7 +68,7 @@ class NcclTransfer:
                 raise EngineError("vLLM says its workers are connected by NCCL, but none came to the meeting point.")
             self._communicator, self._packed_in = communicator, form
             return
-        raise EngineError(f"vLLM {self.version} refused to take weights by NCCL: {'; '.join(refusals)}")
+        raise EngineError(f"vLLM refused to take weights by NCCL: {'; '.join(refusals)}")
 
     def _join(self, meeting: Meeting, deadline: float) -> int | None:
         assert self._nccl is not None
@@ -99,7 +98,8 @@ class NcclTransfer:
         self._under_way = (told, sent)
 
     def _broadcast(self, buffer: torch.Tensor, ready: Any) -> None:
-        assert self._nccl is not None and self._communicator is not None
+        assert self._nccl is not None
+        assert self._communicator is not None
         with self._on_device():
             if self._stream is not None:
                 self._stream.wait_event(ready)
@@ -113,7 +113,7 @@ class NcclTransfer:
             return
         (told, sent), self._under_way = self._under_way, None
         concurrent.futures.wait((told, sent), timeout=left_of(deadline), return_when=concurrent.futures.FIRST_EXCEPTION)
-        ends = ((told, "Loading the weights sent by NCCL"), (sent, "The NCCL broadcast"))
+        ends = ((told, "POST /update_weights, while NCCL sends,"), (sent, "The NCCL broadcast"))
         # Where one end has failed the other may hang for ever, so those that are done speak first.
         for future, what in sorted(ends, key=lambda end: not end[0].done()):
             wait_for(future, what, deadline=deadline)
