@@ -18,6 +18,7 @@ from hf_dsvllm.fields import steers
 from hf_dsvllm.measure import RunMeasure
 from hf_dsvllm.restore import restore
 from hf_dsvllm.rounds import Round, Rounds
+from hf_dsvllm.sample_tables import log_samples, read_samples
 from hf_dsvllm.snapshot import Snapshot, prune, publish
 from hf_dsvllm.steering import best_snapshot, keep_best
 from hf_dsvllm.wiring import check_wiring, read_wiring
@@ -188,6 +189,7 @@ class SessionCallback(TrainerCallback):
         self.measure.evaluations.append(done.result)
         say(done.result.line() + ("" if done.step == now else f", known at step {now}"))
         run_dir, name = self.session.run_dir, f"step-{done.step}"
+        log_samples(self.trainer.args, done.step, read_samples(run_dir, done.step))
         if not (run_dir / "snapshots" / name).is_dir():
             return  # the untrained model
         kind = "adapter" if hasattr(self.trainer.model, "peft_config") else "full"

@@ -19,6 +19,7 @@ CONCURRENT_SEQUENCES = 64
 MAX_KV_CACHE_BYTES = 8 * GIB
 # The chat template may still change between the check and the run (TRL can clone one): room for its extra tokens.
 TEMPLATE_SLACK_TOKENS = 64
+FOREIGN_PROMPT_TOKENS = 4096  # prompts that are not ours: few-shot tasks of lm-eval, a chat
 # Of a GPU's memory, what the weights may take: all but cache and workspace on its own, less beside a trainer.
 WEIGHTS_SHARE = {"spare": 0.8, "shared": 0.4}
 
@@ -35,9 +36,9 @@ class EngineSize:
 
 def size_engine(place: Place, args: Any, model_args: Any, tasks: Sequence[EvalTask], tokenizer: Any) -> EngineSize:
     """Length and cache for the longest prompt and answer of `tasks`."""
-    longest = max(len(render_prompt(sample, tokenizer)) for task in tasks for sample in task.samples)
-    length = longest + args.gen_eval_max_new_tokens + TEMPLATE_SLACK_TOKENS
-    per_token = kv_bytes_per_token(load_config(model_args), element_bytes=4 if place.device == "cpu" else 2)
+    config = load_config(model_args)
+    length = context_tokens(args, config, tasks, tokenizer)
+    per_token = kv_bytes_per_token(config, element_bytes=4 if place.device == "cpu" else 2)
     cache = min(max(CONCURRENT_SEQUENCES * length * per_token, GIB), MAX_KV_CACHE_BYTES)
     merging = why_merge_for_engine(model_args, place.device) if model_args.use_peft else None
     copied = f"; adapters are merged into a copy for it ({merging})" if merging else ""
@@ -47,6 +48,20 @@ def size_engine(place: Place, args: Any, model_args: Any, tasks: Sequence[EvalTa
         merge_adapters=merging is not None,
         reason=f"sequences up to {length} tokens, {cache / GIB:.1f} GiB of KV cache{copied}",
     )
+
+
+def context_tokens(args: Any, config: Any, tasks: Sequence[EvalTask], tokenizer: Any) -> int:
+    """The longest prompt with its answer; for lm-eval and a user's own client what they may send."""
+    lengths = [
+        len(render_prompt(sample, tokenizer)) + (task.settings.max_new_tokens or args.gen_eval_max_new_tokens)
+        for task in tasks
+        for sample in task.samples
+    ]
+    longest = max(lengths, default=0) + TEMPLATE_SLACK_TOKENS
+    if args.gen_eval_lm_eval or args.gen_eval_expose is not None:
+        holds = getattr(config.get_text_config(), "max_position_embeddings", None) or FOREIGN_PROMPT_TOKENS
+        longest = max(longest, min(FOREIGN_PROMPT_TOKENS, holds))
+    return longest
 
 
 def gpus_needed(place: Place, asked: int | None, weights_bytes: int | None, gpu_bytes: int, config: Any) -> int:

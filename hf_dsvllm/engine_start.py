@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import shlex
 import shutil
 from collections.abc import Sequence
@@ -14,6 +15,7 @@ from hf_dsvllm.console import say
 from hf_dsvllm.engine.server import EngineServer, EngineSpec, find_vllm
 from hf_dsvllm.engine_size import EngineSize, gpus_needed, load_config, size_engine
 from hf_dsvllm.errors import DsvllmError
+from hf_dsvllm.files import write_text
 from hf_dsvllm.fourbit import dequantised_base
 from hf_dsvllm.model_shape import load_shape
 from hf_dsvllm.placement import Place
@@ -37,7 +39,13 @@ def start_engine(
     if quantization is not None:
         model = as_the_trainer_holds_it(model_args, quantization, run_dir)
     merge_base = local_base(str(model)) if size.merge_adapters else None
-    return EngineServer.start(engine_spec(model, place, size, args, model_args), run_dir), merge_base
+    spec = engine_spec(model, place, size, args, model_args)
+    template = tokenizer.chat_template if args.gen_eval_expose is not None else None
+    if isinstance(template, str):  # training's own, for those who chat with the model; our prompts are token ids
+        file = run_dir.absolute() / "engine" / "chat_template.jinja"
+        write_text(file, template)
+        spec = dataclasses.replace(spec, extra_args=("--chat-template", str(file), *spec.extra_args))
+    return EngineServer.start(spec, run_dir), merge_base
 
 
 def engine_spec(model: Path | str, place: Place, size: EngineSize, args: Any, model_args: Any) -> EngineSpec:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-__all__ = ["PresetFields", "added_fields", "metric_key", "steers"]
+__all__ = ["PresetFields", "added_fields", "asks_for_answers", "metric_key", "steers"]
 
 
 @dataclasses.dataclass
@@ -59,6 +59,21 @@ class PresetFields:
             "help": "Seconds one evaluation may take, server start included, before it is skipped with a warning."
         },
     )
+    gen_eval_samples: int = dataclasses.field(
+        default=1,
+        metadata={"help": "Answers drawn for each prompt, with fixed seeds; above 1 the temperature must be above 0. "
+                  "Scores are means over them, and pass_at_N is logged for metrics of right and wrong."},
+    )  # fmt: skip
+    gen_eval_lm_eval: list[str] | None = dataclasses.field(
+        default=None,
+        metadata={"help": "Tasks of lm-evaluation-harness to run against the same engine, by name or as a .yaml file, "
+                  "e.g. gsm8k,arc_easy; needs hf-dsvllm[lm-eval]."},
+    )  # fmt: skip
+    gen_eval_expose: int | None = dataclasses.field(
+        default=None,
+        metadata={"help": "Port on 127.0.0.1 (0: any free one) where an OpenAI client can ask the model in training, "
+                  "by the name training."},
+    )  # fmt: skip
     gen_eval_placement: str = dataclasses.field(
         default="auto",
         metadata={"help": "Where vLLM runs: spare (GPUs the trainer does not use), shared (the main process's GPU), "
@@ -92,6 +107,11 @@ class PresetFields:
         metadata={"help": "Folder for the merged and verified model at the end of training. Default: "
                   "OUTPUT_DIR/export; 'none' exports nothing."},
     )  # fmt: skip
+
+
+def asks_for_answers(args: Any) -> bool:
+    """Whether anything is to be evaluated by generation."""
+    return bool(args.gen_eval_file or args.gen_eval_lm_eval)
 
 
 def added_fields() -> tuple[str, ...]:

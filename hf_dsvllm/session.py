@@ -9,7 +9,6 @@ trainer.train(resume_from_checkpoint=args.resume_from_checkpoint)
 
 from __future__ import annotations
 
-import copy
 import functools
 import importlib.metadata
 import itertools
@@ -30,10 +29,12 @@ from hf_dsvllm.engine.server import EngineServer
 from hf_dsvllm.engine_size import largest_parameter
 from hf_dsvllm.engine_start import start_engine
 from hf_dsvllm.errors import ConfigError, DsvllmError, ExportError, GpuMemoryError, Problem, WiringError
-from hf_dsvllm.evaluation import EVALS, Evaluator, Sampling
+from hf_dsvllm.evaluation import EVALS, Evaluator, HarnessTasks, Sampling
+from hf_dsvllm.fields import asks_for_answers, metric_key
 from hf_dsvllm.files import write_json
 from hf_dsvllm.fingerprint import fingerprint_of
 from hf_dsvllm.forecast import comparison, forecast, learn_from, out_of_memory_advice
+from hf_dsvllm.harness import names_of
 from hf_dsvllm.launch import read_launch
 from hf_dsvllm.measure import RunMeasure
 from hf_dsvllm.model_shape import load_shape
@@ -90,14 +91,14 @@ class Session:
         self.server: EngineServer | None = None
         self.forecast = forecast(args, model_args, preset, device)
         self.ranks = Ranks(PATIENCE_S)
-        self.place = self._choose_place() if self.tasks else None
+        self.place = self._choose_place() if self.evaluates else None
         self._evaluator: Evaluator | None = None
         self._merge_base: Path | None = None
 
     @property
     def evaluates(self) -> bool:
         """Whether this run evaluates by generation."""
-        return bool(self.tasks)
+        return asks_for_answers(self.args)
 
     @property
     def late(self) -> bool:
@@ -182,11 +183,13 @@ class Session:
             self._evaluator = Evaluator(
                 server=self.server,
                 tasks=self.tasks,
-                # A copy: a fast tokenizer cannot be used by two threads at once ("Already borrowed").
-                tokenizer=copy.deepcopy(trainer.processing_class),
+                tokenizer=trainer.processing_class,
                 sampling=self._sampling(trainer),
                 run_dir=self.run_dir,
                 merge_base=self._merge_base,
+                harness=_harness_tasks(self.args),
+                expose_port=self.args.gen_eval_expose,
+                lower_is_better=_lower_is_better(self.args),
             )
         scores = SessionCallback(self, trainer)
         trainer.add_callback(scores)
@@ -300,6 +303,7 @@ class Session:
         return Sampling(
             max_new_tokens=self.args.gen_eval_max_new_tokens,
             temperature=self.args.gen_eval_temperature,
+            samples=self.args.gen_eval_samples,
             seed=self.args.seed,
             timeout_s=self.args.gen_eval_timeout,
             stop_token_ids=stop_tokens(trainer.model, trainer.processing_class),
@@ -324,6 +328,16 @@ def stop_tokens(model: Any, tokenizer: Any) -> tuple[int, ...]:
     listed = getattr(model.generation_config, "eos_token_id", None)
     tokens = listed if isinstance(listed, list) else [listed]
     return tuple(dict.fromkeys(t for t in [*tokens, tokenizer.eos_token_id] if t is not None))
+
+
+def _harness_tasks(args: Any) -> HarnessTasks | None:
+    names = names_of(args.gen_eval_lm_eval)
+    return HarnessTasks(names=names, limit=args.gen_eval_limit) if names else None
+
+
+def _lower_is_better(args: Any) -> tuple[str, ...]:
+    """The metric that steers, where its user says that less is better."""
+    return (metric_key(args),) if args.greater_is_better is False else ()
 
 
 def _load_tasks(args: Any) -> tuple[EvalTask, ...]:

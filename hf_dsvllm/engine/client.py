@@ -100,6 +100,7 @@ class EngineClient:
         temperature: float,
         seed: int | None,
         stop_token_ids: Sequence[int],
+        stop: Sequence[str] = (),
         top_p: float = 1.0,
         n: int = 1,
         logprobs: int | None = None,
@@ -107,6 +108,7 @@ class EngineClient:
     ) -> list[Completion]:
         """Answer every prompt (token ids) `n` times, in the order of the prompts, within `timeout_s` for all together.
 
+        `stop` strings end an answer too, and its `text`; its `token_ids` hold them.
         Every sampling field is sent, so that no default of the server or the model decides; besides `stop_token_ids`
         the model's end-of-text token stops.  With a `seed` every prompt gets its own generator seeded alike: an answer
         does not depend on its neighbours; temperature 0 is greedy.
@@ -120,7 +122,7 @@ class EngineClient:
             "min_p": 0.0,
             "n": n,
             "seed": seed,
-            "stop": [],
+            "stop": list(stop),
             "stop_token_ids": list(stop_token_ids),
             "ignore_eos": False,
             "min_tokens": 0,

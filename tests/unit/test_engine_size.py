@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,6 +14,7 @@ from hf_dsvllm import engine_size
 from hf_dsvllm.engine_size import gpus_needed, kv_bytes_per_token, size_engine
 from hf_dsvllm.errors import ConfigError
 from hf_dsvllm.placement import Place
+from hf_dsvllm.task_settings import TaskSettings
 from hf_dsvllm.tasks import load_task, render_prompt
 from tests.tiny import write_tiny_model
 
@@ -42,7 +44,7 @@ def case(tmp_path: Path) -> tuple[Any, Any, Any, Any]:
     folder = write_tiny_model(tmp_path / "model")
     file = tmp_path / "eval.jsonl"
     file.write_text('{"prompt": "short", "reference": "x"}\n{"prompt": "rather longer", "reference": "y"}\n')
-    args = SimpleNamespace(gen_eval_max_new_tokens=50)
+    args = SimpleNamespace(gen_eval_max_new_tokens=50, gen_eval_lm_eval=None, gen_eval_expose=None)
     model_args = SimpleNamespace(model_name_or_path=str(folder), model_revision=None, use_peft=False)
     return args, model_args, load_task(file), AutoTokenizer.from_pretrained(folder)
 
@@ -54,6 +56,15 @@ def test_on_a_cpu_the_longest_prompt_and_answer_fit_and_the_cache_is_whole(case:
     assert size.max_model_len == longest + 50 + engine_size.TEMPLATE_SLACK_TOKENS
     assert size.kv_cache_bytes == GIB, "a small model's cache is the smallest one"
     assert "1.0 GiB of KV cache" in size.reason
+
+
+def test_a_task_of_longer_answers_and_prompts_of_others_have_room_too(case: tuple[Any, Any, Any, Any]) -> None:
+    args, model_args, task, tokenizer = case
+    longer = dataclasses.replace(task, settings=TaskSettings(max_new_tokens=90))
+    sizes = [size_engine(ON_CPU, args, model_args, tasks, tokenizer) for tasks in ([task], [task, longer])]
+    assert sizes[1].max_model_len == sizes[0].max_model_len + 40
+    args.gen_eval_lm_eval = ["gsm8k"]
+    assert size_engine(ON_CPU, args, model_args, [], tokenizer).max_model_len == 1024  # all the tiny model takes
 
 
 def test_the_cache_of_a_large_model_is_bounded(
