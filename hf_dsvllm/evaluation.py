@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import time
@@ -91,6 +92,7 @@ class Evaluator:
     ) -> None:
         """`merge_base`: adapters are merged into this folder's weights first and served as a full model."""
         self.server = server
+        self._first_model = server.spec.model
         self.client = EngineClient(server.uds, default_timeout_s=sampling.timeout_s)
         self.sync = WeightSync(server, self.client, restart_timeout_s=sampling.timeout_s)
         self.tasks = tuple(tasks)
@@ -106,6 +108,15 @@ class Evaluator:
         Raises EngineError when the engine cannot be brought to answer within the deadline.
         """
         started = time.monotonic()
+        try:
+            result = self._evaluate(step, snapshot, publish_seconds, started)
+        except EngineError:
+            self._revive()
+            raise
+        self._append(result)
+        return result
+
+    def _evaluate(self, step: int, snapshot: Snapshot | None, publish_seconds: float, started: float) -> EvalResult:
         deadline = started + self.sampling.timeout_s
         self._wait_ready()
         waited = time.monotonic() - started
@@ -114,7 +125,7 @@ class Evaluator:
         answers = {task.name: self._ask(task, sync.model_name, deadline) for task in self.tasks}
         generated = time.monotonic() - asked
         scores, errors = self._score_and_write(step, answers, sync)
-        result = EvalResult(
+        return EvalResult(
             step=step,
             scores=scores,
             standard_errors=errors,
@@ -128,8 +139,6 @@ class Evaluator:
             generate_seconds=generated,
             total_seconds=publish_seconds + time.monotonic() - started,
         )
-        self._append(result)
-        return result
 
     def close(self) -> None:
         """Stop the engine."""
@@ -143,9 +152,19 @@ class Evaluator:
         except EngineError:
             if self.server.alive:
                 raise
-            self.server.restart()
-            self.client.connect(self.server.uds)
+            self._restart()
             self.server.wait_ready(self.sampling.timeout_s)
+
+    def _revive(self) -> None:
+        """After a failure, start an engine that died or hangs again at once: it loads while training goes on."""
+        if not (self.server.alive and self.client.health()):
+            with contextlib.suppress(EngineError):  # the next evaluation tries once more, and says why it cannot
+                self._restart()
+
+    def _restart(self) -> None:
+        """From the first model, which is always there; a snapshot that it was restarted from may be gone or broken."""
+        self.server.restart(model=self._first_model)
+        self.client.connect(self.server.uds)
 
     def _push(self, snapshot: Snapshot | None) -> SyncResult:
         if snapshot is not None and snapshot.kind == "adapter" and self.merge_base is not None:

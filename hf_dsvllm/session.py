@@ -37,6 +37,7 @@ from hf_dsvllm.launch import read_launch
 from hf_dsvllm.measure import RunMeasure
 from hf_dsvllm.model_shape import load_shape
 from hf_dsvllm.placement import Placement, largest_parameter, place_engine
+from hf_dsvllm.run_folder import leave, occupy
 from hf_dsvllm.snapshot import SNAPSHOTS, Snapshot
 from hf_dsvllm.source import best_step, local_base
 from hf_dsvllm.tasks import EvalTask, load_task
@@ -67,6 +68,9 @@ def prepare(args: Any, model_args: Any) -> Session:
         raise ConfigError(problems)
     if preset is not None and preset.offload_param == "nvme":
         _fit_swap_buffers(args, model_args)
+    if is_main_process():
+        for path in occupy(session.run_dir):
+            say(f"removed {path}, half written by a run that was killed")
     if session.evaluates:
         session.start_engine()
     return session
@@ -193,6 +197,11 @@ class Session:
             except torch.OutOfMemoryError as error:
                 self.stop_engine()
                 raise GpuMemoryError(out_of_memory_advice(self.forecast, str(error))) from error
+            except BaseException:
+                # The interpreter waits for threads that wait for answers; a later train() starts the engine again.
+                if self.server is not None:
+                    self.server.stop()
+                raise
 
         return explained
 
@@ -252,6 +261,7 @@ class Session:
                 self._export(snapshot)
             except Exception as problem:  # whatever it is, the other ranks wait in the broadcast
                 error = str(problem) if isinstance(problem, DsvllmError) else f"{type(problem).__name__}: {problem}"
+            leave(self.run_dir)
         error = broadcast(error)
         if error is not None:
             say(f"training is complete and its weights are in {snapshot.path}, but the export failed: {error}")
