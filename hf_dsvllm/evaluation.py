@@ -16,13 +16,15 @@ from typing import Any
 import torch
 
 from hf_dsvllm import metrics
+from hf_dsvllm.adapter_format import servable_adapter
 from hf_dsvllm.engine.client import Completion, EngineClient
 from hf_dsvllm.engine.server import EngineServer
 from hf_dsvllm.engine.sync import SyncResult, WeightSync
 from hf_dsvllm.errors import EngineError
 from hf_dsvllm.files import write_text
-from hf_dsvllm.merged_copy import merged_copy
+from hf_dsvllm.merged_copy import merged_copy, same_shape
 from hf_dsvllm.snapshot import Snapshot
+from hf_dsvllm.source import local_base
 from hf_dsvllm.tasks import EvalTask, render_prompt
 
 __all__ = ["EvalResult", "Evaluator", "Sampling", "metric_key"]
@@ -161,14 +163,17 @@ class Evaluator:
             with contextlib.suppress(EngineError):  # the next evaluation tries once more, and says why it cannot
                 self._restart()
 
-    def _restart(self) -> None:
-        """From the first model, which is always there; a snapshot that it was restarted from may be gone or broken."""
-        self.server.restart(model=self._first_model)
+    def _restart(self, model: Path | str | None = None) -> None:
+        """By default from the first model: a snapshot that it was restarted from may be gone or broken by now."""
+        self.server.restart(model=self._first_model if model is None else model)
         self.client.connect(self.server.uds)
 
     def _push(self, snapshot: Snapshot | None) -> SyncResult:
         if snapshot is not None and snapshot.kind == "adapter" and self.merge_base is not None:
             return self._push_merged(snapshot, self.merge_base)
+        if snapshot is not None and snapshot.kind == "adapter":
+            folder = servable_adapter(snapshot.path, self.run_dir / "engine" / "adapter")
+            return self.sync.push(folder, "adapter", snapshot.step)
         if snapshot is not None:
             return self.sync.push(snapshot.path, snapshot.kind, snapshot.step)
         name = self.server.spec.served_name
@@ -180,6 +185,9 @@ class Evaluator:
         started = time.monotonic()
         dtype = torch.float32 if self.server.spec.dtype == "float32" else torch.bfloat16
         folder = merged_copy(base, snapshot.path, self.run_dir / "engine" / "merged", dtype=dtype)
+        if not same_shape(folder, local_base(str(self.server.spec.model))):
+            self._restart(folder)
+            self.server.wait_ready(self.sampling.timeout_s)
         pushed = self.sync.push(folder, "full", snapshot.step)
         path = f"merge + {pushed.path_used}"
         return dataclasses.replace(pushed, path_used=path, seconds=time.monotonic() - started)

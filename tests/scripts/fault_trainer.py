@@ -7,6 +7,7 @@ import dataclasses
 import hashlib
 import json
 import os
+import signal
 import socket
 import sys
 import tempfile
@@ -53,6 +54,7 @@ def train(place: Place) -> None:
     """The whole run; leaves by SystemExit where the package's command line would."""
     from hf_dsvllm.console import friendly
 
+    signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what a shell started in the background
     tempfile.tempdir = str(place.temporary)
     os.environ.update(TMPDIR=str(place.temporary), XDG_STATE_HOME=str(place.state), HF_DSVLLM_FAKE=str(place.control))
     file = place.files / "questions.jsonl"

@@ -130,7 +130,8 @@ class Case:
                 os.environ.update(dict.fromkeys(("RANK", "LOCAL_RANK"), str(rank)))
                 os.environ.update(dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(self.fault.ranks)))
                 os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(self.port), GLOO_SOCKET_IFNAME="lo")
-            train(self.place)  # leaves by sys.exit, so that atexit runs as in any script
+            train(self.place)
+            code = 0
         except SystemExit as end:
             code = end.code if isinstance(end.code, int) else 1
         except BaseException:
