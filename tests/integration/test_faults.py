@@ -7,14 +7,21 @@ libraries once and forks a trainer for each fault.
 from __future__ import annotations
 
 import json
+import os
 import re
+import signal
+import subprocess
 import sys
+import tempfile
+import time
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 
+from hf_dsvllm.engine import EngineClient
+from hf_dsvllm.errors import EngineError
 from tests.scripts.fault_cases import FAULTS, STEPS, Fault
 from tests.scripts.launch import launch
 from tests.tiny import write_tiny_model
@@ -23,6 +30,7 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "tests" / "scripts" / "faults.py"
+FAKE = SCRIPT.with_name("fake_vllm.py")
 LIMIT_S = 900.0
 
 
@@ -61,3 +69,26 @@ def test_the_promised_comes_of_it_and_nothing_is_left(fault: Fault, results: Map
 def test_there_are_more_than_twenty_faults_of_different_kinds() -> None:
     assert len(FAULTS) == len({fault.name for fault in FAULTS}) == len({fault.fault for fault in FAULTS}) >= 20
     assert all(max(fault.scored, default=0) <= STEPS for fault in FAULTS)
+
+
+def test_a_server_that_goes_away_and_comes_back_answers_again(tmp_path: Path) -> None:
+    model, control = write_tiny_model(tmp_path / "model"), tmp_path / "control"
+    control.mkdir()
+    with tempfile.TemporaryDirectory(dir="/tmp") as short:
+        client = EngineClient(Path(short, "s"), default_timeout_s=10.0)
+        for life in range(2):
+            with pytest.raises(EngineError, match="failed"):
+                client.loaded_models()
+            line = [sys.executable, "-I", "-S", str(FAKE), "--model", str(model), "--uds", f"{short}/s"]
+            server = subprocess.Popen(line, env=os.environ | {"HF_DSVLLM_FAKE": str(control)}, start_new_session=True)
+            try:
+                for _ in range(1000):
+                    if client.health():
+                        break
+                    time.sleep(0.01)
+                assert client.loaded_models() == ("base",), f"life {life}"
+            finally:
+                os.killpg(server.pid, signal.SIGKILL)
+                server.wait()
+            Path(short, "s").unlink()
+        client.close()
