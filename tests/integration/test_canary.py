@@ -45,7 +45,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     return train_all(
         tmp_path_factory.mktemp("canary"),
         [
-            {"name": f"{name}-{ask}", "preset": name, "args": args, "model_args": {"lora_dropout": 0.2}, "canary": ask}
+            {"name": f"{name}-{ask}", "preset": name, "args": args, "canary": ask, "weights": True}
+            | {"model_args": {"lora_dropout": 0.2}}
             for name in PRESETS
             for ask in (True, False)
         ],
@@ -58,9 +59,12 @@ def ours(runs: Runs, name: str, rank: int = 0) -> dict[int, LogProbs]:
 
 
 @pytest.mark.parametrize("name", PRESETS)
-def test_training_with_the_canary_has_the_losses_of_training_without(name: str, runs: Runs) -> None:
+def test_training_with_the_canary_ends_with_the_very_weights_of_training_without(name: str, runs: Runs) -> None:
     assert len(runs.losses(f"{name}-True")) == STEPS
     assert runs.losses(f"{name}-True") == runs.losses(f"{name}-False")
+    with_it, without = runs.weights(f"{name}-True"), runs.weights(f"{name}-False")
+    assert with_it.keys() == without.keys()
+    assert not [key for key, tensor in with_it.items() if not torch.equal(tensor, without[key])]
 
 
 @pytest.mark.parametrize("name", PRESETS)
