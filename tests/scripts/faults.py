@@ -96,7 +96,8 @@ class Case:
             (self.place.control / name).touch()
         if "small_disk" in fault.spoil:
             mounting = ["mount", "-t", "tmpfs", "-o", f"size={SMALL_DISK_BYTES}", "tmpfs", str(self.home / "disk")]
-            self.mounted = subprocess.run(mounting, capture_output=True, check=False).returncode == 0
+            with contextlib.suppress(FileNotFoundError):
+                self.mounted = subprocess.run(mounting, capture_output=True, check=False).returncode == 0
         if fault.at:
             (self.place.control / f"hold.{fault.at}").touch()
         for rank in range(fault.ranks):
