@@ -144,13 +144,15 @@ class EngineClient:
             return completions_of(answer, first=first, prompts=len(batch), n=n)
 
         starts = range(0, len(prompts), PROMPTS_PER_REQUEST)
-        with concurrent.futures.ThreadPoolExecutor(REQUESTS_IN_FLIGHT, thread_name_prefix="dsvllm-ask") as pool:
-            futures = [pool.submit(ask, first) for first in starts]
-            try:
-                return [completion for future in futures for completion in future.result()]
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
+        pool = concurrent.futures.ThreadPoolExecutor(REQUESTS_IN_FLIGHT, thread_name_prefix="dsvllm-ask")
+        futures = [pool.submit(ask, first) for first in starts]
+        try:
+            return [completion for future in futures for completion in future.result()]
+        except Exception:
+            pool.shutdown(cancel_futures=True)  # the rest have the same deadline; the next call finds an idle server
+            raise
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)  # Ctrl-C waits for nobody
 
     def prompt_logprobs(self, prompt_ids: Sequence[int], model: str, *, timeout_s: float | None = None) -> list[float]:
         """log p(token | tokens before) for every token of the prompt but the first: len(prompt_ids) - 1 numbers."""
