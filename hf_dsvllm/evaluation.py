@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import json
@@ -17,6 +18,7 @@ from typing import Any
 import torch
 
 from hf_dsvllm import metrics
+from hf_dsvllm.adapter_format import servable_adapter
 from hf_dsvllm.console import say
 from hf_dsvllm.engine.client import Completion, EngineClient
 from hf_dsvllm.engine.server import EngineServer
@@ -26,9 +28,10 @@ from hf_dsvllm.eval_result import EvalResult, HarnessTasks, Sampling, sampling_o
 from hf_dsvllm.files import write_text
 from hf_dsvllm.forwarder import MODEL, Forwarder, expose_key
 from hf_dsvllm.harness import HarnessScores, Worker, run_tasks
-from hf_dsvllm.merged_copy import merged_copy
+from hf_dsvllm.merged_copy import merged_copy, same_shape
 from hf_dsvllm.score_history import EVALS, ScoreHistory, answers_file, metric_key
 from hf_dsvllm.snapshot import Snapshot
+from hf_dsvllm.source import local_base
 from hf_dsvllm.statistics import Comparison
 from hf_dsvllm.task_scores import Drawn, cut_at_stop, score_task
 from hf_dsvllm.tasks import EvalTask, render_prompt
@@ -60,6 +63,7 @@ class Evaluator:
         metric keys whose lowest score is the best.
         """
         self.server = server
+        self._first_model = server.spec.model
         self.client = EngineClient(server.uds, default_timeout_s=sampling.timeout_s)
         self.sync = WeightSync(server, self.client, restart_timeout_s=sampling.timeout_s)
         self.tasks = tuple(tasks)
@@ -83,6 +87,15 @@ class Evaluator:
         Raises EngineError when the engine cannot be brought to answer within the deadline.
         """
         started = time.monotonic()
+        try:
+            result = self._evaluate(step, snapshot, publish_seconds, started)
+        except EngineError:
+            self._revive()
+            raise
+        self._append(result)
+        return result
+
+    def _evaluate(self, step: int, snapshot: Snapshot | None, publish_seconds: float, started: float) -> EvalResult:
         deadline = started + self.sampling.timeout_s
         self._wait_ready()
         waited = time.monotonic() - started
@@ -100,7 +113,7 @@ class Evaluator:
         comparisons = self.history.compare(step, columns)
         self._say_few(comparisons)
         parts = (*harness.tasks, *harness.parts) if harness else ()
-        result = EvalResult(
+        return EvalResult(
             step=step,
             scores=scores,
             standard_errors=errors,
@@ -115,8 +128,6 @@ class Evaluator:
             generate_seconds=generated,
             total_seconds=publish_seconds + time.monotonic() - started,
         )
-        self._append(result)
-        return result
 
     def close(self) -> None:
         """Stop the engine."""
@@ -133,13 +144,26 @@ class Evaluator:
         except EngineError:
             if self.server.alive:
                 raise
-            self.server.restart()
-            self.client.connect(self.server.uds)
+            self._restart()
             self.server.wait_ready(self.sampling.timeout_s)
+
+    def _revive(self) -> None:
+        """After a failure, start an engine that died or hangs again at once: it loads while training goes on."""
+        if not (self.server.alive and self.client.health()):
+            with contextlib.suppress(EngineError):  # the next evaluation tries once more, and says why it cannot
+                self._restart()
+
+    def _restart(self, model: Path | str | None = None) -> None:
+        """By default from the first model: a snapshot that it was restarted from may be gone or broken by now."""
+        self.server.restart(model=self._first_model if model is None else model)
+        self.client.connect(self.server.uds)
 
     def _push(self, snapshot: Snapshot | None) -> SyncResult:
         if snapshot is not None and snapshot.kind == "adapter" and self.merge_base is not None:
             return self._push_merged(snapshot, self.merge_base)
+        if snapshot is not None and snapshot.kind == "adapter":
+            folder = servable_adapter(snapshot.path, self.run_dir / "engine" / "adapter")
+            return self.sync.push(folder, "adapter", snapshot.step)
         if snapshot is not None:
             return self.sync.push(snapshot.path, snapshot.kind, snapshot.step)
         name = self.server.spec.served_name
@@ -151,6 +175,9 @@ class Evaluator:
         started = time.monotonic()
         dtype = torch.float32 if self.server.spec.dtype == "float32" else torch.bfloat16
         folder = merged_copy(base, snapshot.path, self.run_dir / "engine" / "merged", dtype=dtype)
+        if not same_shape(folder, local_base(str(self.server.spec.model))):
+            self._restart(folder)
+            self.server.wait_ready(self.sampling.timeout_s)
         pushed = self.sync.push(folder, "full", snapshot.step)
         path = f"merge + {pushed.path_used}"
         return dataclasses.replace(pushed, path_used=path, seconds=time.monotonic() - started)

@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
-import itertools
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -20,12 +19,13 @@ import torch
 
 from hf_dsvllm import adapters
 from hf_dsvllm._compat import keep_4bit_weights_packed
+from hf_dsvllm.adapter_format import serving_problems, will_it_serve
 from hf_dsvllm.arguments import full_dtype, resolve_preset, training_device
 from hf_dsvllm.callback import SessionCallback
 from hf_dsvllm.checks import check_before_loading, load_tokenizer, predict_memory
 from hf_dsvllm.console import is_main_process, say
 from hf_dsvllm.ds_config import swap_buffer_elements
-from hf_dsvllm.engine.server import EngineServer
+from hf_dsvllm.engine.server import EngineServer, EngineSpec, lora_rank_bound
 from hf_dsvllm.engine_size import largest_parameter
 from hf_dsvllm.engine_start import start_engine
 from hf_dsvllm.errors import ConfigError, DsvllmError, ExportError, GpuMemoryError, Problem, WiringError
@@ -40,8 +40,9 @@ from hf_dsvllm.measure import RunMeasure
 from hf_dsvllm.model_shape import load_shape
 from hf_dsvllm.placement import Place, choose_place, visible_gpus
 from hf_dsvllm.ranks import Ranks
+from hf_dsvllm.run_folder import leave, occupy, set_aside_evaluations
 from hf_dsvllm.snapshot import SNAPSHOTS, Snapshot
-from hf_dsvllm.source import best_step
+from hf_dsvllm.source import best_step, local_base
 from hf_dsvllm.steering import Steering
 from hf_dsvllm.tasks import EvalTask, load_task
 from hf_dsvllm.traps import Fix
@@ -73,6 +74,9 @@ def prepare(args: Any, model_args: Any) -> Session:
         raise ConfigError(problems)
     if preset is not None and preset.offload_param == "nvme":
         _fit_swap_buffers(args, model_args)
+    if is_main_process():
+        for path in occupy(session.run_dir):
+            say(f"removed {path}, half written by a run that was killed")
     if session.evaluates:
         session.start_engine()
     return session
@@ -179,7 +183,10 @@ class Session:
         touched = keep_4bit_weights_packed(trainer.model)
         if touched:
             say(f"{touched} 4-bit layers: repacking in evaluation disabled (it corrupts training on AVX512-BF16 CPUs)")
+        if self.evaluates and (problems := serving_problems(trainer.model)):
+            raise ConfigError(problems)
         if self.server is not None:
+            self._follow_adapters(trainer.model, self.server.spec)
             self._evaluator = Evaluator(
                 server=self.server,
                 tasks=self.tasks,
@@ -199,6 +206,17 @@ class Session:
         trainer.add_callback(Steering(scores, trainer))
         trainer.train = self._explaining_memory(trainer.train)
 
+    def _follow_adapters(self, model: Any, spec: EngineSpec) -> None:
+        """Merge for the engine what it cannot load: a script's own adapters may be others than it was started for."""
+        for config in (getattr(model, "peft_config", None) or {}).values():
+            serving = will_it_serve(config, model)
+            rank = max([config.r, *(config.rank_pattern or {}).values()])
+            fits = spec.max_lora_rank is not None and rank <= lora_rank_bound(spec.max_lora_rank)
+            if self._merge_base is None and (serving.how == "merge" or not fits):
+                why = serving.why if serving.how == "merge" else f"vLLM was not started for adapters of rank {rank}"
+                say(f"adapters are merged into a copy for vLLM ({why})")
+                self._merge_base = local_base(str(spec.model))
+
     def _explaining_memory(self, train: Callable[..., Any]) -> Callable[..., Any]:
         """`train`, with an answer where the GPU runs out of memory: callbacks never see that error."""
 
@@ -209,6 +227,11 @@ class Session:
             except torch.OutOfMemoryError as error:
                 self.stop_engine()
                 raise GpuMemoryError(out_of_memory_advice(self.forecast, str(error))) from error
+            except BaseException:
+                # The interpreter waits for threads that wait for answers; a later train() starts the engine again.
+                if self.server is not None:
+                    self.server.stop()
+                raise
 
         return explained
 
@@ -217,7 +240,7 @@ class Session:
         if not is_main_process():
             return
         if trainer.state.global_step == 0:
-            set_aside_earlier_run(self.run_dir)
+            set_aside_evaluations(self.run_dir, EVALS, self.run_dir / SNAPSHOTS / "best.json")
         record = {
             "base_model": str(self.model_args.model_name_or_path),
             "base_fingerprint": fingerprint_of(str(self.model_args.model_name_or_path)),
@@ -268,6 +291,7 @@ class Session:
                 self._export(snapshot)
             except Exception as problem:  # whatever it is, the other ranks wait in the broadcast
                 error = str(problem) if isinstance(problem, DsvllmError) else f"{type(problem).__name__}: {problem}"
+            leave(self.run_dir)
         error = self.ranks.broadcast(error)
         if error is not None:
             say(f"training is complete and its weights are in {snapshot.path}, but the export failed: {error}")
@@ -311,16 +335,6 @@ class Session:
 
     def _tokenizer(self) -> Any:
         return load_tokenizer(self.args, self.model_args)
-
-
-def set_aside_earlier_run(run_dir: Path) -> None:
-    """Keep the evaluations of an earlier run in the same folder apart from those of the run that starts afresh."""
-    (run_dir / SNAPSHOTS / "best.json").unlink(missing_ok=True)
-    evals = run_dir / EVALS
-    if evals.is_dir():
-        number = next(n for n in itertools.count(1) if not (run_dir / f"{EVALS}-before-{n}").exists())
-        evals.rename(run_dir / f"{EVALS}-before-{number}")
-        say(f"{run_dir} holds evaluations of an earlier run: moved to {EVALS}-before-{number}")
 
 
 def stop_tokens(model: Any, tokenizer: Any) -> tuple[int, ...]:

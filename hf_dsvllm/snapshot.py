@@ -19,6 +19,8 @@ import torch
 from hf_dsvllm.console import is_main_process
 from hf_dsvllm.errors import ExportError
 from hf_dsvllm.files import atomic_folder, write_json
+from hf_dsvllm.live_sources import plain_source
+from hf_dsvllm.live_weights import gathered
 
 __all__ = ["Snapshot", "prune", "publish"]
 
@@ -110,33 +112,10 @@ def _full_state(model: Any, dtype: torch.dtype) -> dict[str, torch.Tensor]:
 
 def _gathered(parameters: dict[str, torch.nn.Parameter]) -> Iterator[tuple[str, torch.Tensor]]:
     """(name, whole tensor on the CPU) for each parameter on rank 0; other ranks take part and yield nothing."""
-    for batch in _batches(parameters):
-        sharded = [parameter for parameter in batch.values() if hasattr(parameter, "ds_id")]
-        with _whole(sharded):
-            if is_main_process():
-                for name, parameter in batch.items():
-                    yield name, parameter.detach().cpu().clone()
-
-
-def _batches(parameters: dict[str, torch.nn.Parameter]) -> Iterator[dict[str, torch.nn.Parameter]]:
-    batch: dict[str, torch.nn.Parameter] = {}
-    size = 0
-    for name, parameter in parameters.items():
-        size += getattr(parameter, "ds_numel", parameter.numel()) * parameter.element_size()
-        batch[name] = parameter
-        if size >= _GATHER_BYTES:
-            yield batch
-            batch, size = {}, 0
-    if batch:
-        yield batch
-
-
-def _whole(sharded: list[torch.nn.Parameter]) -> contextlib.AbstractContextManager[Any]:
-    if not sharded:
-        return contextlib.nullcontext()
-    import deepspeed
-
-    return deepspeed.zero.GatheredParameters(sharded, modifier_rank=None)
+    for batch in gathered((plain_source(name, p) for name, p in parameters.items()), _GATHER_BYTES):
+        if is_main_process():
+            for part in batch:
+                yield part.name, part.make().cpu().clone()
 
 
 def _cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:

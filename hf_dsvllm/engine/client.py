@@ -1,4 +1,5 @@
-"""Talking to the vLLM process: token ids in, token ids out; weights and adapters by path.  HTTP over a Unix socket.
+"""Talking to the vLLM process: token ids in, token ids out; weights by path or handle; sleep.  HTTP over a Unix socket,
+or over the network to a server that somebody else runs.
 
 Every call has a deadline, and every failure is an EngineError that carries the server's own message.
 """
@@ -7,8 +8,9 @@ from __future__ import annotations
 
 import concurrent.futures
 import dataclasses
+import os
 import time
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +18,21 @@ import httpx
 
 from hf_dsvllm.errors import EngineError
 
-__all__ = ["Completion", "EngineClient"]
+__all__ = ["API_KEY_VARIABLE", "Completion", "EngineClient", "EngineRefusal"]
 
 PROMPTS_PER_REQUEST = 64  # vLLM caps a request at 1024 prompts from 0.26; 64 to 256 keep it busy and errors cheap
 REQUESTS_IN_FLIGHT = 4
 RESET_TRIES = 50
 RESET_PAUSE_S = 0.1
+API_KEY_VARIABLE = "HF_DSVLLM_API_KEY"  # of a server at a URL; our own listens on a socket only we can enter
+
+
+class EngineRefusal(EngineError):
+    """The server answered, with an HTTP error: it lives, and doing the same again will not help."""
+
+    def __init__(self, message: str, status: int) -> None:
+        super().__init__(message)
+        self.status = status
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -43,15 +54,15 @@ class Completion:
 class EngineClient:
     """A client of one server; several threads may use it."""
 
-    def __init__(self, uds: Path, default_timeout_s: float = 600.0) -> None:
-        """`default_timeout_s` is the deadline of every call that names no other."""
+    def __init__(self, address: Path | str, default_timeout_s: float = 600.0) -> None:
+        """`address` is a Unix socket, or an http(s) URL; `default_timeout_s` bounds every call that names no other."""
         self.default_timeout_s = default_timeout_s
-        self._http = open_http(uds)
+        self._http = open_http(address)
 
-    def connect(self, uds: Path) -> None:
-        """Talk to the server on another socket from now on (a restarted server has a new one)."""
+    def connect(self, address: Path | str) -> None:
+        """Talk to the server at another address from now on (a restarted server has a new socket)."""
         self._http.close()
-        self._http = open_http(uds)
+        self._http = open_http(address)
 
     def close(self) -> None:
         """Close the connections."""
@@ -67,6 +78,14 @@ class EngineClient:
     def version(self) -> str:
         """vLLM's version."""
         return str(self._call("GET", "/version")["version"])
+
+    def routes(self) -> frozenset[str]:
+        """The paths the server serves, by its own description; EngineRefusal from one that keeps it to itself."""
+        return frozenset(self._call("GET", "/openapi.json").get("paths", {}))
+
+    def world_size(self) -> int:
+        """How many workers (GPUs) the server has: tensor x pipeline x data parallel."""
+        return int(self._call("GET", "/get_world_size")["world_size"])
 
     def loaded_models(self) -> tuple[str, ...]:
         """The names that can be asked for: the base model and the loaded adapters."""
@@ -125,13 +144,15 @@ class EngineClient:
             return completions_of(answer, first=first, prompts=len(batch), n=n)
 
         starts = range(0, len(prompts), PROMPTS_PER_REQUEST)
-        with concurrent.futures.ThreadPoolExecutor(REQUESTS_IN_FLIGHT, thread_name_prefix="dsvllm-ask") as pool:
-            futures = [pool.submit(ask, first) for first in starts]
-            try:
-                return [completion for future in futures for completion in future.result()]
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
+        pool = concurrent.futures.ThreadPoolExecutor(REQUESTS_IN_FLIGHT, thread_name_prefix="dsvllm-ask")
+        futures = [pool.submit(ask, first) for first in starts]
+        try:
+            return [completion for future in futures for completion in future.result()]
+        except Exception:
+            pool.shutdown(cancel_futures=True)  # the rest have the same deadline; the next call finds an idle server
+            raise
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)  # Ctrl-C waits for nobody
 
     def prompt_logprobs(self, prompt_ids: Sequence[int], model: str, *, timeout_s: float | None = None) -> list[float]:
         """log p(token | tokens before) for every token of the prompt but the first: len(prompt_ids) - 1 numbers."""
@@ -182,6 +203,47 @@ class EngineClient:
             "Requests that still run block it; stop other users of this server."
         )
 
+    def sleep(self, level: int, *, timeout_s: float | None = None) -> None:
+        """Free the GPU: level 1 keeps the weights in host memory, level 2 throws them away; the cache goes either way.
+
+        Nothing else on the device may allocate meanwhile: vLLM asserts that free memory grew.
+        """
+        self._call("POST", f"/sleep?level={level}", {}, timeout_s=timeout_s)
+
+    def wake_up(self, tags: Sequence[str] = (), *, timeout_s: float | None = None) -> None:
+        """Take the memory back: `tags` "weights" and "kv_cache" by themselves, everything without tags."""
+        query = "&".join(f"tags={tag}" for tag in tags)
+        self._call("POST", f"/wake_up?{query}" if query else "/wake_up", {}, timeout_s=timeout_s)
+
+    def is_sleeping(self) -> bool:
+        """Whether anything of the engine is still asleep (/health does not show it)."""
+        return bool(self._call("GET", "/is_sleeping")["is_sleeping"])
+
+    def pause(self, *, timeout_s: float | None = None) -> None:
+        """Let running requests end and hold new ones back, so that none meets half-written weights."""
+        self._call("POST", "/pause?mode=wait", {}, timeout_s=timeout_s)
+
+    def resume(self, *, timeout_s: float | None = None) -> None:
+        """Answer requests again."""
+        self._call("POST", "/resume", {}, timeout_s=timeout_s)
+
+    def init_weight_transfer(self, init_info: Mapping[str, Any], *, timeout_s: float | None = None) -> None:
+        """Connect the workers to the sender; with NCCL it returns when both ends have met."""
+        self._call("POST", "/init_weight_transfer_engine", {"init_info": dict(init_info)}, timeout_s=timeout_s)
+
+    def start_weight_update(self, *, timeout_s: float | None = None) -> None:
+        """From here to `finish_weight_update` parameters are being replaced: a failure between leaves none whole."""
+        # Up to 0.25 the body is read (and must be JSON), later it is ignored.
+        self._call("POST", "/start_weight_update", {"is_checkpoint_format": True}, timeout_s=timeout_s)
+
+    def update_weights(self, update_info: Mapping[str, Any], *, timeout_s: float | None = None) -> None:
+        """Have the workers take the tensors that `update_info` describes (see `engine.bodies`)."""
+        self._call("POST", "/update_weights", {"update_info": dict(update_info)}, timeout_s=timeout_s)
+
+    def finish_weight_update(self, *, timeout_s: float | None = None) -> None:
+        """All tensors are there: post-process what waited for them."""
+        self._call("POST", "/finish_weight_update", {}, timeout_s=timeout_s)
+
     def _call(
         self,
         method: str,
@@ -212,7 +274,8 @@ class EngineClient:
                 "in the run folder (engine/vllm-<n>.log) says why."
             ) from None
         if response.status_code != httpx.codes.OK:
-            raise EngineError(f"{method} {path}: vLLM answered {response.status_code}: {server_message(response)}")
+            message = f"{method} {path}: vLLM answered {response.status_code}: {server_message(response)}"
+            raise EngineRefusal(message, response.status_code)
         try:
             decoded = response.json()
         except ValueError:
@@ -220,10 +283,17 @@ class EngineClient:
         return decoded if isinstance(decoded, dict) else {}
 
 
-def open_http(uds: Path) -> httpx.Client:
-    """An HTTP client on a Unix socket; a connection per request, since the server drops idle ones at any moment."""
+def open_http(address: Path | str) -> httpx.Client:
+    """An HTTP client; a connection per request, since the server drops idle ones at any moment.
+
+    A URL gets the key in HF_DSVLLM_API_KEY, which thus stands in no command line and no file of the run.
+    """
     limits = httpx.Limits(max_keepalive_connections=0)
-    return httpx.Client(transport=httpx.HTTPTransport(uds=str(uds), limits=limits), base_url="http://engine")
+    if isinstance(address, Path):
+        return httpx.Client(transport=httpx.HTTPTransport(uds=str(address), limits=limits), base_url="http://engine")
+    key = os.environ.get(API_KEY_VARIABLE)
+    headers = {"Authorization": f"Bearer {key}"} if key else {}
+    return httpx.Client(base_url=address.rstrip("/"), headers=headers, limits=limits, follow_redirects=False)
 
 
 def server_message(response: httpx.Response) -> str:

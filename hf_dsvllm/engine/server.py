@@ -9,6 +9,7 @@ from __future__ import annotations
 import atexit
 import contextlib
 import dataclasses
+import json
 import os
 import subprocess
 import sys
@@ -22,6 +23,7 @@ from typing import Literal
 import httpx
 
 from hf_dsvllm.engine import supervisor
+from hf_dsvllm.engine.bodies import TransferBackend
 from hf_dsvllm.engine.diagnosis import explain_log
 from hf_dsvllm.engine.registry import read_record, record_path
 from hf_dsvllm.errors import EngineError, MissingDependencyError
@@ -31,6 +33,7 @@ __all__ = ["LORA_RANKS", "EngineServer", "EngineSpec", "command", "environment",
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what --max-lora-rank accepts (vllm/config/lora.py, 0.22 to 0.32)
 GIB = 2**30
 UDS_LIMIT_BYTES = 107  # sun_path in sockaddr_un, less its final zero
+SOCKET_FOLDERS = "dsvllm-"  # and eight characters
 VLLM_SOCKET_NAME_BYTES = 40  # vLLM puts sockets named by a UUID into VLLM_RPC_BASE_PATH
 STOP_MARGIN_S = 5.0
 INSIDE_VLLM = Path(__file__).with_name("inside_vllm")
@@ -54,6 +57,7 @@ class EngineSpec:
     `python` is an interpreter that has vLLM (see `find_vllm`).  `max_lora_rank` None means no adapters.  `tokenizer` is
     only needed when the model folder has none.  `kv_cache_bytes` on CPU is rounded up to whole GiB (vLLM's unit there).
     `visible_devices` becomes CUDA_VISIBLE_DEVICES, None leaves it as it is; `cpu_threads` becomes OMP_NUM_THREADS.
+    `weight_transfer` prepares the workers for weights by CUDA IPC or NCCL, `sleep_mode` for sleeping; both need GPUs.
     """
 
     model: Path | str
@@ -68,11 +72,21 @@ class EngineSpec:
     gpu_memory_utilization: float | None = None
     kv_cache_bytes: int | None = None
     tensor_parallel_size: int = 1
+    data_parallel_size: int = 1
+    weight_transfer: TransferBackend | None = None
+    sleep_mode: bool = False
     enforce_eager: bool = True
     seed: int = 0
     extra_args: tuple[str, ...] = ()
     visible_devices: str | None = None
     cpu_threads: int | None = None
+
+    def __post_init__(self) -> None:
+        if self.device == "cpu" and (self.sleep_mode or self.weight_transfer is not None):
+            raise EngineError(
+                f"sleep_mode={self.sleep_mode} and weight_transfer={self.weight_transfer} need an engine on GPUs: vLLM "
+                "on CPUs refuses to sleep and takes weights from files. Leave both out with device='cpu'."
+            )
 
 
 def lora_rank_bound(rank: int) -> int:
@@ -96,6 +110,12 @@ def command(spec: EngineSpec, uds: Path) -> list[str]:
     line += ["--model", str(spec.model), "--served-model-name", spec.served_name, "--uds", str(uds)]
     line += ["--dtype", spec.dtype, "--seed", str(spec.seed)]
     line += ["--tensor-parallel-size", str(spec.tensor_parallel_size)]
+    if spec.data_parallel_size > 1:
+        line += ["--data-parallel-size", str(spec.data_parallel_size)]
+    if spec.weight_transfer is not None:
+        line += ["--weight-transfer-config", json.dumps({"backend": spec.weight_transfer})]
+    if spec.sleep_mode:
+        line += ["--enable-sleep-mode"]
     # Without it the model's own generation_config would set sampling defaults behind our back.
     line += ["--generation-config", "vllm", "--uvicorn-log-level", "warning"]
     if spec.tokenizer is not None:
@@ -141,6 +161,9 @@ def environment(spec: EngineSpec, base_env: Mapping[str, str]) -> dict[str, str]
         env["VLLM_CPU_KVCACHE_SPACE"] = str(-(-kv_cache_bytes // GIB))
         env["PYTHONPATH"] = os.pathsep.join(filter(None, (str(INSIDE_VLLM), base_env.get("PYTHONPATH"))))
         env["VLLM_CPU_OMP_THREADS_BIND"] = "nobind"  # pinning would put both of us on the same cores
+    if spec.weight_transfer == "ipc":
+        # CUDA handles come as a pickle, which is code for whoever can connect: only we can enter the socket's folder.
+        env["VLLM_ALLOW_INSECURE_SERIALIZATION"] = "1"
     if spec.cpu_threads is not None:
         env["OMP_NUM_THREADS"] = str(spec.cpu_threads)
     if spec.visible_devices is not None:
@@ -180,6 +203,8 @@ class EngineServer:
 
     It ends with `stop`, with this process however that ends, and by itself when vLLM fails.
     """
+
+    adapter_prefix = ""  # the server is ours alone, so names of adapters need nothing in front
 
     def __init__(self, spec: EngineSpec, run_dir: Path) -> None:
         """Describe a server without starting it; `EngineServer.start` does both."""
@@ -314,12 +339,25 @@ class EngineServer:
             )
 
 
+def socket_bases() -> tuple[str, ...]:
+    """Where folders of sockets may be, best first: the temporary folder, unless its path is too long for AF_UNIX."""
+    bases = (tempfile.gettempdir(), "/tmp", os.environ.get("XDG_RUNTIME_DIR", ""), "/dev/shm")
+    room = UDS_LIMIT_BYTES - VLLM_SOCKET_NAME_BYTES - len(f"/{SOCKET_FOLDERS}12345678/")
+    return tuple(dict.fromkeys(base for base in bases if base and len(os.fsencode(base)) <= room))
+
+
 def new_socket_folder() -> Path:
-    """A fresh 0700 folder whose socket paths fit into AF_UNIX; falls back from a long $TMPDIR to /tmp."""
-    for base in (tempfile.gettempdir(), "/tmp"):
-        if len(os.fsencode(base)) + len("/dsvllm-12345678/") + VLLM_SOCKET_NAME_BYTES <= UDS_LIMIT_BYTES:
-            return Path(tempfile.mkdtemp(prefix="dsvllm-", dir=base))
-    raise AssertionError("/tmp is short enough")
+    """A fresh 0700 folder whose socket paths fit into AF_UNIX, in the first of `socket_bases` that can be written."""
+    refused = []
+    for base in socket_bases():
+        try:
+            return Path(tempfile.mkdtemp(prefix=SOCKET_FOLDERS, dir=base))
+        except OSError as error:
+            refused.append(f"{base}: {error.strerror}")
+    raise EngineError(
+        f"There is no folder for vLLM's sockets ({'; '.join(refused)}). Make one of these writable, or set TMPDIR to a "
+        "folder with a short path that is."
+    )
 
 
 def next_log(folder: Path) -> Path:

@@ -14,6 +14,8 @@ import torch
 from safetensors.torch import load_file
 
 from hf_dsvllm._compat import keep_4bit_weights_packed
+from hf_dsvllm.fourbit import dequantised_base
+from hf_dsvllm.merged_copy import merged_copy
 from tests.scripts.runs import Runs, train_all
 from tests.tiny import write_tiny_model
 
@@ -29,7 +31,9 @@ TOLERANCE = 1e-4  # as in tests/invariant/test_same_losses.py
 def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     folder = tmp_path_factory.mktemp("qlora")
     faster = {"learning_rate": 1e-2}
-    wanted = [{"name": name, "preset": name, "args": faster, "few": True, "weights": True} for name in STORAGE]
+    wanted = [
+        {"name": name, "preset": name, "args": faster, "few": True, "weights": True, "stream": True} for name in STORAGE
+    ]
     return train_all(folder, wanted)
 
 
@@ -74,6 +78,20 @@ def test_the_adapter_snapshot_is_whole(name: str, runs: Runs) -> None:
         saved = written[key.replace(".default.", ".")]
         assert saved.numel() > 0
         assert torch.equal(saved, tensor), key
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("name", STORAGE)
+def test_the_stream_is_the_dequantised_base_with_the_adapter_merged(name: str, runs: Runs, tmp_path: Path) -> None:
+    settings = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True}
+    base = dequantised_base(runs.model, settings, tmp_path / "base", dtype=torch.float32)
+    adapter = runs.folder(name) / "snapshots" / "step-8"
+    merged = merged_copy(base, adapter, tmp_path / "merged", dtype=torch.float32)
+    wanted = load_file(merged / "model.safetensors")
+    for streamed in runs.streamed(name):
+        assert streamed.keys() == wanted.keys()
+        for key, tensor in wanted.items():
+            torch.testing.assert_close(streamed[key], tensor, rtol=0, atol=1e-6, msg=key)
 
 
 # -- the workaround for CPUs with AVX512-BF16

@@ -23,9 +23,10 @@ STAGE0 = {
     "gradient_clipping": "auto",
     "zero_optimization": {"stage": 0},
 }
-FULL = ("zero3", "zero3 untied", "zero2", "stage 0")
+FULL = ("zero3", "zero3 untied", "zero2", "zero1", "stage 0")
 ADAPTERS = ("zero3+lora", "lora_zero2")
 RESTORED = ("zero3", "zero3+lora", "zero2", "lora_zero2")
+SENDING = ("zero3", "lora_zero2")
 STEPS = 2
 
 
@@ -39,6 +40,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
         {"name": "zero3 untied", "preset": "zero3", "model": str(untied)},
         {"name": "zero3+lora", "preset": "zero3+lora"},
         {"name": "zero2", "preset": "zero2"},
+        {"name": "zero1", "preset": "zero1"},
         {"name": "lora_zero2", "preset": "lora_zero2"},
         {"name": "stage 0", "preset": None, "args": {"deepspeed": STAGE0}},
     ]
@@ -47,7 +49,8 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
         wanted.append({"name": f"{name} restored", "preset": name, "restore": str(snapshot), "args": {"max_steps": 1}})
     wanted.sort(key=lambda run: not str(run["preset"]).startswith("zero3"))
     for run in wanted:
-        run |= {"weights": True, "args": saving | run.get("args", {})}
+        run |= {"weights": True, "stream": True, "args": saving | run.get("args", {})}
+        run["sends"] = run["name"] in SENDING
     return train_all(folder, wanted)
 
 
@@ -125,6 +128,52 @@ def test_training_adapters_leaves_the_base_alone(name: str, runs: Runs) -> None:
         plain = key.removeprefix("base_model.model.").replace(".base_layer", "")
         if "lora_" not in key and plain in base:
             assert torch.equal(tensor, base[plain]), key
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("name", FULL)
+def test_the_stream_of_every_rank_is_the_snapshot_bit_for_bit(name: str, runs: Runs) -> None:
+    written = tensors_of(runs.folder(name) / "snapshots" / f"step-{STEPS}")
+    for streamed in runs.streamed(name):
+        assert streamed.keys() == written.keys()
+        for key, tensor in written.items():
+            assert torch.equal(streamed[key], tensor), key
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("name", ADAPTERS)
+def test_the_stream_of_an_adapted_model_is_what_peft_merges(name: str, runs: Runs) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    folder = runs.folder(name) / "snapshots" / f"step-{STEPS}"
+    base = tensors_of(runs.model)
+    merged = PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(runs.model), str(folder)).merge_and_unload()
+    wanted = {key: tensor for key, tensor in merged.state_dict().items() if key != "lm_head.weight"}
+    for streamed in runs.streamed(name):
+        assert streamed.keys() == wanted.keys()
+        for key, tensor in wanted.items():
+            assert torch.equal(streamed[key], tensor), key
+    assert sum(not torch.equal(streamed[key], base[key]) for key in wanted) == 14, "the adapters are in it"
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("name", SENDING)
+def test_a_send_brings_all_weights_or_fails_on_every_rank_with_the_same_words(name: str, runs: Runs) -> None:
+    main, other = runs.sends(name)
+    assert main.keys() == other.keys()
+    for case in ("ipc", "nccl", "two GPUs"):
+        assert main[case] == {"path": case if case != "two GPUs" else "ipc", "whole": True, "marked": False,
+                              "arrived": True}, case  # fmt: skip
+        assert other[case] == {"path": main[case]["path"]}
+    failures = [case for case in main if case not in ("ipc", "nccl", "two GPUs")]
+    assert len(failures) == 11
+    for case in failures:
+        reason = "no handle for this memory" if case == "rank 1 fails" else f"{case.split()[1]} was told to fail"
+        assert "step 3: the weights could not be streamed to vLLM: " in main[case]["error"]
+        assert reason in main[case]["error"], case
+        assert other[case] == {"error": main[case]["error"]}
+        assert main[case]["marked"] == ("/init" not in case), case
 
 
 def load_tiny(folder: Path) -> Any:

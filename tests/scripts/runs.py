@@ -38,10 +38,23 @@ class Runs:
 
     def weights(self, name: str) -> dict[str, Any]:
         """The gathered parameters of a run that had `weights`."""
-        import torch
+        return torch_load(self.out / f"{name}.weights.pt")
 
-        state: dict[str, Any] = torch.load(self.out / f"{name}.weights.pt")
-        return state
+    def streamed(self, name: str) -> list[dict[str, Any]]:
+        """The tensors each rank streamed, of a run that had `stream`."""
+        return [torch_load(self.out / f"{name}.stream.{rank}.pt") for rank in (0, 1)]
+
+    def sends(self, name: str) -> list[dict[str, Any]]:
+        """What each send came to on each rank, of a run that had `sends`."""
+        files = [self.out / f"{name}.sends.{rank}.json" for rank in (0, 1)]
+        return [json.loads(file.read_text(encoding="utf-8")) for file in files]
+
+
+def torch_load(path: Path) -> dict[str, Any]:
+    import torch
+
+    state: dict[str, Any] = torch.load(path)
+    return state
 
 
 def write_wide_model(path: Path) -> Path:

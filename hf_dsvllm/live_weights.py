@@ -1,0 +1,314 @@
+"""The trainer's weights as a stream of whole tensors, bucket by bucket, and that stream into a running engine.
+
+Whatever shards them (ZeRO-3), quantises them (QLoRA) or stands beside them (adapters): a bucket is gathered,
+dequantised, merged and renamed as a checkpoint has it, used, and let go.  The model is never gathered whole.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import time
+from collections.abc import Callable, Iterable, Iterator
+from typing import Any
+
+import torch
+
+from hf_dsvllm.console import is_main_process
+from hf_dsvllm.engine.bodies import TransferBackend
+from hf_dsvllm.engine.sync import SyncResult, WeightSync
+from hf_dsvllm.errors import DsvllmError, EngineError
+from hf_dsvllm.live_sources import Source, conversions, sources, why_no_stream
+from hf_dsvllm.transfer import IpcTransfer, NcclTransfer
+from hf_dsvllm.transfer.ipc import Handles, Parcel, merged_handles
+
+__all__ = ["gathered", "send", "stream", "why_no_stream"]
+
+BUCKET_BYTES = 1 << 30
+WHOLE_MODEL = 1 << 62  # a bucket for parameters that need no copy
+TIMEOUT_S = 300.0
+
+
+def stream(
+    model: Any, *, dtype: torch.dtype, bucket_bytes: int = BUCKET_BYTES, merge_adapters: bool = False
+) -> Iterator[list[tuple[str, torch.Tensor]]]:
+    """The weights of `model` on every rank, as (checkpoint name, whole tensor) in buckets; COLLECTIVE.
+
+    Floating-point tensors come in `dtype`, on the device they are on.  Tied weights come once.  With `merge_adapters`
+    LoRA is merged into what it adapts, otherwise adapters are left out; 4-bit layers are dequantised.  A decoder layer
+    is never cut: a bucket ends with the layer that fills it.
+
+    Tensors are valid until the next bucket is asked for.  Under ZeRO-3 every rank must iterate to the end.  Raises
+    EngineError, on all ranks, if `why_no_stream` has a reason.
+    """
+    _must_stream(model, merge_adapters)
+    revert = _reversion(model)
+    for batch in gathered(sources(model, merge_adapters=merge_adapters), bucket_bytes):
+        yield _made(batch, dtype, revert)
+
+
+def gathered(parts: Iterable[Source], bucket_bytes: int) -> Iterator[list[Source]]:
+    """`parts` in buckets whose parameters are whole on every rank while the consumer holds the bucket; COLLECTIVE."""
+    for batch in _batches(parts, bucket_bytes):
+        sharded = {id(p): p for part in batch for p in part.parameters if hasattr(p, "ds_id")}
+        if not sharded:
+            yield batch
+            continue
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters(list(sharded.values()), modifier_rank=None):
+            yield batch
+
+
+def _batches(parts: Iterable[Source], bucket_bytes: int) -> Iterator[list[Source]]:
+    """Consecutive sources of one group (a decoder layer) stay together."""
+    batch: list[Source] = []
+    size = 0
+    group: str | None = None
+    for part in parts:
+        if size >= bucket_bytes and (part.group is None or part.group != group):
+            yield batch
+            batch, size = [], 0
+        batch.append(part)
+        size += part.size_bytes
+        group = part.group
+    if batch:
+        yield batch
+
+
+Reversion = Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]
+
+
+def _made(batch: list[Source], dtype: torch.dtype, revert: Reversion | None) -> list[tuple[str, torch.Tensor]]:
+    with torch.no_grad():
+        made = {part.name: _cast(part.make(), dtype) for part in batch}
+        return list((revert(made) if revert is not None else made).items())
+
+
+def _cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
+    tensor = tensor.detach()
+    return tensor.to(dtype) if tensor.is_floating_point() else tensor
+
+
+def _reversion(model: Any) -> Reversion | None:
+    """transformers' own way back from its modules to the checkpoint's names (fused experts, renamed modules)."""
+    base = model.get_base_model() if hasattr(model, "get_base_model") else model
+    if not conversions(base):
+        return None
+    from transformers.core_model_loading import revert_weight_conversion
+
+    return lambda made: revert_weight_conversion(base, made)
+
+
+def _must_stream(model: Any, merge_adapters: bool) -> None:
+    why = why_no_stream(model, merge_adapters=merge_adapters)
+    if why is not None:
+        raise EngineError(f"These weights cannot be streamed: {why}. They can go through a snapshot.")
+
+
+# -- into the engine ------------------------------------------------------------------------------------------------
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class _Plan:
+    """What rank 0 found out and all ranks follow; `error` stops everybody before anything is gathered."""
+
+    path: TransferBackend | None = None
+    why: str = ""
+    error: str | None = None
+    every_gpu: bool = False
+
+
+def send(
+    model: Any,
+    sync: WeightSync | None,
+    *,
+    step: int,
+    dtype: torch.dtype,
+    merge_adapters: bool = False,
+    bucket_bytes: int = BUCKET_BYTES,
+    timeout_s: float = TIMEOUT_S,
+) -> SyncResult:
+    """Stream the weights of `model` into the engine of `sync` (rank 0's; None elsewhere); COLLECTIVE.
+
+    However it fails on rank 0, the other ranks go with it to the end, and all raise the same EngineError, naming
+    `step`.  If the update had begun the server is marked: the next `push` starts it anew.  `timeout_s` bounds it all.
+    """
+    started = time.monotonic()
+    deadline = started + timeout_s
+    staged = not _lies_ready(model, dtype, merge_adapters)
+    sender = _Sender(sync, staged=staged, deadline=deadline) if is_main_process() and sync is not None else None
+    nobody = _Plan(error="the main process has no engine")
+    plan = _together(sender.begin(model, merge_adapters) if sender is not None else nobody)
+    if plan.error is not None:
+        raise EngineError(f"step {step}: the weights could not be streamed to vLLM: {plan.error}")
+    error: str | None = None
+    try:
+        size = bucket_bytes if staged or plan.path == "nccl" else WHOLE_MODEL
+        revert = _reversion(model)
+        for batch in gathered(sources(model, merge_adapters=merge_adapters), size):
+            _hand_over(batch, plan, sender, dtype, revert, staged)
+    except Exception as problem:  # the others must hear of it, whatever it is
+        error = _said(problem)
+    outcome: SyncResult | str | None = None
+    if sender is not None:
+        outcome = sender.end(plan, error, started)
+    errors = [said for said in [*_from_all(error), _together(outcome if isinstance(outcome, str) else None)] if said]
+    if errors:
+        raise EngineError(f"step {step}: the weights could not be streamed to vLLM: {errors[0]}")
+    return _together(outcome)
+
+
+def _hand_over(
+    batch: list[Source],
+    plan: _Plan,
+    sender: _Sender | None,
+    dtype: torch.dtype,
+    revert: Reversion | None,
+    staged: bool,
+) -> None:
+    """One bucket on one rank: handles come from every rank whose GPU has a worker, requests from rank 0 alone."""
+    if not plan.every_gpu:
+        if sender is not None:
+            sender.send(lambda: _made(batch, dtype, revert))
+        return
+    parcel, said = None, None
+    try:
+        parcel = Parcel(_made(batch, dtype, revert), staged=staged)
+    except Exception as problem:
+        said = _said(problem)
+    offered = _from_all((parcel.handles if parcel is not None else None, said))
+    if sender is not None:
+        sender.deliver(parcel, [handles for handles, _ in offered], next((why for _, why in offered if why), None))
+    # The memory behind the handles stays until rank 0 has its answer.
+    _together(None)
+    del parcel
+
+
+class _Sender:
+    """Rank 0's part: talks to the server, and after a failure does nothing more but keep its reason."""
+
+    def __init__(self, sync: WeightSync, *, staged: bool, deadline: float) -> None:
+        self.sync = sync
+        self.staged = staged
+        self.deadline = deadline
+        self.failure: str | None = None
+        self.begun = False
+        self._transfer: IpcTransfer | NcclTransfer | None = None
+
+    def begin(self, model: Any, merge_adapters: bool) -> _Plan:
+        """Everything up to the first tensor."""
+        path, why = self.sync.stream_path()
+        if path is None:
+            return _Plan(error=why)
+        refused = why_no_stream(model, merge_adapters=merge_adapters)
+        if refused is not None:
+            return _Plan(error=refused)
+        try:
+            self.sync.begin_stream()
+            workers = self.sync.capabilities().world_size or 1
+            self._transfer = self._connection(path, workers)
+            with self.sync.phase("connect"):
+                self._transfer.open(deadline=self.deadline)
+            self.begun = True
+            with self.sync.phase("start"):
+                self.sync.client.start_weight_update(timeout_s=self._left())
+        except Exception as problem:
+            self._fail(problem)
+            return _Plan(error=self.failure)
+        return _Plan(path=path, why=why, every_gpu=path == "ipc" and workers > 1)
+
+    def _connection(self, path: TransferBackend, workers: int) -> IpcTransfer | NcclTransfer:
+        """The connection of the stream before, if it still fits, or a new one."""
+        kept = self.sync.connection
+        if path == "nccl":
+            found = kept if isinstance(kept, NcclTransfer) else None
+            made: IpcTransfer | NcclTransfer = found or NcclTransfer(self.sync.client, workers=workers)
+        else:
+            fits = kept if isinstance(kept, IpcTransfer) and kept.staged == self.staged else None
+            made = fits or IpcTransfer(self.sync.client, staged=self.staged)
+        self.sync.connection = made
+        return made
+
+    def send(self, make: Callable[[], list[tuple[str, torch.Tensor]]]) -> None:
+        """Make a bucket and hand it over, unless something has failed before."""
+        if self.failure is not None or self._transfer is None:
+            return
+        try:
+            with self.sync.phase("update"):
+                self._transfer.send(make(), deadline=self.deadline)
+        except Exception as problem:
+            self._fail(problem)
+
+    def deliver(self, parcel: Parcel | None, handles: list[Handles | None], said: str | None) -> None:
+        """The same with handles of several GPUs."""
+        if self.failure is not None:
+            return
+        whole = [each for each in handles if each is not None]
+        if said is not None or parcel is None or len(whole) < len(handles):
+            self._fail(EngineError(said or "a rank could not offer its tensors"))
+            return
+        try:
+            assert isinstance(self._transfer, IpcTransfer)
+            with self.sync.phase("update"):
+                self._transfer.deliver(parcel, merged_handles(whole), deadline=self.deadline)
+        except Exception as problem:
+            self._fail(problem)
+
+    def end(self, plan: _Plan, error: str | None, started: float) -> SyncResult | str:
+        """Finish the update and wake the rest; the reason if that, or anything before it, failed."""
+        if error is not None:
+            self._fail(EngineError(error))
+        if self.failure is not None or plan.path is None or self._transfer is None:
+            return self.failure or "nothing was sent"
+        try:
+            with self.sync.phase("update"):
+                self._transfer.drain(deadline=self.deadline)
+            with self.sync.phase("finish"):
+                self.sync.client.finish_weight_update(timeout_s=self._left())
+            return self.sync.end_stream(plan.path, plan.why, started)
+        except Exception as problem:
+            self._fail(problem)
+            return self.failure or ""
+
+    def _fail(self, problem: Exception) -> None:
+        if self.failure is None:
+            self.failure = _said(problem)
+            self.sync.break_off(self.failure, begun=self.begun)
+
+    def _left(self) -> float:
+        return max(0.001, self.deadline - time.monotonic())
+
+
+def _lies_ready(model: Any, dtype: torch.dtype, merge_adapters: bool) -> bool:
+    """Whether every tensor can be read where it lies: whole, in `dtype`, under its own name, on a GPU."""
+    if hasattr(model, "peft_config") or merge_adapters or _reversion(model) is not None:
+        return False
+    return all(
+        p.is_cuda and p.is_contiguous() and p.dtype == dtype and not hasattr(p, "ds_id") for p in model.parameters()
+    )
+
+
+def _said(problem: Exception) -> str:
+    return str(problem) if isinstance(problem, DsvllmError) else f"{type(problem).__name__}: {problem}"
+
+
+def _distributed() -> bool:
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def _together(value: Any) -> Any:
+    """Rank 0's `value` on every rank."""
+    if not _distributed():
+        return value
+    box = [value]
+    torch.distributed.broadcast_object_list(box, src=0)
+    return box[0]
+
+
+def _from_all(value: Any) -> list[Any]:
+    """Every rank's `value`, in the order of the ranks."""
+    if not _distributed():
+        return [value]
+    box: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(box, value)
+    return box

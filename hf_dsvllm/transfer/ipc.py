@@ -1,0 +1,112 @@
+"""Weights to a vLLM on the same GPU by CUDA IPC: the workers map the trainer's memory and copy out of it.
+
+Two ways.  Parameters that lie whole and in the engine's dtype in the trainer's memory are sent as they are, in one
+request, nothing copied on our side.  Others (gathered, cast, merged: they live for one bucket) are packed into a
+buffer: vLLM clones from that before it answers, while of single tensors it may hold on to some until the update is
+finished (padded vocabularies, for one).
+"""
+
+from __future__ import annotations
+
+import base64
+import pickle
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeAlias
+
+import torch
+from torch.multiprocessing.reductions import reduce_tensor
+
+from hf_dsvllm.engine.bodies import PACKED_FORMS, PackedIn, init_info, update_info
+from hf_dsvllm.engine.client import EngineClient, EngineRefusal
+from hf_dsvllm.errors import EngineError
+from hf_dsvllm.transfer.base import Bucket, described, left_of, packed, synchronise
+
+__all__ = ["Handles", "IpcTransfer", "Parcel", "gpu_uuid", "merged_handles"]
+
+# Arguments of torch's rebuild_cuda_tensor by GPU UUID: a list for single tensors, one entry for a packed buffer.
+Handle: TypeAlias = dict[str, tuple[Any, ...]]
+Handles: TypeAlias = list[Handle]
+
+
+class Parcel:
+    """A bucket as this rank offers it: its handles, and the memory they point to, kept as long as the parcel."""
+
+    def __init__(self, bucket: Bucket, *, staged: bool) -> None:
+        """`staged` packs copies; otherwise the tensors themselves are offered.  Every rank with a worker makes one."""
+        owner = gpu_uuid()
+        if staged:
+            buffer, bucket = packed(bucket)
+            self.memory = [buffer]
+        else:
+            self.memory = [tensor.detach().contiguous() for _, tensor in bucket]
+        self.tensors = described(bucket, sizes=staged)
+        self.staged = staged
+        # A fresh export each time: torch counts one reader for each, and the workers give each back once.
+        self.handles: Handles = [{owner: reduce_tensor(tensor)[1]} for tensor in self.memory]
+        synchronise()
+
+
+def gpu_uuid() -> str:
+    """The UUID of this process's GPU as vLLM's workers spell their own."""
+    return str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid)
+
+
+def merged_handles(ranks: Sequence[Handles]) -> Handles:
+    """The same tensors on several GPUs: one handle for each GPU, so that every worker finds its own."""
+    return [{uuid: args for handle in same for uuid, args in handle.items()} for same in zip(*ranks, strict=True)]
+
+
+class IpcTransfer:
+    """Rank 0's end: needs no rendezvous, only the form in which this server wants to be told."""
+
+    def __init__(self, client: EngineClient, *, staged: bool) -> None:
+        """`staged`: buckets come packed (see the top of this file); it is settled with the server on `open`."""
+        self.client = client
+        self.staged = staged
+        self._packed_in: PackedIn | None = None
+        self._opened = False
+
+    def open(self, *, deadline: float) -> None:
+        """Tell the server whether buckets come packed; the form it refuses is followed by the other one."""
+        if self._opened:
+            return
+        forms: tuple[PackedIn | None, ...] = PACKED_FORMS if self.staged else (None,)
+        refusals = []
+        for form in forms:
+            try:
+                self.client.init_weight_transfer(init_info("ipc", form), timeout_s=left_of(deadline))
+            except EngineRefusal as refusal:
+                refusals.append(str(refusal))
+                continue
+            self._packed_in, self._opened = form, True
+            return
+        raise EngineError(f"vLLM refused to take weights by CUDA IPC: {'; '.join(refusals)}")
+
+    def send(self, bucket: Bucket, *, deadline: float) -> None:
+        """Offer a bucket of this rank's GPU alone, and wait until the server has it."""
+        self.deliver(Parcel(bucket, staged=self.staged), deadline=deadline)
+
+    def deliver(self, parcel: Parcel, handles: Handles | None = None, *, deadline: float) -> None:
+        """Send `parcel` with the `handles` of all ranks (default: its own); it must be kept until this returns.
+
+        Parcels that are not staged must be kept until the update is finished: see the top of this file.
+        """
+        chosen = parcel.handles if handles is None else handles
+        body = update_info("ipc", self._packed_in, parcel.tensors, handles=pickled(chosen, packed=parcel.staged))
+        self.client.update_weights(body, timeout_s=left_of(deadline))
+
+    def drain(self, *, deadline: float) -> None:
+        """Nothing to wait for: each request is answered when the workers have taken it."""
+        if time.monotonic() > deadline:
+            raise EngineError("The weights were not sent in time.")
+
+    def close(self) -> None:
+        """Give back memory whose readers are done."""
+        if torch.cuda.is_available():
+            torch.cuda.ipc_collect()
+
+
+def pickled(handles: Sequence[Mapping[str, tuple[Any, ...]]], *, packed: bool) -> str:
+    """Handles as vLLM reads them over HTTP: base64 of a pickle, of one handle if packed, else of the list."""
+    return base64.b64encode(pickle.dumps(dict(handles[0]) if packed else [dict(one) for one in handles])).decode()
