@@ -63,7 +63,7 @@ class Evaluator:
         metric keys whose lowest score is the best.
         """
         self.server = server
-        self._first_model = server.spec.model
+        self._first_model: Path | str | None = None  # a remote server says it when it is ready
         self.client = EngineClient(server.uds, default_timeout_s=sampling.timeout_s)
         self.sync = WeightSync(server, self.client, restart_timeout_s=sampling.timeout_s)
         self.tasks = tuple(tasks)
@@ -146,6 +146,8 @@ class Evaluator:
                 raise
             self._restart()
             self.server.wait_ready(self.sampling.timeout_s)
+        if self._first_model is None:
+            self._first_model = self.server.spec.model
 
     def _revive(self) -> None:
         """After a failure, start an engine that died or hangs again at once: it loads while training goes on."""

@@ -55,6 +55,9 @@ class Engine:
             for n in range(how["n"])
         ]
 
+    def health(self) -> bool:
+        return True
+
     def close(self) -> None:
         pass
 
