@@ -18,6 +18,7 @@ from typing import Any
 
 import httpx
 
+from hf_dsvllm.engine.client import key_header
 from hf_dsvllm.errors import EngineError
 
 __all__ = ["API_KEY", "MODEL", "Forwarder", "expose_key"]
@@ -76,9 +77,9 @@ class Forwarder:
     def __exit__(self, *_: object) -> None:
         self.close()
 
-    def resume(self, model: str, uds: Path) -> None:
-        """Answer from now on with `model` of the engine on the Unix socket `uds`."""
-        self._run(self._open(model, uds))
+    def resume(self, model: str, address: Path | str) -> None:
+        """Answer from now on with `model` of the engine on a Unix socket, or at a URL."""
+        self._run(self._open(model, address))
 
     def pause(self, why: str) -> None:
         """Answer 503 with `why` from now on; returns when no request is under way any more (`DRAIN_S` at most)."""
@@ -105,12 +106,16 @@ class Forwarder:
     def _run(self, work: Coroutine[Any, Any, None]) -> None:
         asyncio.run_coroutine_threadsafe(work, self._loop).result(DRAIN_S + START_S)
 
-    async def _open(self, model: str, uds: Path) -> None:
+    async def _open(self, model: str, address: Path | str) -> None:
         await self._forget()
         # A connection per request: the engine drops idle ones at any moment.
         limits = httpx.Limits(max_keepalive_connections=0, max_connections=None)
-        transport = httpx.AsyncHTTPTransport(uds=str(uds), limits=limits)
-        self._engine = (model, httpx.AsyncClient(transport=transport, base_url="http://engine", timeout=READ_S))
+        if isinstance(address, Path):
+            transport = httpx.AsyncHTTPTransport(uds=str(address), limits=limits)
+            http = httpx.AsyncClient(transport=transport, base_url="http://engine", timeout=READ_S)
+        else:
+            http = httpx.AsyncClient(base_url=address, headers=key_header(), limits=limits, timeout=READ_S)
+        self._engine = (model, http)
 
     async def _shut(self, why: str, wait_s: float = DRAIN_S) -> None:
         self._why = why

@@ -16,6 +16,7 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from hf_dsvllm.delivery import Asked
 from hf_dsvllm.engine import EngineServer, EngineSpec
 from hf_dsvllm.evaluation import Evaluator, HarnessTasks, Sampling
 from hf_dsvllm.snapshot import Snapshot
@@ -109,7 +110,7 @@ def test_two_evaluations_by_samples_harness_and_client(place: Path, evaluator: E
     early = client.post("/v1/completions", json={"model": "training", "prompt": "x"})
     assert (early.status_code, early.headers["Retry-After"]) == (503, "5")
 
-    first = evaluator.evaluate(0, None)
+    first = evaluator.evaluate(Asked(step=0))
     assert set(first.scores) == {
         "eval_gen_sampled_contains", "eval_gen_sampled_contains_pass_at_3", "eval_gen_sampled_rouge_l",
         "eval_gen_tiny_choice_acc",
@@ -143,12 +144,12 @@ def test_two_evaluations_by_samples_harness_and_client(place: Path, evaluator: E
         events = [json.loads(line[6:]) for line in stream.iter_lines() if line.startswith("data: {")]
     assert {event["model"] for event in events} == {"training"}
 
-    again = evaluator.evaluate(0, None)
+    again = evaluator.evaluate(Asked(step=0))
     assert again.scores == first.scores  # fixed seeds
     assert rows_of(run, "step-000000.sampled.jsonl") == sampled
 
     snapshot = Snapshot(path=place / "later", step=10, kind="full")
-    evaluator.evaluate(10, snapshot)
+    evaluator.evaluate(Asked(step=10, snapshot=snapshot))
     assert asked() == greedy(place / "later") != before
     scores = rows_of(run, "scores.jsonl")
     assert [row["step"] for row in scores] == [0, 10]
