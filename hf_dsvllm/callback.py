@@ -13,6 +13,7 @@ from transformers import TrainerCallback
 
 from hf_dsvllm._compat import log_through_trainer, note_best
 from hf_dsvllm.console import is_main_process, say
+from hf_dsvllm.delivery import Asked
 from hf_dsvllm.errors import DsvllmError
 from hf_dsvllm.fields import steers
 from hf_dsvllm.measure import RunMeasure
@@ -24,6 +25,7 @@ from hf_dsvllm.steering import best_snapshot, keep_best
 from hf_dsvllm.wiring import check_wiring, read_wiring
 
 if TYPE_CHECKING:
+    from hf_dsvllm.canary import LogProbs
     from hf_dsvllm.session import Session
 
 __all__ = ["SessionCallback"]
@@ -48,7 +50,7 @@ class SessionCallback(TrainerCallback):
         self.measure = RunMeasure()
         self.fresh: list[tuple[int, dict[str, float]]] = []
         self.passing_on: dict[str, float] | None = None
-        self._rounds = Rounds(lambda *asked: session.evaluator.evaluate(*asked), session.ranks)
+        self._rounds = Rounds(lambda asked: session.evaluator.evaluate(asked), session.ranks)
         self._evaluated: dict[int, dict[str, float]] = {}
         self._failures = 0
         self._published: Snapshot | None = None
@@ -140,18 +142,22 @@ class SessionCallback(TrainerCallback):
         started = time.monotonic()
         error: str | None = None
         snapshot: Snapshot | None = None
+        ours: LogProbs | None = None
         try:
             snapshot = self._publish(step) if publish_first else None
+            if self.session.canary is not None:
+                ours = self.session.canary.ask_trainer(self.trainer)
         except Exception as problem:  # whatever it is: the other ranks wait in the broadcast, and training goes on
             if not isinstance(problem, DsvllmError | OSError):
-                logger.exception("unexpected error while publishing a snapshot")
+                logger.exception("unexpected error while preparing an evaluation")
             error = f"{type(problem).__name__}: {problem}"
         self.trainer.model.train(training)
         error = self.session.ranks.broadcast(error)
         if error is not None:
             self._take([Round(step=step, scores={}, error=error)])
             return
-        self._rounds.begin(step, snapshot, time.monotonic() - started)
+        spent = time.monotonic() - started
+        self._rounds.begin(Asked(step=step, snapshot=snapshot, ours=ours, publish_seconds=spent))
         if wait or not self.late:
             self._take(self._rounds.collect(leave=0))
 

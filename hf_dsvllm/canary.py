@@ -18,6 +18,7 @@ import sys
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from hf_dsvllm.console import say
 from hf_dsvllm.engine.client import EngineClient
 from hf_dsvllm.errors import EngineError
 from hf_dsvllm.tasks import EvalTask, render_prompt
@@ -28,6 +29,7 @@ __all__ = [
     "CanaryVerdict",
     "LogProbs",
     "Tolerance",
+    "canary_of",
     "canary_prompts",
     "engine_logprobs",
     "judge",
@@ -40,6 +42,7 @@ LogProbs = tuple[tuple[float, ...], ...]  # for each prompt: log p(token | token
 TokenIds = tuple[int, ...]
 
 PROMPTS = 3
+PROSE = "The capital of France is Paris. Water boils at 100 degrees. Two and two are four."
 LONGEST = 64  # tokens of one prompt: the whole is one batch of a small evaluation
 # Two sets of numbers are told apart where they are this many standard errors from each other.
 CERTAIN = 8.0
@@ -120,6 +123,8 @@ def canary_prompts(
 def prompts_of(tasks: Sequence[EvalTask], tokenizer: Any) -> tuple[TokenIds, ...]:
     """`canary_prompts` of an evaluation's own samples; renders only those that can be chosen."""
     samples = [sample for task in tasks for sample in task.samples]
+    if not samples:  # tasks of lm-evaluation-harness alone
+        return canary_prompts([tokenizer.encode(PROSE, add_special_tokens=False)])
     few = [samples[at * (len(samples) - 1) // (4 * PROMPTS)] for at in range(4 * PROMPTS + 1)]
     texts = [tokenizer.encode(sample.reference, add_special_tokens=False) for sample in few]
     return canary_prompts([render_prompt(sample, tokenizer) for sample in few], texts)
@@ -132,6 +137,18 @@ def why_no_canary(trainer: Any) -> str | None:
         if (getattr(parallelism, f"{name}_size", None) or 1) > 1:
             return f"{name}_size splits every sequence over the ranks, so that a plain forward means something else"
     return None
+
+
+def canary_of(trainer: Any, tasks: Sequence[EvalTask], *, exact: bool) -> Canary | None:
+    """The canary of a run, the same on every rank; None, and said why, where there can be none.
+
+    `exact`: trainer and engine both compute in float32.
+    """
+    why_not = why_no_canary(trainer)
+    if why_not is not None:
+        say(f"vLLM's weights cannot be proven by log-probabilities: {why_not}")
+        return None
+    return Canary(prompts_of(tasks, trainer.processing_class), dtype="float32" if exact else "bfloat16")
 
 
 def trainer_logprobs(model: Any, prompts: Sequence[TokenIds], *, deepspeed_engine: Any = None) -> LogProbs:

@@ -11,8 +11,10 @@ from typing import Any
 
 import torch
 
+from hf_dsvllm.adapter_format import will_it_serve
 from hf_dsvllm.console import say
-from hf_dsvllm.engine.server import EngineServer, EngineSpec, find_vllm
+from hf_dsvllm.engine.remote import RemoteServer
+from hf_dsvllm.engine.server import EngineServer, EngineSpec, find_vllm, lora_rank_bound
 from hf_dsvllm.engine_size import EngineSize, gpus_needed, load_config, size_engine
 from hf_dsvllm.errors import DsvllmError
 from hf_dsvllm.files import write_text
@@ -22,12 +24,12 @@ from hf_dsvllm.placement import Place
 from hf_dsvllm.source import local_base
 from hf_dsvllm.tasks import EvalTask
 
-__all__ = ["start_engine"]
+__all__ = ["follow_adapters", "start_engine"]
 
 
 def start_engine(
     place: Place, args: Any, model_args: Any, tasks: Sequence[EvalTask], tokenizer: Any, quantization: Any
-) -> tuple[EngineServer, Path | None]:
+) -> tuple[EngineServer | RemoteServer, Path | None]:
     """Start vLLM and return at once, while it loads; also the folder adapters are merged into, None to hot-load them.
 
     `quantization`: the trainer's BitsAndBytesConfig or None.
@@ -36,6 +38,9 @@ def start_engine(
     size = size_engine(place, args, model_args, tasks, tokenizer)
     say(f"vLLM evaluates on {place.reason}; {size.reason}")
     model: Path | str = model_args.model_name_or_path
+    if place.url is not None:
+        merge_base = local_base(str(model)) if size.merge_adapters else None
+        return RemoteServer(place.url), merge_base
     if quantization is not None:
         model = as_the_trainer_holds_it(model_args, quantization, run_dir)
     merge_base = local_base(str(model)) if size.merge_adapters else None
@@ -46,6 +51,19 @@ def start_engine(
         write_text(file, template)
         spec = dataclasses.replace(spec, extra_args=("--chat-template", str(file), *spec.extra_args))
     return EngineServer.start(spec, run_dir), merge_base
+
+
+def follow_adapters(model: Any, spec: EngineSpec, merge_base: Path | None) -> Path | None:
+    """The folder adapters are merged into, now that they are there: a script's own may be others than were expected."""
+    for config in (getattr(model, "peft_config", None) or {}).values():
+        serving = will_it_serve(config, model)
+        rank = max([config.r, *(config.rank_pattern or {}).values()])
+        fits = spec.max_lora_rank is not None and rank <= lora_rank_bound(spec.max_lora_rank)
+        if merge_base is None and (serving.how == "merge" or not fits):
+            why = serving.why if serving.how == "merge" else f"vLLM was not started for adapters of rank {rank}"
+            say(f"adapters are merged into a copy for vLLM ({why})")
+            merge_base = local_base(str(spec.model))
+    return merge_base
 
 
 def engine_spec(model: Path | str, place: Place, size: EngineSize, args: Any, model_args: Any) -> EngineSpec:

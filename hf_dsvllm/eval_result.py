@@ -45,7 +45,8 @@ def sampling_of(task: EvalTask, sampling: Sampling) -> Sampling:
 class EvalResult:
     """One evaluation: `scores` by metric key, and where the seconds went (`publish`: live weights to disk).
 
-    `samples` counts prompts.  `comparisons`: by metric key, against step 0 and the best step before this one.
+    `samples` counts prompts.  `proof`: the canary's sentence, None where it could not be asked.  `comparisons`: by
+    metric key, against step 0 and the best step before this one.
     """
 
     step: int
@@ -55,6 +56,7 @@ class EvalResult:
     generated_tokens: int
     weights_path: str
     weights_why: str
+    proof: str | None
     publish_seconds: float
     wait_seconds: float
     sync_seconds: float

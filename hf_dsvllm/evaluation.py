@@ -5,7 +5,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import copy
 import dataclasses
 import json
@@ -15,28 +14,26 @@ from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from hf_dsvllm import metrics
-from hf_dsvllm.adapter_format import servable_adapter
+from hf_dsvllm.canary import Canary
 from hf_dsvllm.console import say
-from hf_dsvllm.engine.client import Completion, EngineClient
+from hf_dsvllm.delivery import Asked, Delivery
+from hf_dsvllm.engine.client import Completion
+from hf_dsvllm.engine.remote import RemoteServer
 from hf_dsvllm.engine.server import EngineServer
-from hf_dsvllm.engine.sync import SyncResult, WeightSync
+from hf_dsvllm.engine.sync import SyncResult
 from hf_dsvllm.errors import EngineError
 from hf_dsvllm.eval_result import EvalResult, HarnessTasks, Sampling, sampling_of
 from hf_dsvllm.files import write_text
 from hf_dsvllm.forwarder import MODEL, Forwarder, expose_key
 from hf_dsvllm.harness import HarnessScores, Worker, run_tasks
-from hf_dsvllm.merged_copy import merged_copy, same_shape
 from hf_dsvllm.score_history import EVALS, ScoreHistory, answers_file, metric_key
-from hf_dsvllm.snapshot import Snapshot
-from hf_dsvllm.source import local_base
 from hf_dsvllm.statistics import Comparison
 from hf_dsvllm.task_scores import Drawn, cut_at_stop, score_task
 from hf_dsvllm.tasks import EvalTask, render_prompt
 
 __all__ = ["EVALS", "EvalResult", "Evaluator", "HarnessTasks", "Sampling", "metric_key", "sampling_of"]
+
 
 HARNESS_LENGTH = 2048  # lm-eval's own default of max_length, in tokens
 
@@ -47,12 +44,13 @@ class Evaluator:
     def __init__(
         self,
         *,
-        server: EngineServer,
+        server: EngineServer | RemoteServer,
         tasks: Sequence[EvalTask],
         tokenizer: Any,
         sampling: Sampling,
         run_dir: Path,
         merge_base: Path | None = None,
+        canary: Canary | None = None,
         harness: HarnessTasks | None = None,
         expose_port: int | None = None,
         lower_is_better: Collection[str] = (),
@@ -62,16 +60,14 @@ class Evaluator:
         `expose_port`: the model answers there between and during evaluations, 0 for any free port.  `lower_is_better`:
         metric keys whose lowest score is the best.
         """
-        self.server = server
-        self._first_model: Path | str | None = None  # a remote server says it when it is ready
-        self.client = EngineClient(server.uds, default_timeout_s=sampling.timeout_s)
-        self.sync = WeightSync(server, self.client, restart_timeout_s=sampling.timeout_s)
+        self.delivery = Delivery(
+            server, run_dir=run_dir, timeout_s=sampling.timeout_s, merge_base=merge_base, canary=canary
+        )
         self.tasks = tuple(tasks)
         # A copy: evaluation may run beside training, and two threads may not pad and cut with one fast tokenizer.
         self.tokenizer = copy.deepcopy(tokenizer)
         self.sampling = sampling
         self.run_dir = run_dir
-        self.merge_base = merge_base
         self.harness = harness
         self._lm_eval = Worker(run_dir / "engine" / "lm-eval.log")
         self.history = ScoreHistory(run_dir, lower_is_better=lower_is_better)
@@ -81,29 +77,30 @@ class Evaluator:
             self._lm_eval.start()
         self.door = None if expose_port is None else self._expose(expose_port)
 
-    def evaluate(self, step: int, snapshot: Snapshot | None, publish_seconds: float = 0.0) -> EvalResult:
-        """Answer every task with the weights of `snapshot`, or with the base model the engine started from if None.
+    def evaluate(self, asked: Asked) -> EvalResult:
+        """Answer every task with the weights asked for.
 
-        Raises EngineError when the engine cannot be brought to answer within the deadline.
+        Raises EngineError when the engine cannot be brought to answer within the deadline, or its weights are others.
         """
         started = time.monotonic()
         try:
-            result = self._evaluate(step, snapshot, publish_seconds, started)
+            result = self._evaluate(asked, started)
         except EngineError:
-            self._revive()
+            self.delivery.revive()
             raise
         self._append(result)
         return result
 
-    def _evaluate(self, step: int, snapshot: Snapshot | None, publish_seconds: float, started: float) -> EvalResult:
+    def _evaluate(self, weights: Asked, started: float) -> EvalResult:
+        step = weights.step
         deadline = started + self.sampling.timeout_s
-        self._wait_ready()
+        self.delivery.wait_ready()
         waited = time.monotonic() - started
         if self.door is not None:
             self.door.pause(f"the weights of step {step} are on their way into the engine")
-        sync = self._push(snapshot)
+        sync, proof = self.delivery.deliver(weights)
         if self.door is not None:
-            self.door.resume(sync.model_name, self.server.uds)
+            self.door.resume(sync.model_name, self.delivery.server.uds)
         asked = time.monotonic()
         answers = {task.name: self._ask(task, sync.model_name, deadline) for task in self.tasks}
         harness = self._ask_harness(step, sync.model_name, deadline)
@@ -122,11 +119,12 @@ class Evaluator:
             generated_tokens=sum(len(c.token_ids) for completions in answers.values() for c in completions),
             weights_path=sync.path_used,
             weights_why=sync.why,
-            publish_seconds=publish_seconds,
+            proof=proof,
+            publish_seconds=weights.publish_seconds,
             wait_seconds=waited,
             sync_seconds=sync.seconds,
             generate_seconds=generated,
-            total_seconds=publish_seconds + time.monotonic() - started,
+            total_seconds=weights.publish_seconds + time.monotonic() - started,
         )
 
     def close(self) -> None:
@@ -134,55 +132,7 @@ class Evaluator:
         if self.door is not None:
             self.door.close()
         self._lm_eval.close()
-        self.client.close()
-        self.server.stop()
-
-    def _wait_ready(self) -> None:
-        """Wait for the engine; one that died is started once more (beside a loading trainer a start can fail)."""
-        try:
-            self.server.wait_ready(self.sampling.timeout_s)
-        except EngineError:
-            if self.server.alive:
-                raise
-            self._restart()
-            self.server.wait_ready(self.sampling.timeout_s)
-        if self._first_model is None:
-            self._first_model = self.server.spec.model
-
-    def _revive(self) -> None:
-        """After a failure, start an engine that died or hangs again at once: it loads while training goes on."""
-        if not (self.server.alive and self.client.health()):
-            with contextlib.suppress(EngineError):  # the next evaluation tries once more, and says why it cannot
-                self._restart()
-
-    def _restart(self, model: Path | str | None = None) -> None:
-        """By default from the first model: a snapshot that it was restarted from may be gone or broken by now."""
-        self.server.restart(model=self._first_model if model is None else model)
-        self.client.connect(self.server.uds)
-
-    def _push(self, snapshot: Snapshot | None) -> SyncResult:
-        if snapshot is not None and snapshot.kind == "adapter" and self.merge_base is not None:
-            return self._push_merged(snapshot, self.merge_base)
-        if snapshot is not None and snapshot.kind == "adapter":
-            folder = servable_adapter(snapshot.path, self.run_dir / "engine" / "adapter")
-            return self.sync.push(folder, "adapter", snapshot.step)
-        if snapshot is not None:
-            return self.sync.push(snapshot.path, snapshot.kind, snapshot.step)
-        name = self.server.spec.served_name
-        return SyncResult(
-            model_name=name, path_used="start", why="the untrained model the engine started from", seconds=0
-        )
-
-    def _push_merged(self, snapshot: Snapshot, base: Path) -> SyncResult:
-        started = time.monotonic()
-        dtype = torch.float32 if self.server.spec.dtype == "float32" else torch.bfloat16
-        folder = merged_copy(base, snapshot.path, self.run_dir / "engine" / "merged", dtype=dtype)
-        if not same_shape(folder, local_base(str(self.server.spec.model))):
-            self._restart(folder)
-            self.server.wait_ready(self.sampling.timeout_s)
-        pushed = self.sync.push(folder, "full", snapshot.step)
-        path = f"merge + {pushed.path_used}"
-        return dataclasses.replace(pushed, path_used=path, seconds=time.monotonic() - started)
+        self.delivery.close()
 
     def _ask(self, task: EvalTask, model: str, deadline: float) -> list[Completion]:
         remaining = deadline - time.monotonic()
@@ -192,7 +142,7 @@ class Evaluator:
                 "Raise --gen_eval_timeout or lower --gen_eval_limit."
             )
         sampling = sampling_of(task, self.sampling)
-        return self.client.generate(
+        return self.delivery.client.generate(
             self.prompts[task.name],
             model=model,
             max_new_tokens=sampling.max_new_tokens,
@@ -245,11 +195,11 @@ class Evaluator:
         """None without such tasks, or where lm-eval failed, which is said: the other scores stand."""
         if self.harness is None:
             return None
-        own, spec = self.run_dir / "tokenizer", self.server.spec
+        own, spec = self.run_dir / "tokenizer", self.delivery.server.spec
         key = secrets.token_urlsafe()
         try:
             with Forwarder(key=key) as forwarder:
-                forwarder.resume(model, self.server.uds)
+                forwarder.resume(model, self.delivery.server.uds)
                 return run_tasks(
                     self._lm_eval,
                     self.harness.names,

@@ -18,7 +18,7 @@ from typing import Any
 
 import httpx
 
-from hf_dsvllm.engine.client import API_KEY_VARIABLE
+from hf_dsvllm.engine.client import key_header
 from hf_dsvllm.errors import EngineError
 
 __all__ = ["API_KEY", "MODEL", "Forwarder", "expose_key"]
@@ -78,7 +78,7 @@ class Forwarder:
         self.close()
 
     def resume(self, model: str, address: Path | str) -> None:
-        """Answer from now on with `model` of the engine at `address`, a Unix socket or (a remote one) a URL."""
+        """Answer from now on with `model` of the engine on a Unix socket, or at a URL."""
         self._run(self._open(model, address))
 
     def pause(self, why: str) -> None:
@@ -108,7 +108,14 @@ class Forwarder:
 
     async def _open(self, model: str, address: Path | str) -> None:
         await self._forget()
-        self._engine = (model, engine_client(address))
+        # A connection per request: the engine drops idle ones at any moment.
+        limits = httpx.Limits(max_keepalive_connections=0, max_connections=None)
+        if isinstance(address, Path):
+            transport = httpx.AsyncHTTPTransport(uds=str(address), limits=limits)
+            http = httpx.AsyncClient(transport=transport, base_url="http://engine", timeout=READ_S)
+        else:
+            http = httpx.AsyncClient(base_url=address, headers=key_header(), limits=limits, timeout=READ_S)
+        self._engine = (model, http)
 
     async def _shut(self, why: str, wait_s: float = DRAIN_S) -> None:
         self._why = why
@@ -165,17 +172,6 @@ class Forwarder:
         if self._engine is None:
             return refusal(503, self._why)
         return await forward(*self._engine, path, body)
-
-
-def engine_client(address: Path | str) -> httpx.AsyncClient:
-    """A connection per request, since the engine drops idle ones at any moment; a remote engine gets its own key."""
-    limits = httpx.Limits(max_keepalive_connections=0, max_connections=None)
-    if isinstance(address, Path):
-        transport = httpx.AsyncHTTPTransport(uds=str(address), limits=limits)
-        return httpx.AsyncClient(transport=transport, base_url="http://engine", timeout=READ_S)
-    key = os.environ.get(API_KEY_VARIABLE)
-    headers = {"Authorization": f"Bearer {key}"} if key else {}
-    return httpx.AsyncClient(base_url=address, headers=headers, limits=limits, timeout=READ_S)
 
 
 async def forward(model: str, http: httpx.AsyncClient, path: str, body: dict[str, Any]) -> Any:

@@ -14,9 +14,9 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from hf_dsvllm.console import is_main_process
+from hf_dsvllm.delivery import Asked
 from hf_dsvllm.errors import DsvllmError
 from hf_dsvllm.ranks import Ranks
-from hf_dsvllm.snapshot import Snapshot
 
 __all__ = ["Round", "Rounds"]
 
@@ -37,25 +37,25 @@ class Round:
 class Rounds:
     """The evaluations under way, in order; `pending` is the same on every rank."""
 
-    def __init__(self, evaluate: Callable[[int, Snapshot | None, float], Any], ranks: Ranks) -> None:
-        """`evaluate(step, snapshot, publish_seconds)` returns a result with `scores`; called on rank 0, in a thread."""
+    def __init__(self, evaluate: Callable[[Asked], Any], ranks: Ranks) -> None:
+        """`evaluate` returns a result with `scores`; called on rank 0, in a thread."""
         self.evaluate = evaluate
         self.ranks = ranks
         self.pending: list[int] = []
-        self._asked: queue.SimpleQueue[tuple[int, Snapshot | None, float] | None] = queue.SimpleQueue()
+        self._asked: queue.SimpleQueue[Asked | None] = queue.SimpleQueue()
         self._done: queue.SimpleQueue[Round] = queue.SimpleQueue()
         self._thread: threading.Thread | None = None
 
-    def begin(self, step: int, snapshot: Snapshot | None, publish_seconds: float) -> None:
-        """Ask for an evaluation of `snapshot` (None: the model the engine started from); on every rank, no waiting."""
-        self.pending.append(step)
+    def begin(self, asked: Asked) -> None:
+        """Ask for an evaluation; on every rank, no waiting."""
+        self.pending.append(asked.step)
         if not is_main_process():
             return
         if self._thread is None:
             # A daemon: an interrupted run must not wait for answers nobody will read.
             self._thread = threading.Thread(target=self._work, name="generation evaluation", daemon=True)
             self._thread.start()
-        self._asked.put((step, snapshot, publish_seconds))
+        self._asked.put(asked)
 
     def collect(self, *, leave: int | None = None) -> list[Round]:
         """The rounds that have finished since the last call, oldest first; collective, free when none is pending.
@@ -87,12 +87,11 @@ class Rounds:
 
     def _work(self) -> None:
         while (asked := self._asked.get()) is not None:
-            step = asked[0]
             try:
-                result = self.evaluate(*asked)
-                done = Round(step=step, scores=dict(result.scores), result=result)
+                result = self.evaluate(asked)
+                done = Round(step=asked.step, scores=dict(result.scores), result=result)
             except Exception as problem:  # whatever it is: the ranks wait for an answer, and training goes on
                 if not isinstance(problem, DsvllmError | OSError):
                     logger.exception("unexpected error in generation evaluation")
-                done = Round(step=step, scores={}, error=f"{type(problem).__name__}: {problem}")
+                done = Round(step=asked.step, scores={}, error=f"{type(problem).__name__}: {problem}")
             self._done.put(done)

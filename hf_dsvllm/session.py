@@ -19,15 +19,17 @@ import torch
 
 from hf_dsvllm import adapters
 from hf_dsvllm._compat import keep_4bit_weights_packed
-from hf_dsvllm.adapter_format import serving_problems, will_it_serve
+from hf_dsvllm.adapter_format import serving_problems
 from hf_dsvllm.arguments import full_dtype, resolve_preset, training_device
 from hf_dsvllm.callback import SessionCallback
+from hf_dsvllm.canary import Canary, canary_of
 from hf_dsvllm.checks import check_before_loading, load_tokenizer, predict_memory
 from hf_dsvllm.console import is_main_process, say
 from hf_dsvllm.ds_config import swap_buffer_elements
-from hf_dsvllm.engine.server import EngineServer, EngineSpec, lora_rank_bound
+from hf_dsvllm.engine.remote import RemoteServer
+from hf_dsvllm.engine.server import EngineServer
 from hf_dsvllm.engine_size import largest_parameter
-from hf_dsvllm.engine_start import start_engine
+from hf_dsvllm.engine_start import follow_adapters, start_engine
 from hf_dsvllm.errors import ConfigError, DsvllmError, ExportError, GpuMemoryError, Problem, WiringError
 from hf_dsvllm.evaluation import EVALS, Evaluator, HarnessTasks, Sampling
 from hf_dsvllm.fields import asks_for_answers, metric_key
@@ -42,7 +44,7 @@ from hf_dsvllm.placement import Place, choose_place, visible_gpus
 from hf_dsvllm.ranks import Ranks
 from hf_dsvllm.run_folder import leave, occupy, set_aside_evaluations
 from hf_dsvllm.snapshot import SNAPSHOTS, Snapshot
-from hf_dsvllm.source import best_step, local_base
+from hf_dsvllm.source import best_step
 from hf_dsvllm.steering import Steering
 from hf_dsvllm.tasks import EvalTask, load_task
 from hf_dsvllm.traps import Fix
@@ -92,10 +94,11 @@ class Session:
         self.device = device
         self.run_dir = Path(args.output_dir)
         self.tasks = _load_tasks(args)
-        self.server: EngineServer | None = None
+        self.server: EngineServer | RemoteServer | None = None
         self.forecast = forecast(args, model_args, preset, device)
         self.ranks = Ranks(PATIENCE_S)
         self.place = self._choose_place() if self.evaluates else None
+        self.canary: Canary | None = None
         self._evaluator: Evaluator | None = None
         self._merge_base: Path | None = None
 
@@ -185,8 +188,12 @@ class Session:
             say(f"{touched} 4-bit layers: repacking in evaluation disabled (it corrupts training on AVX512-BF16 CPUs)")
         if self.evaluates and (problems := serving_problems(trainer.model)):
             raise ConfigError(problems)
+        if self.evaluates:
+            exact = self.place is not None and self.device == self.place.device == "cpu"
+            self.canary = canary_of(trainer, self.tasks, exact=exact)
         if self.server is not None:
-            self._follow_adapters(trainer.model, self.server.spec)
+            if isinstance(self.server, EngineServer):
+                self._merge_base = follow_adapters(trainer.model, self.server.spec, self._merge_base)
             self._evaluator = Evaluator(
                 server=self.server,
                 tasks=self.tasks,
@@ -194,6 +201,7 @@ class Session:
                 sampling=self._sampling(trainer),
                 run_dir=self.run_dir,
                 merge_base=self._merge_base,
+                canary=self.canary,
                 harness=_harness_tasks(self.args),
                 expose_port=self.args.gen_eval_expose,
                 lower_is_better=_lower_is_better(self.args),
@@ -205,17 +213,6 @@ class Session:
         callbacks.insert(0, callbacks.pop())
         trainer.add_callback(Steering(scores, trainer))
         trainer.train = self._explaining_memory(trainer.train)
-
-    def _follow_adapters(self, model: Any, spec: EngineSpec) -> None:
-        """Merge for the engine what it cannot load: a script's own adapters may be others than it was started for."""
-        for config in (getattr(model, "peft_config", None) or {}).values():
-            serving = will_it_serve(config, model)
-            rank = max([config.r, *(config.rank_pattern or {}).values()])
-            fits = spec.max_lora_rank is not None and rank <= lora_rank_bound(spec.max_lora_rank)
-            if self._merge_base is None and (serving.how == "merge" or not fits):
-                why = serving.why if serving.how == "merge" else f"vLLM was not started for adapters of rank {rank}"
-                say(f"adapters are merged into a copy for vLLM ({why})")
-                self._merge_base = local_base(str(spec.model))
 
     def _explaining_memory(self, train: Callable[..., Any]) -> Callable[..., Any]:
         """`train`, with an answer where the GPU runs out of memory: callbacks never see that error."""

@@ -18,7 +18,7 @@ import httpx
 
 from hf_dsvllm.errors import EngineError
 
-__all__ = ["API_KEY_VARIABLE", "Completion", "EngineClient", "EngineRefusal"]
+__all__ = ["API_KEY_VARIABLE", "Completion", "EngineClient", "EngineRefusal", "key_header"]
 
 PROMPTS_PER_REQUEST = 64  # vLLM caps a request at 1024 prompts from 0.26; 64 to 256 keep it busy and errors cheap
 REQUESTS_IN_FLIGHT = 4
@@ -291,9 +291,13 @@ def open_http(address: Path | str) -> httpx.Client:
     limits = httpx.Limits(max_keepalive_connections=0)
     if isinstance(address, Path):
         return httpx.Client(transport=httpx.HTTPTransport(uds=str(address), limits=limits), base_url="http://engine")
+    return httpx.Client(base_url=address.rstrip("/"), headers=key_header(), limits=limits, follow_redirects=False)
+
+
+def key_header() -> dict[str, str]:
+    """The header with the key of a server at a URL; empty where the environment has none."""
     key = os.environ.get(API_KEY_VARIABLE)
-    headers = {"Authorization": f"Bearer {key}"} if key else {}
-    return httpx.Client(base_url=address.rstrip("/"), headers=headers, limits=limits, follow_redirects=False)
+    return {"Authorization": f"Bearer {key}"} if key else {}
 
 
 def server_message(response: httpx.Response) -> str:

@@ -173,6 +173,11 @@ class WeightSync:
         self.server.wait_ready(self.restart_timeout_s)
         self.broken = None
 
+    def forget(self) -> None:
+        """The server was started anew by someone else: nothing that was known of it holds."""
+        self._forget_server()
+        self.broken = None
+
     def _forget_server(self) -> None:
         if self.connection is not None:
             self.connection.close()

@@ -49,7 +49,8 @@ class PresetScores:
         self.lag = lag
         self.trainer: Any = None
 
-    def evaluate(self, step: int, snapshot: Any, published: float) -> Any:
+    def evaluate(self, asked: Any) -> Any:
+        step = asked.step
         known_at = min(step + self.lag, self.trainer.state.max_steps)
         deadline = time.monotonic() + 60
         while self.trainer.state.global_step < known_at and time.monotonic() < deadline:
@@ -84,7 +85,7 @@ def train(model_folder: Path, out: Path, scores: list[float | None], *, lag: int
     )  # fmt: skip
     evaluator = PresetScores(scores, lag)
     session: Any = SimpleNamespace(
-        late=lag > 0, ranks=Ranks(60.0), preset=None, ds_config=None, evaluates=True, run_dir=out,
+        late=lag > 0, canary=None, ranks=Ranks(60.0), preset=None, ds_config=None, evaluates=True, run_dir=out,
         snapshot_dtype=torch.float32, evaluator=evaluator,
         start_record=lambda *_: None, stop_engine=lambda: None, finish=lambda *_: None,
     )  # fmt: skip

@@ -109,15 +109,15 @@ def test_the_engine_answers_like_the_trained_model(
     model = trained(base, **given)
     assert will_it_serve(model.peft_config["default"], model).how == how
     if how != "merge":
-        evaluator.sync.push(base, "full", 0)
-    evaluator.merge_base = base if how == "merge" else None
+        evaluator.delivery.sync.push(base, "full", 0)
+    evaluator.delivery.merge_base = base if how == "merge" else None
     snapshot = publish(model, tmp_path, step=4, dtype=torch.float32)
-    pushed = evaluator._push(snapshot)
-    completions = evaluator.client.generate(
+    pushed = evaluator.delivery._push(snapshot)
+    completions = evaluator.delivery.client.generate(
         prompts, model=pushed.model_name, max_new_tokens=NEW_TOKENS, temperature=0.0, seed=0, stop_token_ids=[EOS]
     )
     mine = trainer_logprobs(model, [tuple(prompt) for prompt in prompts])
-    engines = engine_logprobs(evaluator.client, pushed.model_name, [tuple(prompt) for prompt in prompts])
+    engines = engine_logprobs(evaluator.delivery.client, pushed.model_name, [tuple(prompt) for prompt in prompts])
     verdict = judge(mine, engines, tolerance=TOLERANCES["float32"])
     assert verdict.ok, f"{pushed.path_used}: {verdict.sentence}"
     model.eval()

@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from hf_dsvllm import evaluation, metrics
+from hf_dsvllm.delivery import Asked
 from hf_dsvllm.engine.client import Completion
 from hf_dsvllm.engine.sync import SyncResult
 from hf_dsvllm.errors import EngineError
@@ -55,11 +56,11 @@ class Engine:
             for n in range(how["n"])
         ]
 
-    def health(self) -> bool:
-        return True
-
     def close(self) -> None:
         pass
+
+    def health(self) -> bool:
+        return True
 
 
 def task(**settings: Any) -> EvalTask:
@@ -76,9 +77,9 @@ def evaluator(run: Path, engine: Engine, **more: Any) -> Evaluator:
     made = Evaluator(
         server=server, tokenizer=Tokenizer(), sampling=sampling, run_dir=run, **({"tasks": [task()]} | more)
     )
-    made.client = engine  # type: ignore[assignment]
+    made.delivery.client = engine  # type: ignore[assignment]
     push = SyncResult(model_name="step-now", path_used="reload", why="a test", seconds=0.0)
-    made.sync = SimpleNamespace(push=lambda *_: push)  # type: ignore[assignment]
+    made.delivery.sync = SimpleNamespace(push=lambda *_: push)  # type: ignore[assignment]
     return made
 
 
@@ -93,7 +94,7 @@ def snapshot(run: Path, step: int) -> Snapshot:
 def test_a_task_is_asked_by_its_own_settings_and_the_rest_by_the_arguments(tmp_path: Path) -> None:
     engine = Engine()
     tasks = [task(samples=3, temperature=0.5, max_new_tokens=4, stop=("#",))]
-    evaluator(tmp_path, engine, tasks=tasks).evaluate(0, None)
+    evaluator(tmp_path, engine, tasks=tasks).evaluate(Asked(step=0))
     [how] = engine.asked
     assert (how["n"], how["temperature"], how["max_new_tokens"], how["stop"]) == (3, 0.5, 4, ("#",))
     assert (how["seed"], how["stop_token_ids"], how["model"]) == (5, (2,), "base")
@@ -102,18 +103,18 @@ def test_a_task_is_asked_by_its_own_settings_and_the_rest_by_the_arguments(tmp_p
 def test_an_answer_is_cut_at_the_tasks_stop_string(tmp_path: Path) -> None:
     engine = Engine()
     engine.text = "a#and more"
-    assert evaluator(tmp_path, engine, tasks=[task(stop=("#",))]).evaluate(0, None).scores == {KEY: 1.0}
+    assert evaluator(tmp_path, engine, tasks=[task(stop=("#",))]).evaluate(Asked(step=0)).scores == {KEY: 1.0}
 
 
 def test_each_score_is_held_against_the_first_and_the_best_on_the_console_and_on_disk(tmp_path: Path) -> None:
     engine = Engine()
     made = evaluator(tmp_path, engine)
     engine.text = "x"
-    assert "over step" not in made.evaluate(0, None).line()
+    assert "over step" not in made.evaluate(Asked(step=0)).line()
     engine.text = "a"
-    result = made.evaluate(10, snapshot(tmp_path, 10))
+    result = made.evaluate(Asked(step=10, snapshot=snapshot(tmp_path, 10)))
     assert f"{KEY} 100.0% ± 0.0% (+100.0 [+100.0, +100.0] over step 0)" in result.line()
-    resumed = evaluator(tmp_path, engine).evaluate(20, snapshot(tmp_path, 20))
+    resumed = evaluator(tmp_path, engine).evaluate(Asked(step=20, snapshot=snapshot(tmp_path, 20)))
     assert "within noise of step 10" in resumed.line()
     told = score_rows(tmp_path)[-1]["comparisons"][KEY]
     assert told["over_base"] == {"low": 1.0, "high": 1.0, "mean": 1.0}
@@ -122,7 +123,7 @@ def test_each_score_is_held_against_the_first_and_the_best_on_the_console_and_on
 
 def test_a_metric_that_could_score_nothing_is_not_logged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(metrics, "score", lambda *_, **__: [None] * PROMPTS)
-    result = evaluator(tmp_path, Engine()).evaluate(0, None)
+    result = evaluator(tmp_path, Engine()).evaluate(Asked(step=0))
     assert (result.scores, result.comparisons) == ({}, {})
     assert "exact_match" in (tmp_path / "evals" / "step-000000.letters.jsonl").read_text()
 
@@ -132,7 +133,7 @@ def test_too_few_prompts_for_an_interval_are_said_once(tmp_path: Path, capsys: p
     few = EvalTask(name=few.name, samples=few.samples[:5], metrics=few.metrics)
     made = evaluator(tmp_path, Engine(), tasks=[few])
     for step in (0, 10, 20):
-        made.evaluate(step, snapshot(tmp_path, step))
+        made.evaluate(Asked(step=step, snapshot=snapshot(tmp_path, step)))
     assert capsys.readouterr().err.count("5 prompts have a score in both, an interval needs 30") == 1
 
 
@@ -155,8 +156,8 @@ def test_scores_of_lm_eval_stand_beside_ours_and_are_compared_too(
 
     monkeypatch.setattr(evaluation, "run_tasks", run_tasks)
     made = evaluator(tmp_path, Engine(), harness=HarnessTasks(names=("quiz", "many"), limit=7))
-    made.evaluate(0, None)
-    result = made.evaluate(10, snapshot(tmp_path, 10))
+    made.evaluate(Asked(step=0))
+    result = made.evaluate(Asked(step=10, snapshot=snapshot(tmp_path, 10)))
     assert result.scores == {KEY: 1.0, "eval_gen_quiz_acc": 0.75, "eval_gen_many_acc": 0.75}
     assert result.standard_errors["eval_gen_quiz_acc"] == 0.01
     assert result.standard_errors["eval_gen_many_acc"] is None
@@ -177,7 +178,7 @@ def test_lm_eval_that_fails_costs_its_own_scores_only(
         raise EngineError("lm-eval was not done after 3 s.")
 
     monkeypatch.setattr(evaluation, "run_tasks", run_tasks)
-    result = evaluator(tmp_path, Engine(), harness=HarnessTasks(names=("quiz",))).evaluate(0, None)
+    result = evaluator(tmp_path, Engine(), harness=HarnessTasks(names=("quiz",))).evaluate(Asked(step=0))
     assert result.scores == {KEY: 1.0}
     assert "no scores of lm-evaluation-harness. lm-eval was not done" in capsys.readouterr().err
 
@@ -189,7 +190,7 @@ def test_a_port_that_is_taken_is_no_reason_not_to_evaluate(
     second = evaluator(tmp_path, Engine(), expose_port=free_port)
     assert "the model in training cannot be asked: port" in capsys.readouterr().err
     assert second.door is None
-    assert second.evaluate(0, None).scores == {KEY: 1.0}
+    assert second.evaluate(Asked(step=0)).scores == {KEY: 1.0}
     first.close()
 
 
@@ -198,7 +199,7 @@ def test_weights_that_did_not_arrive_leave_the_door_shut(tmp_path: Path) -> None
 
     made = evaluator(tmp_path, Engine(), expose_port=0)
     assert made.door is not None
-    made.evaluate(0, None)
+    made.evaluate(Asked(step=0))
     key = (tmp_path / "engine" / "expose.key").read_text()
 
     def ask() -> httpx.Response:
@@ -210,8 +211,8 @@ def test_weights_that_did_not_arrive_leave_the_door_shut(tmp_path: Path) -> None
     def fail(*_: Any) -> SyncResult:
         raise EngineError("the reload failed")
 
-    made.sync = SimpleNamespace(push=fail)  # type: ignore[assignment]
+    made.delivery.sync = SimpleNamespace(push=fail)  # type: ignore[assignment]
     with pytest.raises(EngineError):
-        made.evaluate(10, snapshot(tmp_path, 10))
+        made.evaluate(Asked(step=10, snapshot=snapshot(tmp_path, 10)))
     assert "the weights of step 10 are on their way" in ask().text
     made.close()
