@@ -78,6 +78,8 @@ def engine_spec(model: Path | str, place: Place, size: EngineSize, args: Any, mo
         max_lora_rank=model_args.lora_r if model_args.use_peft and not size.merge_adapters else None,
         kv_cache_bytes=size.kv_cache_bytes,
         tensor_parallel_size=max(1, len(gpus)),
+        weight_transfer=("ipc" if place.kind == "shared" else "nccl") if place.stream else None,
+        sleep_mode=place.stream and place.kind == "shared",
         seed=args.seed,
         extra_args=tuple(shlex.split(args.vllm_args or "")),
         visible_devices=",".join(gpus) or None,

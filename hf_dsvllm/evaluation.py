@@ -162,6 +162,7 @@ class Evaluator:
         except EngineError:
             self.delivery.revive()
             raise
+        self.delivery.rest()
         self._append(result)
         return result
 
