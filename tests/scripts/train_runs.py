@@ -5,9 +5,9 @@
 Importing the libraries takes longer than training the tiny model, so one launch does all the runs of a test module;
 what the libraries keep in process-wide state is reset between them.  SPEC is {"model": folder, "out": folder, "runs":
 [RUN]}, a RUN has `name`, `preset` and optionally `args` (TrainingArguments), `model_args` (TRL's ModelConfig), `resume`
-(a checkpoint), `weights` (save the gathered parameters), `stream` and `sends` (see `streams.py`), `model` (another folder), `few` (train on the first global
-batch alone, so that the loss falls), `fall_back` (lose DeepSpeed on the way).  ZeRO-3 runs come first: their arguments
-are refused once an unsharded model has been loaded in the process.
+(a checkpoint), `weights` (save the gathered parameters), `stream` and `sends` (see `streams.py`), `model` (another
+folder), `few` (train on the first global batch alone, so that the loss falls), `fall_back` (lose DeepSpeed on the way).
+ZeRO-3 runs come first: their arguments are refused once an unsharded model has been loaded in the process.
 
 OUT/<name>.json holds what came of it: losses by step, the live wiring, hashes of the 4-bit weights before and after,
 the error if there was one.
