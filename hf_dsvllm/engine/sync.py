@@ -27,6 +27,8 @@ __all__ = ["SyncPath", "SyncResult", "WeightSync"]
 SyncPath = Literal["hot-load", "reload", "restart", "ipc", "nccl"]
 # awake: answers; weights gone: asleep at level 2; asleep: level 1; no cache: weights are there again, the cache is not
 State = Literal["awake", "asleep", "weights gone", "weights due", "no cache"]
+# After so many streams that failed in a row files are used: each failure may cost a start of the server.
+STREAM_FAILURES = 2
 logger = logging.getLogger(__name__)
 
 
@@ -72,6 +74,7 @@ class WeightSync:
         self._adapter: str | None = None
         self._pushes = 0
         self._paused = False
+        self._stream_failures = 0
 
     # -- what the server can do ------------------------------------------------------------------------------------
 
@@ -85,6 +88,8 @@ class WeightSync:
         """How weights can go to this server without a folder, or None, and why."""
         if self.broken is not None:
             return None, f"the server has to be started again first: {self.broken}"
+        if self._stream_failures >= STREAM_FAILURES:
+            return None, f"{self._stream_failures} streams in a row failed"
         try:
             found = self.capabilities()
         except EngineError as error:
@@ -202,10 +207,12 @@ class WeightSync:
             self.client.resume()
             self._paused = False
         self.wake_for_answers()
+        self._stream_failures = 0
         return self._result(self.server.spec.served_name, path, why, started)
 
     def break_off(self, reason: str, *, begun: bool) -> None:
         """A stream failed; if it had `begun`, parameters may be missing, and the server must start anew to be asked."""
+        self._stream_failures += 1
         if self.connection is not None:
             self.connection.close()
             self.connection = None
