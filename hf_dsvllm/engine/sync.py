@@ -75,17 +75,20 @@ class WeightSync:
         self._pushes = 0
         self._paused = False
         self._stream_failures = 0
+        self._address = self._where()
 
     # -- what the server can do ------------------------------------------------------------------------------------
 
     def capabilities(self) -> Capabilities:
         """What the running server can do; asked once after each start.  Raises EngineError if it does not answer."""
+        self._follow()
         if self._capabilities is None:
             self._capabilities = probe(self.client, self.server.spec)
         return self._capabilities
 
     def stream_path(self) -> tuple[TransferBackend | None, str]:
         """How weights can go to this server without a folder, or None, and why."""
+        self._follow()
         if self.broken is not None:
             return None, f"the server has to be started again first: {self.broken}"
         if self._stream_failures >= STREAM_FAILURES:
@@ -114,6 +117,7 @@ class WeightSync:
         refuses the adapter.
         """
         started = time.monotonic()
+        self._follow()
         self.phases = {}
         self._pushes += 1
         if kind == "adapter":
@@ -175,8 +179,22 @@ class WeightSync:
         self._forget_server()
         self.server.restart(model=folder)
         self.client.connect(self.server.uds)
+        self._address = self._where()
         self.server.wait_ready(self.restart_timeout_s)
-        self.broken = None
+
+    def _follow(self) -> None:
+        """Notice a restart by somebody else: a server that starts again has another socket, and nothing of ours."""
+        address = self._where()
+        if address != self._address and address is not None:
+            self._forget_server()
+            self.client.connect(address)
+            self._address = address
+
+    def _where(self) -> Path | str | None:
+        try:
+            return self.server.uds
+        except EngineError:
+            return None  # stopped
 
     def _forget_server(self) -> None:
         if self.connection is not None:
@@ -186,6 +204,7 @@ class WeightSync:
         self._capabilities = None
         self._state = "awake"
         self._paused = False
+        self.broken = None
         self.generation += 1
 
     # -- without a folder: called by live_weights.send on rank 0 ----------------------------------------------------
@@ -231,6 +250,7 @@ class WeightSync:
         Level 2 (0.05 s on an H200) throws the weights away: right when they are sent again anyway, and for adapters
         where vLLM can load the base again beside them.  Level 1 keeps them in host memory and takes 9 to 12 s for 8B.
         """
+        self._follow()
         if self.broken is not None:
             return f"the engine has to be started again: {self.broken}"
         if self._state != "awake":
@@ -250,6 +270,7 @@ class WeightSync:
 
     def wake_for_weights(self) -> None:
         """Give the weights their memory back (not yet the cache), so that new ones can be written; a no-op if awake."""
+        self._follow()
         if self._state in ("asleep", "weights gone"):
             with self.phase("wake weights"):
                 self.client.wake_up(["weights"])
