@@ -10,6 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
+from hf_dsvllm.live_sources import plain_source
 from hf_dsvllm.live_weights import stream, why_no_stream
 
 
@@ -102,6 +103,13 @@ def test_a_bucket_ends_with_a_layer(bucket_bytes: int) -> None:
         holding = [bucket for bucket in buckets if any(f"layers.{layer}." in name for name in bucket)]
         assert len(holding) == 1, f"layer {layer} is cut"
     assert len(buckets) == {1: 6, 20_000: 4, 1 << 30: 1}[bucket_bytes]
+
+
+def test_a_4_bit_weight_fills_a_bucket_with_what_it_becomes() -> None:
+    bitsandbytes = pytest.importorskip("bitsandbytes")
+    parameter = bitsandbytes.nn.Params4bit(torch.randn(64, 64), requires_grad=False, quant_type="nf4").to("cpu")
+    assert parameter.nbytes == 64 * 64 // 2
+    assert plain_source("w", parameter).size_bytes == 64 * 64 * 4
 
 
 @pytest.mark.parametrize(
