@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import contextlib
+import logging
 import sys
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 __all__ = [
@@ -13,6 +15,7 @@ __all__ = [
     "log_through_trainer",
     "note_best",
     "outside_zero3",
+    "quiet_early_stopping",
 ]
 
 
@@ -65,21 +68,53 @@ def keep_4bit_weights_packed(model: Any) -> int:
     return touched
 
 
-def log_through_trainer(trainer: Any, values: dict[str, float]) -> None:
-    """Log with the Trainer's step, history and `report_to` backends.
+def log_through_trainer(trainer: Any, values: dict[str, float], *, step: int) -> None:
+    """Log under `step`, which may be past, with the Trainer's history and `report_to` backends.
 
-    The base class's method on purpose: TRL's overrides add and clear their running training averages.
-    Remove when TRL separates the two (read in 1.16, SFTTrainer.log).
+    The base class's method on purpose: TRL's overrides add and clear their running training averages.  Backends take
+    the step from the Trainer's state.  Remove when TRL separates the two (read in 1.16, SFTTrainer.log) and
+    `Trainer.log` takes a step.
     """
     from transformers import Trainer
 
-    Trainer.log(trainer, dict(values))
+    state = trainer.state
+    now = state.global_step, state.epoch
+    if step != now[0] and now[0] and now[1] is not None:
+        state.epoch = now[1] * step / now[0]
+    state.global_step = step
+    try:
+        Trainer.log(trainer, dict(values))
+    finally:
+        state.global_step, state.epoch = now
 
 
-def note_best(trainer: Any, metrics: dict[str, float]) -> bool:
-    """Let the Trainer compare `metrics[metric_for_best_model]` with its best; True if it is the new best.
+def note_best(trainer: Any, metrics: dict[str, float], *, step: int) -> bool:
+    """Let the Trainer compare `metrics[metric_for_best_model]` of `step` with its best; True if it is the new best.
 
-    The method is private but has no public counterpart.  Remove when callbacks can report a metric (asked for in
+    The method is private but has no public counterpart.  It takes the current step for the one of the score, and the
+    checkpoint's folder from the next checkpoint that is saved.  Remove when callbacks can report a metric (asked for in
     transformers#38829).
     """
-    return bool(trainer._determine_best_metric(metrics=metrics, trial=None))
+    state = trainer.state
+    is_best = bool(trainer._determine_best_metric(metrics=metrics, trial=None))
+    if is_best and step != state.global_step:
+        state.best_global_step = step
+        checkpoint = Path(trainer.args.output_dir) / f"checkpoint-{step}"
+        state.best_model_checkpoint = str(checkpoint) if checkpoint.is_dir() else None
+    return is_best
+
+
+def quiet_early_stopping() -> None:
+    """Drop EarlyStoppingCallback's "early stopping is disabled" where its score is only late.
+
+    It says so at every evaluation without the score, and is wrong: it counts as soon as the score comes.  Remove when
+    it can be told that a metric comes later (read in 5.19, trainer_callback.py).
+    """
+    logger = logging.getLogger("transformers.trainer_callback")
+    if not any(is_about_something_else is known for known in logger.filters):
+        logger.addFilter(is_about_something_else)
+
+
+def is_about_something_else(record: logging.LogRecord) -> bool:
+    """Whether a log record is not the one above."""
+    return "so early stopping is disabled" not in record.getMessage()

@@ -27,6 +27,8 @@ __all__ = [
     "wrap",
 ]
 
+# Embeddings and output heads by their usual names; `adapter_format.will_it_serve` looks at the layers themselves.
+NOT_WRAPPED = {"lm_head", "embed_out", "embed_tokens", "wte", "word_embeddings", "embed_in"}
 ALL_LINEAR = "all-linear"  # PEFT reads the word as a string only
 
 
@@ -114,7 +116,8 @@ def adapter_problems(config: Any, preset: Preset | None) -> list[Problem]:
 def why_merge_for_engine(config: Any, device: str) -> str | None:
     """Why vLLM gets a merged copy instead of this run's adapters; None when it hot-loads them.
 
-    vLLM refuses DoRA, `modules_to_save`, ranks above 512 and expert parameters (vllm/lora, 0.26 to 0.32).  On CPUs it
+    vLLM refuses DoRA, `modules_to_save`, ranks above 512 and expert parameters (vllm/lora, 0.26 to 0.32).  What other
+    settings of PEFT mean is known when the model is (`adapter_format.will_it_serve`).  On CPUs it
     serves adapters at 17 tok/s where the merged model does 52 to 76 (SmolLM2-135M, 32 prompts, 2 AVX2 cores, vLLM 0.32,
     docs/lab-notes.md), and merging takes a second or two.
     """
@@ -124,6 +127,10 @@ def why_merge_for_engine(config: Any, device: str) -> str | None:
         return "vLLM refuses modules_to_save"
     if getattr(config, "lora_target_parameters", None):
         return "vLLM refuses lora_target_parameters"
+    targets = config.lora_target_modules or ()
+    outside = sorted(NOT_WRAPPED & {target.rpartition(".")[2] for target in targets if isinstance(targets, list)})
+    if outside:
+        return f"vLLM leaves adapters on embeddings and output head out: {', '.join(outside)}"
     if config.lora_r > LORA_RANKS[-1]:
         return f"lora_r={config.lora_r} is above vLLM's largest rank, {LORA_RANKS[-1]}"
     return "vLLM serves adapters several times slower on CPUs" if device == "cpu" else None

@@ -15,6 +15,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from hf_dsvllm.errors import DsvllmError, Problem
+from hf_dsvllm.fields import asks_for_answers
 from hf_dsvllm.hardware import Machine, detect
 from hf_dsvllm.launch import Launch
 from hf_dsvllm.model_shape import load_shape
@@ -87,7 +88,7 @@ def job_of(args: Any, launch: Launch, device: str, model: str, method: str, argv
     batch = args.per_device_train_batch_size * args.gradient_accumulation_steps * world
     length = planned_length(args, argv)
     ram = machine.ram_bytes * (world // local) if machine.ram_bytes else None
-    evaluation = (EVALUATION_SEQUENCES, length + args.gen_eval_max_new_tokens) if args.gen_eval_file else None
+    evaluation = (EVALUATION_SEQUENCES, length + args.gen_eval_max_new_tokens) if asks_for_answers(args) else None
     return Job(
         shape=load_shape(model),
         machine=machine if device == "cuda" else Machine(gpus=(), cpu_count=machine.cpu_count, ram_bytes=ram),

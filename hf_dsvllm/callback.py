@@ -2,52 +2,64 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import math
 import time
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-import torch
 from transformers import TrainerCallback
 
 from hf_dsvllm._compat import log_through_trainer, note_best
 from hf_dsvllm.console import is_main_process, say
+from hf_dsvllm.delivery import Asked
 from hf_dsvllm.errors import DsvllmError
-from hf_dsvllm.files import write_json
+from hf_dsvllm.fields import steers
 from hf_dsvllm.measure import RunMeasure
-from hf_dsvllm.snapshot import SNAPSHOTS, Snapshot, prune, publish
+from hf_dsvllm.restore import restore
+from hf_dsvllm.rounds import Round, Rounds
+from hf_dsvllm.sample_tables import log_samples, read_samples
+from hf_dsvllm.snapshot import Snapshot, prune, publish
+from hf_dsvllm.steering import best_snapshot, keep_best
 from hf_dsvllm.wiring import check_wiring, read_wiring
 
 if TYPE_CHECKING:
+    from hf_dsvllm.canary import LogProbs
     from hf_dsvllm.session import Session
 
-__all__ = ["SessionCallback", "Steering", "broadcast", "steers"]
+__all__ = ["SessionCallback"]
 
 logger = logging.getLogger(__name__)
 FAILURES_BEFORE_GIVING_UP = 3
+# Late rounds that may be under way when another is due: one is answered, one is ready to follow.
+UNDER_WAY = 2
 
 
 class SessionCallback(TrainerCallback):
     """Checks the wiring at the start, evaluates by generation on the way, exports at the end.
 
     Every hook runs on every rank; what only rank 0 does is followed by a broadcast, so that no rank goes on alone.
+    `fresh` holds the scores that `steering.Steering` has not passed on yet.
     """
 
     def __init__(self, session: Session, trainer: Any) -> None:
         self.session = session
         self.trainer = trainer
+        self.late = session.late
         self.measure = RunMeasure()
+        self.fresh: list[tuple[int, dict[str, float]]] = []
+        self.passing_on: dict[str, float] | None = None
+        self._rounds = Rounds(lambda asked: session.evaluator.evaluate(asked), session.ranks)
         self._evaluated: dict[int, dict[str, float]] = {}
         self._failures = 0
         self._published: Snapshot | None = None
-        self.fresh_scores: dict[str, float] = {}
 
     # -- hooks -----------------------------------------------------------------------------------------------------
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._published = None
+        self.late = self.session.ranks.broadcast(self.late)  # rank 0 knows where vLLM runs
         wiring = read_wiring(self.trainer)
         check_wiring(wiring, self.session.preset, self.session.ds_config)
         say(f"running: {wiring.line()}")
@@ -62,17 +74,26 @@ class SessionCallback(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.measure.step_ends()
-        every = args.gen_eval_steps
-        if not self.session.evaluates or every is None or state.global_step % every:
+        if not self.session.evaluates:
             return
-        self.fresh_scores = self._evaluate()
+        last = state.global_step >= state.max_steps or control.should_training_stop
+        every = args.gen_eval_steps
+        with_trainers_own = control.should_evaluate and (every is None or steers(args))
+        # At the last step here and not at the end of training: by then the Trainer may have loaded the best weights.
+        if (every is not None and state.global_step % every == 0) or (last and not with_trainers_own):
+            self._evaluate(wait=last)
+        self._take(self._rounds.collect(leave=0 if last else None))
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
-        if not self.session.evaluates or metrics is None or metrics is self.fresh_scores:
+        if not self.session.evaluates or metrics is None or metrics is self.passing_on:
             return
         if args.gen_eval_steps is None or steers(args):
+            step = state.global_step
+            if step not in self._evaluated and step not in self._rounds.pending:
+                self._evaluate(wait=step >= state.max_steps)
+                self.fresh = [score for score in self.fresh if score[0] != step]
             # The Trainer reads this very dictionary for metric_for_best_model and early stopping.
-            metrics.update(self._evaluated.get(state.global_step) or self._evaluate())
+            metrics.update(self._evaluated.get(step, {}))
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         grad_norm = (logs or {}).get("grad_norm")
@@ -85,127 +106,120 @@ class SessionCallback(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.measure.stop(state)
-        if self.session.evaluates and state.global_step not in self._evaluated:
-            self._evaluate()
+        self._take(self._rounds.collect(leave=0))
+        for step, scores in self.fresh if steers(args) else ():
+            note_best(self.trainer, scores, step=step)
+        step = self._load_best(args, state)
+        if self.session.evaluates and step == state.global_step and step not in self._evaluated:
+            self._evaluate(wait=True)  # something stopped training between two steps
         snapshot = self._published
-        # With load_best_model_at_end the weights are no longer those of the last step.
-        if snapshot is None or snapshot.step != state.global_step or args.load_best_model_at_end:
-            snapshot = self._publish()
+        if snapshot is None or snapshot.step != step:
+            snapshot = self._publish(step)
+        self._rounds.close()
         self.session.stop_engine()
         self.session.finish(self.measure, snapshot)
 
     # -- steps -----------------------------------------------------------------------------------------------------
 
-    def _publish(self) -> Snapshot:
+    def _publish(self, step: int) -> Snapshot:
         self._published = publish(
             self.trainer.model,
             self.session.run_dir,
-            step=self.trainer.state.global_step,
+            step=step,
             dtype=self.session.snapshot_dtype,
             tokenizer=self.trainer.processing_class,
         )
         return self._published
 
-    def _evaluate(self, *, publish_first: bool = True) -> dict[str, float]:
-        """One evaluation on all ranks; {} when it failed, which is said and never stops training."""
-        step = self.trainer.state.global_step
+    def _evaluate(self, *, publish_first: bool = True, wait: bool = False) -> None:
+        """Begin a round on all ranks, and unless rounds are late see it through; a failure is said, never raised."""
         if self._failures >= FAILURES_BEFORE_GIVING_UP:
-            return {}
-        scores: dict[str, float] = {}
-        error: str | None = None
+            return
+        step = self.trainer.state.global_step
+        if self.late:
+            self._make_room()
         training = self.trainer.model.training
+        started = time.monotonic()
+        error: str | None = None
+        snapshot: Snapshot | None = None
+        ours: LogProbs | None = None
         try:
-            started = time.monotonic()
-            snapshot = self._publish() if publish_first else None
-            published = time.monotonic() - started
-            if is_main_process():
-                result = self.session.evaluator.evaluate(step, snapshot, published)
-                scores = dict(result.scores)
-                self.measure.evaluations.append(result)
-                say(result.line())
-                if publish_first:
-                    self._keep_best(scores, step)
+            snapshot = self._publish(step) if publish_first else None
+            if self.session.canary is not None:
+                ours = self.session.canary.ask_trainer(self.trainer)
         except Exception as problem:  # whatever it is: the other ranks wait in the broadcast, and training goes on
             if not isinstance(problem, DsvllmError | OSError):
-                logger.exception("unexpected error in generation evaluation")
+                logger.exception("unexpected error while preparing an evaluation")
             error = f"{type(problem).__name__}: {problem}"
         self.trainer.model.train(training)
-        scores, error = broadcast((scores, error))
+        error = self.session.ranks.broadcast(error)
         if error is not None:
-            self._failures += 1
-            self._published = None  # on every rank, whichever failed: publishing again takes all of them
-            given_up = "; giving up on it" if self._failures >= FAILURES_BEFORE_GIVING_UP else ""
-            say(f"step {step}: generation evaluation failed and is skipped{given_up}. {error}")
-            return {}
-        self._failures = 0
-        self._evaluated[step] = scores
-        log_through_trainer(self.trainer, scores)
-        return scores
-
-    def _keep_best(self, scores: dict[str, float], step: int) -> None:
-        """Point snapshots/best.json to the best step by the steering metric, or by the first one logged; rank 0."""
-        args = self.trainer.args
-        wanted = args.metric_for_best_model if steers(args) else next(iter(scores), None)
-        key = wanted if wanted in scores else f"eval_{wanted}"
-        if key not in scores:
+            self._take([Round(step=step, scores={}, error=error)])
             return
-        better = args.greater_is_better is not False or not steers(args)
-        pointer = self.session.run_dir / SNAPSHOTS / "best.json"
-        earlier = best_so_far(pointer, key, before=step)
-        if earlier is None or (scores[key] > earlier if better else scores[key] < earlier):
-            kind = "adapter" if hasattr(self.trainer.model, "peft_config") else "full"
-            best = {"path": f"step-{step}", "step": step, "kind": kind, "metric": key, "score": scores[key]}
-            write_json(pointer, best)
-        prune(self.session.run_dir, keep=[Path(f"step-{step}")])
+        spent = time.monotonic() - started
+        self._rounds.begin(Asked(step=step, snapshot=snapshot, ours=ours, publish_seconds=spent))
+        if wait or not self.late:
+            self._take(self._rounds.collect(leave=0))
 
+    def _make_room(self) -> None:
+        """Wait until another late round may begin: more of them would only pile up snapshots."""
+        if len(self._rounds.pending) < UNDER_WAY:
+            return
+        started = time.monotonic()
+        self._take(self._rounds.collect(leave=UNDER_WAY - 1))
+        say(
+            f"step {self.trainer.state.global_step}: training waited {time.monotonic() - started:.1f} s for an earlier "
+            "evaluation. A larger --gen_eval_steps or a smaller --gen_eval_limit avoids that."
+        )
 
-class Steering(TrainerCallback):
-    """Comes last, when the Trainer's own callbacks have decided: makes scores count, and their absence harmless."""
+    def _take(self, rounds: Sequence[Round]) -> None:
+        """Log, keep and count what rounds have brought; on every rank."""
+        for done in rounds:
+            if done.error is not None:
+                self._failures += 1
+                self._published = None  # on every rank, whichever failed: publishing again takes all of them
+                given_up = "; giving up on it" if self._failures >= FAILURES_BEFORE_GIVING_UP else ""
+                say(f"step {done.step}: generation evaluation failed and is skipped{given_up}. {done.error}")
+                continue
+            self._failures = 0
+            scores = dict(done.scores)
+            self._evaluated[done.step] = scores
+            self.fresh.append((done.step, scores))
+            log_through_trainer(self.trainer, scores, step=done.step)
+            if is_main_process():
+                self._keep(done)
 
-    def __init__(self, scores: SessionCallback, trainer: Any) -> None:
-        self.scores = scores
-        self.trainer = trainer
+    def _keep(self, done: Round) -> None:
+        """Say the scores, keep the best snapshot and those still to be answered, delete the others; rank 0."""
+        now = self.trainer.state.global_step
+        self.measure.evaluations.append(done.result)
+        say(done.result.line() + ("" if done.step == now else f", known at step {now}"))
+        run_dir, name = self.session.run_dir, f"step-{done.step}"
+        log_samples(self.trainer.args, done.step, read_samples(run_dir, done.step))
+        if not (run_dir / "snapshots" / name).is_dir():
+            return  # the untrained model
+        kind = "adapter" if hasattr(self.trainer.model, "peft_config") else "full"
+        keep_best(run_dir, self.trainer.args, done.scores, name, done.step, kind)
+        prune(run_dir, keep=[Path(name), *(Path(f"step-{step}") for step in self._rounds.pending)])
 
-    def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        """Give early stopping and the best checkpoint a score that came between the Trainer's own evaluations."""
-        fresh = self.scores.fresh_scores
-        if fresh and steers(args) and not control.should_evaluate:
-            self.trainer.callback_handler.on_evaluate(args, state, control, fresh)
-            if note_best(self.trainer, fresh) and args.save_strategy == "best":
-                control.should_save = True
-        self.scores.fresh_scores = {}
+    def _load_best(self, args: Any, state: Any) -> int:
+        """With load_best_model_at_end: the best snapshot into the model, unless the Trainer has loaded that step.
 
-    def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
-        """The Trainer raises KeyError without its metric; after a failed evaluation the best value so far stands in.
-
-        It is never a new best, and early stopping has already passed over the gap.
+        Returns the step whose weights the model has now.  The Trainer can only load a step it wrote a checkpoint of;
+        the best score may belong to one between them, or to one whose checkpoint save_total_limit has deleted.
         """
-        wanted = args.metric_for_best_model or ""
-        key = wanted if wanted.startswith("eval_") else f"eval_{wanted}"
-        if metrics is None or not key.startswith("eval_gen_") or key in metrics:
-            return
-        worst = -math.inf if args.greater_is_better is not False else math.inf
-        metrics[key] = worst if state.best_metric is None else state.best_metric
-
-
-def steers(args: Any) -> bool:
-    """Whether a generation score decides which checkpoint is best."""
-    return (args.metric_for_best_model or "").removeprefix("eval_").startswith("gen_")
-
-
-def best_so_far(pointer: Path, key: str, *, before: int) -> float | None:
-    """The score in best.json, if it is of the same metric and an earlier step (a resumed run goes on from it)."""
-    try:
-        best = json.loads(pointer.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
-        return None
-    return best["score"] if best.get("metric") == key and best["step"] < before else None
-
-
-def broadcast(value: Any) -> Any:
-    """Rank 0's `value` on every rank."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return value
-    box = [value]
-    torch.distributed.broadcast_object_list(box, src=0)
-    return box[0]
+        loaded = state.global_step
+        if not args.load_best_model_at_end:
+            return loaded
+        if state.best_model_checkpoint is not None:
+            loaded = int(Path(state.best_model_checkpoint).name.rpartition("-")[2])
+        if not steers(args):
+            return loaded
+        found = best_snapshot(self.session.run_dir, args) if is_main_process() else None
+        best = self.session.ranks.broadcast(found)
+        if best is None or best["step"] == loaded:
+            return loaded
+        folder = self.session.run_dir / "snapshots" / best["path"]
+        restore(self.trainer.model, folder, best["kind"])
+        say(f"the weights of step {best['step']} ({best['metric']} {best['score']:.4g}) are loaded from its snapshot")
+        return int(best["step"])

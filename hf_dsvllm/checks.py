@@ -118,7 +118,7 @@ def _output_problems(folder: Path) -> list[Problem]:
 
 
 def _moe_problems(args: Any, model_args: Any) -> list[Problem]:
-    from hf_dsvllm.placement import load_config
+    from hf_dsvllm.engine_size import load_config
 
     config = args.deepspeed if isinstance(args.deepspeed, dict) else None
     model = load_config(model_args).get_text_config()

@@ -293,7 +293,9 @@ app.command()(cli_report.report)
 
 @app.command()
 def doctor(
-    reap: Annotated[bool, typer.Option("--reap", help="End engines that earlier runs left behind.")] = False,
+    reap: Annotated[
+        bool, typer.Option("--reap", help="End engines that earlier runs left behind, and remove their files.")
+    ] = False,
     vllm_python: Annotated[
         Path | None, typer.Option("--vllm_python", help="Look for vLLM in this interpreter.")
     ] = None,
@@ -301,7 +303,7 @@ def doctor(
         bool, typer.Option("--calibrate", help="Measure this machine's speed for `hf-dsvllm plan`, in half a minute.")
     ] = False,
 ) -> None:
-    """Say what is installed, what this machine has, and which engines are running or were left behind."""
+    """Say what is installed, what this machine has, and which engines and files were left behind."""
     if calibrate:
         from hf_dsvllm.calibrate import calibrate_machine
 
@@ -311,6 +313,7 @@ def doctor(
         return
     from hf_dsvllm import doctor as examination
     from hf_dsvllm.engine import list_engines
+    from hf_dsvllm.run_folder import leftovers
 
     table = Table(show_header=False, box=None)
     for finding in examination.examine(vllm_python):
@@ -319,10 +322,13 @@ def doctor(
     engines = list_engines()
     print("\n".join(examination.describe_engine(record) for record in engines) or "no engine is on record")
     if not reap:
-        if any(record.state in ("orphaned", "gone") for record in engines):
-            say("`hf-dsvllm doctor --reap` ends what has no owner any more")
+        found = leftovers()
+        print("\n".join(map(examination.describe_leftover, found)) or "no run left files behind")
+        if found or any(record.state in ("orphaned", "gone") for record in engines):
+            say("`hf-dsvllm doctor --reap` ends what has no owner any more, and removes its files")
         return
-    done, failed = examination.reap_orphans()
-    print("\n".join([*done, *failed]) or "nothing to end")
+    (ended, running), (removed, stuck) = examination.reap_orphans(), examination.remove_leftovers()
+    failed = [*running, *stuck]
+    print("\n".join([*ended, *removed, *failed]) or "nothing to end or remove")
     if failed:
         raise typer.Exit(1)

@@ -23,7 +23,7 @@ def report(
     from hf_dsvllm.report import watch_run, write_report
 
     if watch:
-        say("watching; reload the page in the browser to see what is new, Ctrl-C ends this")
+        say("watching; the page in the browser follows by itself, Ctrl-C ends this")
         watch_run(run, out)
     else:
         print(write_report(run, out))

@@ -1,4 +1,4 @@
-"""`hf-dsvllm doctor`: what is installed, what this machine has, and which engines earlier runs left behind."""
+"""`hf-dsvllm doctor`: what is installed, what this machine has, and what earlier runs left behind."""
 
 from __future__ import annotations
 
@@ -13,8 +13,9 @@ from hf_dsvllm import hardware, toolchain
 from hf_dsvllm.engine import find_vllm, list_engines, reap
 from hf_dsvllm.engine.registry import EngineRecord
 from hf_dsvllm.errors import DsvllmError, MissingDependencyError
+from hf_dsvllm.run_folder import Leftover, leftovers, remove
 
-__all__ = ["Finding", "describe_engine", "examine", "reap_orphans"]
+__all__ = ["Finding", "describe_engine", "describe_leftover", "examine", "reap_orphans", "remove_leftovers"]
 
 Status = Literal["ok", "note", "missing"]
 _PACKAGES = ("torch", "transformers", "trl", "peft", "accelerate", "deepspeed", "bitsandbytes", "datasets")
@@ -56,6 +57,28 @@ def reap_orphans() -> tuple[list[str], list[str]]:
         else:
             what = f"ended processes {', '.join(map(str, pids))}" if pids else "nothing was left; forgotten"
             done.append(f"engine {record.engine_id}: {what}")
+    return done, failed
+
+
+def describe_leftover(leftover: Leftover) -> str:
+    """One leftover in a line."""
+    return f"{leftover.path}: {leftover.what}"
+
+
+def remove_leftovers() -> tuple[list[str], list[str]]:
+    """Remove what killed runs left on disk (`run_folder.leftovers`); what was removed, and what could not be.
+
+    After `reap_orphans`, so that no engine needs its sockets any more.
+    """
+    done: list[str] = []
+    failed: list[str] = []
+    for leftover in leftovers():
+        try:
+            remove(leftover)
+        except OSError as error:
+            failed.append(f"{leftover.path} cannot be removed: {error.strerror}; remove it by hand")
+        else:
+            done.append(f"removed {describe_leftover(leftover)}")
     return done, failed
 
 

@@ -5,44 +5,75 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
+import secrets
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import torch
-
 from hf_dsvllm import metrics
-from hf_dsvllm.engine.client import Completion, EngineClient
+from hf_dsvllm.canary import Canary
+from hf_dsvllm.console import say
+from hf_dsvllm.delivery import Asked, Delivery
+from hf_dsvllm.engine.client import Completion
+from hf_dsvllm.engine.remote import RemoteServer
 from hf_dsvllm.engine.server import EngineServer
-from hf_dsvllm.engine.sync import SyncResult, WeightSync
+from hf_dsvllm.engine.sync import SyncResult
 from hf_dsvllm.errors import EngineError
 from hf_dsvllm.files import write_text
-from hf_dsvllm.merged_copy import merged_copy
-from hf_dsvllm.snapshot import Snapshot
+from hf_dsvllm.forwarder import MODEL, Forwarder, expose_key
+from hf_dsvllm.harness import HarnessScores, run_tasks
+from hf_dsvllm.score_history import EVALS, ScoreHistory, answers_file, metric_key
+from hf_dsvllm.statistics import Comparison
+from hf_dsvllm.task_scores import Drawn, cut_at_stop, score_task
 from hf_dsvllm.tasks import EvalTask, render_prompt
 
-__all__ = ["EvalResult", "Evaluator", "Sampling", "metric_key"]
+__all__ = ["EVALS", "EvalResult", "Evaluator", "HarnessTasks", "Sampling", "metric_key", "sampling_of"]
 
-EVALS = "evals"
+
+HARNESS_LENGTH = 2048  # lm-eval's own default of max_length, in tokens
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Sampling:
-    """How answers are drawn; temperature 0 is greedy.  `timeout_s` bounds one evaluation, server start included."""
+    """How answers are drawn; temperature 0 is greedy.  `timeout_s` bounds one evaluation, server start included.
+
+    Of `samples` answers to a prompt number i is drawn with seed + i (vLLM's v1/engine/parallel_sampling.py).
+    """
 
     max_new_tokens: int
     temperature: float
     seed: int
     timeout_s: float
     stop_token_ids: tuple[int, ...]
+    samples: int = 1
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class HarnessTasks:
+    """Tasks of lm-evaluation-harness; `limit`: only the first so many prompts of each."""
+
+    names: tuple[str, ...]
+    limit: int | None = None
+
+
+def sampling_of(task: EvalTask, sampling: Sampling) -> Sampling:
+    """The arguments' sampling with what the task's own settings say otherwise."""
+    own = task.settings
+    given = {"max_new_tokens": own.max_new_tokens, "temperature": own.temperature, "samples": own.samples}
+    return dataclasses.replace(sampling, **{name: value for name, value in given.items() if value is not None})
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class EvalResult:
-    """One evaluation: `scores` by metric key, and where the seconds went (`publish`: live weights to disk)."""
+    """One evaluation: `scores` by metric key, and where the seconds went (`publish`: live weights to disk).
+
+    `samples` counts prompts.  `proof`: the canary's sentence, None where it could not be asked.  `comparisons`: by
+    metric key, against step 0 and the best step before this one.
+    """
 
     step: int
     scores: Mapping[str, float]
@@ -51,11 +82,13 @@ class EvalResult:
     generated_tokens: int
     weights_path: str
     weights_why: str
+    proof: str | None
     publish_seconds: float
     wait_seconds: float
     sync_seconds: float
     generate_seconds: float
     total_seconds: float
+    comparisons: Mapping[str, Comparison] = dataclasses.field(default_factory=dict)
 
     @property
     def tokens_per_second(self) -> float:
@@ -66,9 +99,15 @@ class EvalResult:
         error = self.standard_errors[name]
         return "" if error is None else f" ± {error:.1%}"
 
+    def _compared(self, name: str) -> str:
+        brief = self.comparisons[name].brief if name in self.comparisons else ""
+        return f" ({brief})" if brief else ""
+
     def line(self) -> str:
         """One line for the console."""
-        scores = ", ".join(f"{name} {value:.1%}{self._error(name)}" for name, value in self.scores.items())
+        scores = ", ".join(
+            f"{name} {value:.1%}{self._error(name)}{self._compared(name)}" for name, value in self.scores.items()
+        )
         return (
             f"step {self.step}: {scores} ({self.samples} prompts, {self.generated_tokens} tokens, "
             f"{self.tokens_per_second:.0f} tok/s, weights by {self.weights_path} in {self.sync_seconds:.2f} s, "
@@ -82,88 +121,91 @@ class Evaluator:
     def __init__(
         self,
         *,
-        server: EngineServer,
+        server: EngineServer | RemoteServer,
         tasks: Sequence[EvalTask],
         tokenizer: Any,
         sampling: Sampling,
         run_dir: Path,
         merge_base: Path | None = None,
+        canary: Canary | None = None,
+        harness: HarnessTasks | None = None,
+        expose_port: int | None = None,
+        lower_is_better: Collection[str] = (),
     ) -> None:
-        """`merge_base`: adapters are merged into this folder's weights first and served as a full model."""
-        self.server = server
-        self.client = EngineClient(server.uds, default_timeout_s=sampling.timeout_s)
-        self.sync = WeightSync(server, self.client, restart_timeout_s=sampling.timeout_s)
+        """`merge_base`: adapters are merged into this folder's weights first and served as a full model.
+
+        `expose_port`: the model answers there between and during evaluations, 0 for any free port.  `lower_is_better`:
+        metric keys whose lowest score is the best.
+        """
+        self.delivery = Delivery(
+            server, run_dir=run_dir, timeout_s=sampling.timeout_s, merge_base=merge_base, canary=canary
+        )
         self.tasks = tuple(tasks)
-        self.tokenizer = tokenizer
+        # A copy: evaluation may run beside training, and two threads may not pad and cut with one fast tokenizer.
+        self.tokenizer = copy.deepcopy(tokenizer)
         self.sampling = sampling
         self.run_dir = run_dir
-        self.merge_base = merge_base
+        self.harness = harness
+        self.history = ScoreHistory(run_dir, lower_is_better=lower_is_better)
         self.prompts = {task.name: [render_prompt(sample, tokenizer) for sample in task.samples] for task in tasks}
+        self._told_few = False
+        self.door = None if expose_port is None else self._expose(expose_port)
 
-    def evaluate(self, step: int, snapshot: Snapshot | None, publish_seconds: float = 0.0) -> EvalResult:
-        """Answer every task with the weights of `snapshot`, or with the base model the engine started from if None.
+    def evaluate(self, asked: Asked) -> EvalResult:
+        """Answer every task with the weights asked for.
 
-        Raises EngineError when the engine cannot be brought to answer within the deadline.
+        Raises EngineError when the engine cannot be brought to answer within the deadline, or its weights are others.
         """
         started = time.monotonic()
-        deadline = started + self.sampling.timeout_s
-        self._wait_ready()
-        waited = time.monotonic() - started
-        sync = self._push(snapshot)
-        asked = time.monotonic()
-        answers = {task.name: self._ask(task, sync.model_name, deadline) for task in self.tasks}
-        generated = time.monotonic() - asked
-        scores, errors = self._score_and_write(step, answers, sync)
-        result = EvalResult(
-            step=step,
-            scores=scores,
-            standard_errors=errors,
-            samples=sum(len(task.samples) for task in self.tasks),
-            generated_tokens=sum(len(c.token_ids) for completions in answers.values() for c in completions),
-            weights_path=sync.path_used,
-            weights_why=sync.why,
-            publish_seconds=publish_seconds,
-            wait_seconds=waited,
-            sync_seconds=sync.seconds,
-            generate_seconds=generated,
-            total_seconds=publish_seconds + time.monotonic() - started,
-        )
+        try:
+            result = self._evaluate(asked, started)
+        except EngineError:
+            self.delivery.revive()
+            raise
         self._append(result)
         return result
 
-    def close(self) -> None:
-        """Stop the engine."""
-        self.client.close()
-        self.server.stop()
-
-    def _wait_ready(self) -> None:
-        """Wait for the engine; one that died is started once more (beside a loading trainer a start can fail)."""
-        try:
-            self.server.wait_ready(self.sampling.timeout_s)
-        except EngineError:
-            if self.server.alive:
-                raise
-            self.server.restart()
-            self.client.connect(self.server.uds)
-            self.server.wait_ready(self.sampling.timeout_s)
-
-    def _push(self, snapshot: Snapshot | None) -> SyncResult:
-        if snapshot is not None and snapshot.kind == "adapter" and self.merge_base is not None:
-            return self._push_merged(snapshot, self.merge_base)
-        if snapshot is not None:
-            return self.sync.push(snapshot.path, snapshot.kind, snapshot.step)
-        name = self.server.spec.served_name
-        return SyncResult(
-            model_name=name, path_used="start", why="the untrained model the engine started from", seconds=0
+    def _evaluate(self, weights: Asked, started: float) -> EvalResult:
+        step = weights.step
+        deadline = started + self.sampling.timeout_s
+        self.delivery.wait_ready()
+        waited = time.monotonic() - started
+        if self.door is not None:
+            self.door.pause(f"the weights of step {step} are on their way into the engine")
+        sync, proof = self.delivery.deliver(weights)
+        if self.door is not None:
+            self.door.resume(sync.model_name, self.delivery.server.uds)
+        asked = time.monotonic()
+        answers = {task.name: self._ask(task, sync.model_name, deadline) for task in self.tasks}
+        harness = self._ask_harness(step, sync.model_name, deadline)
+        generated = time.monotonic() - asked
+        scores, errors, columns = self._score_and_write(step, answers, sync)
+        self._add_harness(step, harness, sync, scores, errors, columns)
+        comparisons = self.history.compare(step, columns)
+        self._say_few(comparisons)
+        parts = (*harness.tasks, *harness.parts) if harness else ()
+        return EvalResult(
+            step=step,
+            scores=scores,
+            standard_errors=errors,
+            comparisons=comparisons,
+            samples=sum(len(task.samples) for task in self.tasks) + sum(len(part.rows) for part in parts),
+            generated_tokens=sum(len(c.token_ids) for completions in answers.values() for c in completions),
+            weights_path=sync.path_used,
+            weights_why=sync.why,
+            proof=proof,
+            publish_seconds=weights.publish_seconds,
+            wait_seconds=waited,
+            sync_seconds=sync.seconds,
+            generate_seconds=generated,
+            total_seconds=weights.publish_seconds + time.monotonic() - started,
         )
 
-    def _push_merged(self, snapshot: Snapshot, base: Path) -> SyncResult:
-        started = time.monotonic()
-        dtype = torch.float32 if self.server.spec.dtype == "float32" else torch.bfloat16
-        folder = merged_copy(base, snapshot.path, self.run_dir / "engine" / "merged", dtype=dtype)
-        pushed = self.sync.push(folder, "full", snapshot.step)
-        path = f"merge + {pushed.path_used}"
-        return dataclasses.replace(pushed, path_used=path, seconds=time.monotonic() - started)
+    def close(self) -> None:
+        """Stop the engine."""
+        if self.door is not None:
+            self.door.close()
+        self.delivery.close()
 
     def _ask(self, task: EvalTask, model: str, deadline: float) -> list[Completion]:
         remaining = deadline - time.monotonic()
@@ -172,55 +214,119 @@ class Evaluator:
                 f"the evaluation took longer than {self.sampling.timeout_s:.0f} s before task {task.name} began. "
                 "Raise --gen_eval_timeout or lower --gen_eval_limit."
             )
-        return self.client.generate(
+        sampling = sampling_of(task, self.sampling)
+        return self.delivery.client.generate(
             self.prompts[task.name],
             model=model,
-            max_new_tokens=self.sampling.max_new_tokens,
-            temperature=self.sampling.temperature,
-            seed=self.sampling.seed,
-            stop_token_ids=self.sampling.stop_token_ids,
+            max_new_tokens=sampling.max_new_tokens,
+            temperature=sampling.temperature,
+            seed=sampling.seed,
+            stop_token_ids=sampling.stop_token_ids,
+            stop=task.settings.stop,
+            n=sampling.samples,
             timeout_s=remaining,
         )
 
+    def _drawn(self, task: EvalTask, completions: Sequence[Completion]) -> list[list[Drawn]]:
+        """The answers to each prompt.  The training tokenizer decodes, so scores do not depend on the server's."""
+        drawn = [
+            Drawn(
+                text=cut_at_stop(self.tokenizer.decode(c.token_ids, skip_special_tokens=True), task.settings.stop),
+                finish_reason=c.finish_reason,
+            )
+            for c in completions
+        ]
+        count = len(drawn) // len(task.samples)
+        return [drawn[first : first + count] for first in range(0, len(drawn), count)]
+
     def _score_and_write(
         self, step: int, answers: Mapping[str, Sequence[Completion]], sync: SyncResult
-    ) -> tuple[dict[str, float], dict[str, float | None]]:
+    ) -> tuple[dict[str, float], dict[str, float | None], dict[str, Mapping[str, float | None]]]:
+        """Means, their standard errors, and the scores prompt by prompt, all by metric key."""
         means: dict[str, float] = {}
         errors: dict[str, float | None] = {}
+        columns: dict[str, Mapping[str, float | None]] = {}
         for task in self.tasks:
-            # The training tokenizer decodes, so that scores do not depend on the server's.
-            texts = [self.tokenizer.decode(c.token_ids, skip_special_tokens=True) for c in answers[task.name]]
-            references = [sample.reference for sample in task.samples]
-            ids = [sample.id for sample in task.samples]
-            prompts = [sample.prompt for sample in task.samples]
-            columns: dict[str, list[float | None]] = {}
-            for spec in task.metrics:
-                metric = metrics.resolve(spec)
-                column = metrics.score(metric, texts, references, sample_ids=ids, prompts=prompts)
-                columns[metric.name] = column
-                if all(value is None for value in column):
+            scored = score_task(task, self._drawn(task, answers[task.name]), step=step, model=sync.model_name)
+            for metric, column in scored.columns.items():
+                key = metric_key(task.name, metric)
+                columns[key] = column
+                if all(value is None for value in column.values()):
                     continue  # a judge that was away, say; the reason has been printed
-                summary = metrics.summarise(column)
-                key = metric_key(task.name, metric.name)
+                summary = metrics.summarise(list(column.values()))
                 means[key], errors[key] = summary.mean, summary.standard_error
-            rows = [
-                {
-                    "step": step,
-                    "id": sample.id,
-                    "prompt": sample.prompt,
-                    "reference": sample.reference,
-                    "answer": text,
-                    "finish_reason": completion.finish_reason,
-                    "model": sync.model_name,
-                    "scores": {name: values[position] for name, values in columns.items()},
-                }
-                for position, (sample, text, completion) in enumerate(
-                    zip(task.samples, texts, answers[task.name], strict=True)
+            self._write_rows(step, task.name, scored.rows)
+        return means, errors, columns
+
+    def _write_rows(self, step: int, task: str, rows: Sequence[Mapping[str, Any]]) -> None:
+        lines = "".join(json.dumps(row, ensure_ascii=False, default=dict) + "\n" for row in rows)
+        write_text(answers_file(self.run_dir, step, task), lines)
+
+    # -- lm-evaluation-harness, and a door for others ---------------------------------------------------------------
+
+    def _ask_harness(self, step: int, model: str, deadline: float) -> HarnessScores | None:
+        """None without such tasks, or where lm-eval failed, which is said: the other scores stand."""
+        if self.harness is None:
+            return None
+        own, spec = self.run_dir / "tokenizer", self.delivery.server.spec
+        key = secrets.token_urlsafe()
+        try:
+            with Forwarder(key=key) as forwarder:
+                forwarder.resume(model, self.delivery.server.uds)
+                return run_tasks(
+                    self.harness.names,
+                    url=forwarder.url,
+                    key=key,
+                    model=MODEL,
+                    tokenizer=str(own if own.is_dir() else spec.tokenizer or spec.model),
+                    max_length=spec.max_model_len or HARNESS_LENGTH,
+                    limit=self.harness.limit,
+                    seed=self.sampling.seed,
+                    log=self.run_dir / "engine" / "lm-eval.log",
+                    timeout_s=max(0.0, deadline - time.monotonic()),
                 )
-            ]
-            lines = "".join(json.dumps(row, ensure_ascii=False, default=dict) + "\n" for row in rows)
-            write_text(self.run_dir / EVALS / f"step-{step:06d}.{task.name}.jsonl", lines)
-        return means, errors
+        except EngineError as error:
+            say(f"step {step}: no scores of lm-evaluation-harness. {error}")
+            return None
+
+    def _add_harness(
+        self,
+        step: int,
+        harness: HarnessScores | None,
+        sync: SyncResult,
+        means: dict[str, float],
+        errors: dict[str, float | None],
+        columns: dict[str, Mapping[str, float | None]],
+    ) -> None:
+        """lm-eval's scores beside ours, and its prompts and answers in the same files."""
+        for result in harness.tasks if harness else ():
+            for metric, value in result.scores.items():
+                key = metric_key(result.name, metric)
+                means[key], errors[key] = value, result.errors.get(metric)
+                column = {row["id"]: row["scores"].get(metric) for row in result.rows}
+                if any(score is not None for score in column.values()):
+                    columns[key] = column
+        for part in (*harness.tasks, *harness.parts) if harness else ():
+            if part.rows:
+                rows = [{"step": step, **row, "model": sync.model_name} for row in part.rows]
+                self._write_rows(step, part.name, rows)
+
+    def _expose(self, port: int) -> Forwarder | None:
+        """The door for a user's own client; one that cannot be opened is no reason not to train."""
+        try:
+            key, where = expose_key(self.run_dir)
+            door = Forwarder(key=key, port=port)
+        except (EngineError, OSError) as error:
+            say(f"the model in training cannot be asked: {error}")
+            return None
+        say(f'from the first evaluation on, OpenAI clients can ask the model "{MODEL}" at {door.url}; {where}')
+        return door
+
+    def _say_few(self, comparisons: Mapping[str, Comparison]) -> None:
+        """Once: why no score of this run is held against another."""
+        if comparisons and not self._told_few and not any(found.brief for found in comparisons.values()):
+            self._told_few = True
+            say(f"scores {next(iter(comparisons.values())).sentence}")
 
     def _append(self, result: EvalResult) -> None:
         """One line per evaluation in evals/scores.jsonl; a repeated step (after a resume) replaces its line."""
@@ -229,8 +335,3 @@ class Evaluator:
         row = dataclasses.asdict(result) | {"tokens_per_second": round(result.tokens_per_second, 1)}
         rows = sorted([*(r for r in rows if r["step"] != result.step), row], key=lambda r: r["step"])
         write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
-
-
-def metric_key(task: str, metric: str) -> str:
-    """The name a score is logged under, usable as `metric_for_best_model`."""
-    return f"eval_gen_{task}_{metric}"

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
-__all__ = ["PresetFields", "added_fields"]
+__all__ = ["PresetFields", "added_fields", "asks_for_answers", "metric_key", "steers"]
 
 
 @dataclasses.dataclass
@@ -58,6 +59,41 @@ class PresetFields:
             "help": "Seconds one evaluation may take, server start included, before it is skipped with a warning."
         },
     )
+    gen_eval_samples: int = dataclasses.field(
+        default=1,
+        metadata={"help": "Answers drawn for each prompt, with fixed seeds; above 1 the temperature must be above 0. "
+                  "Scores are means over them, and pass_at_N is logged for metrics of right and wrong."},
+    )  # fmt: skip
+    gen_eval_lm_eval: list[str] | None = dataclasses.field(
+        default=None,
+        metadata={"help": "Tasks of lm-evaluation-harness to run against the same engine, by name or as a .yaml file, "
+                  "e.g. gsm8k,arc_easy; needs hf-dsvllm[lm-eval]."},
+    )  # fmt: skip
+    gen_eval_expose: int | None = dataclasses.field(
+        default=None,
+        metadata={"help": "Port on 127.0.0.1 (0: any free one) where an OpenAI client can ask the model in training, "
+                  "by the name training."},
+    )  # fmt: skip
+    gen_eval_placement: str = dataclasses.field(
+        default="auto",
+        metadata={"help": "Where vLLM runs: spare (GPUs the trainer does not use), shared (the main process's GPU), "
+                  "cpu, remote (--gen_eval_server), or auto: the first of remote, spare and shared that there is."},
+    )  # fmt: skip
+    gen_eval_late: bool | None = dataclasses.field(
+        default=None,
+        metadata={"help": "Train on while vLLM answers; scores arrive some steps later and are logged under their own "
+                  "step. Default: where vLLM has a GPU of its own or is remote, unless --save_strategy best waits for "
+                  "the score."},
+    )  # fmt: skip
+    gen_eval_server: str | None = dataclasses.field(
+        default=None,
+        metadata={"help": "Address of a vLLM server that already runs, e.g. http://node7:8000, for placement remote. "
+                  "Its key comes from the environment variable HF_DSVLLM_API_KEY."},
+    )  # fmt: skip
+    gen_eval_tensor_parallel: int | None = dataclasses.field(
+        default=None,
+        metadata={"help": "GPUs one vLLM engine spreads over. Default: as many as the model's 16-bit weights need."},
+    )
     vllm_python: str | None = dataclasses.field(
         default=None,
         metadata={"help": "Python interpreter of another environment that has vLLM. Default: this one."},
@@ -73,6 +109,22 @@ class PresetFields:
     )  # fmt: skip
 
 
+def asks_for_answers(args: Any) -> bool:
+    """Whether anything is to be evaluated by generation."""
+    return bool(args.gen_eval_file or args.gen_eval_lm_eval)
+
+
 def added_fields() -> tuple[str, ...]:
     """Names of the added arguments, in order."""
     return tuple(field.name for field in dataclasses.fields(PresetFields))
+
+
+def steers(args: Any) -> bool:
+    """Whether a generation score decides which checkpoint is best."""
+    return metric_key(args).startswith("eval_gen_")
+
+
+def metric_key(args: Any) -> str:
+    """`metric_for_best_model` as it is logged, with the Trainer's prefix."""
+    wanted = args.metric_for_best_model or ""
+    return wanted if wanted.startswith("eval_") else f"eval_{wanted}"

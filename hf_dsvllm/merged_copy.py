@@ -18,7 +18,10 @@ from hf_dsvllm.merge import read_adapter
 from hf_dsvllm.shards import write_shards
 from hf_dsvllm.weights import TensorFolder, check_free_disk
 
-__all__ = ["merged_copy"]
+__all__ = ["merged_copy", "same_shape"]
+
+# What a running engine cannot change by reading new weights: it would leave an untied output head out without a word.
+SHAPE_KEYS = ("tie_word_embeddings", "vocab_size")
 
 
 @outside_zero3()
@@ -36,7 +39,12 @@ def merged_copy(base: Path, adapter: Path, out: Path, *, dtype: torch.dtype) -> 
             write_shards(folder, layout.plan, layout.produce, working_bytes=layout.working_bytes)
             config = json.loads((base / "config.json").read_text(encoding="utf-8"))
             config.pop("torch_dtype", None)
-            if layout.untied:
-                config["tie_word_embeddings"] = False
-            write_json(folder / "config.json", config | {"dtype": str(dtype).removeprefix("torch.")})
+            changes = layout.config_changes | {"dtype": str(dtype).removeprefix("torch.")}
+            write_json(folder / "config.json", config | changes)
     return out
+
+
+def same_shape(folder: Path, served: Path | str) -> bool:
+    """Whether an engine started from `served` can read the weights in `folder` in place of its own."""
+    configs = [json.loads((Path(each) / "config.json").read_text(encoding="utf-8")) for each in (folder, served)]
+    return all(configs[0].get(key) == configs[1].get(key) for key in SHAPE_KEYS)

@@ -1,71 +1,131 @@
-"""Where vLLM runs beside the trainer, and how much it may take."""
+"""Where vLLM runs beside the trainer, and whether training goes on meanwhile; from arguments and launch alone."""
 
 from __future__ import annotations
 
 import dataclasses
 import os
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, Literal, get_args
 
-from hf_dsvllm.adapters import why_merge_for_engine
-from hf_dsvllm.launch import read_launch
-from hf_dsvllm.tasks import EvalTask, render_prompt
+from hf_dsvllm.errors import Problem
+from hf_dsvllm.fields import steers
+from hf_dsvllm.launch import Launch
 
-__all__ = ["Placement", "kv_bytes_per_token", "largest_parameter", "place_engine"]
+__all__ = ["Place", "choose_place", "place_problems", "visible_gpus"]
 
-GIB = 1 << 30
-# Sequences the cache should hold at once: enough to keep a GPU busy, small beside a trainer.
-CONCURRENT_SEQUENCES = 64
-MAX_KV_CACHE_BYTES = 8 * GIB
-# The chat template may still change between the check and the run (TRL can clone one): room for its extra tokens.
-TEMPLATE_SLACK_TOKENS = 64
+Kind = Literal["spare", "shared", "cpu", "remote"]
+AUTO = "auto"
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Placement:
-    """`visible_devices` is the engine's CUDA_VISIBLE_DEVICES (None on CPU); lengths in tokens, sizes in bytes.
+class Place:
+    """`gpus` are ids as CUDA_VISIBLE_DEVICES names them, those the engine may use; `late`: training does not wait."""
 
-    `merge_adapters`: adapters reach the engine merged into a copy of the base instead of hot-loaded.
-    """
-
-    visible_devices: str | None
-    cpu_threads: int | None
-    max_model_len: int
-    kv_cache_bytes: int
-    merge_adapters: bool
+    kind: Kind
+    gpus: tuple[str, ...] = ()
+    cpu_threads: int | None = None
+    url: str | None = None
+    late: bool = False
     reason: str
 
+    @property
+    def device(self) -> Literal["cuda", "cpu"]:
+        """What the engine computes on; a remote server is taken to have GPUs."""
+        return "cpu" if self.kind == "cpu" else "cuda"
 
-def place_engine(device: str, args: Any, model_args: Any, tasks: Sequence[EvalTask], tokenizer: Any) -> Placement:
-    """A GPU the trainer leaves free if there is one, else the main process's GPU, else the CPU."""
-    longest = max(len(render_prompt(sample, tokenizer)) for task in tasks for sample in task.samples)
-    length = longest + args.gen_eval_max_new_tokens + TEMPLATE_SLACK_TOKENS
-    per_token = kv_bytes_per_token(load_config(model_args), element_bytes=4 if device == "cpu" else 2)
-    cache = min(max(CONCURRENT_SEQUENCES * length * per_token, GIB), MAX_KV_CACHE_BYTES)
-    size = f"sequences up to {length} tokens, {cache / GIB:.1f} GiB of KV cache"
-    merging = why_merge_for_engine(model_args, device) if model_args.use_peft else None
-    visible, threads = None, None
+
+def choose_place(args: Any, device: str, launch: Launch, visible: Sequence[str]) -> Place:
+    """The place asked for with --gen_eval_placement, or the first there is of: remote, spare GPUs, the shared one, CPU.
+
+    `device` is the trainer's, `visible` the GPUs this process may use.  Call `place_problems` first.
+    """
+    kind = choose_kind(args, device, launch, visible)
+    late = choose_late(args, kind, device)
+    meanwhile = "while training goes on" if late else "while training waits"
+    if kind == "remote":
+        return Place(kind=kind, url=args.gen_eval_server, late=late, reason=f"{args.gen_eval_server} {meanwhile}")
+    if kind == "spare":
+        free = tuple(visible[launch.local_world_size :])
+        named = f"GPU {free[0]}" if len(free) == 1 else f"GPUs {', '.join(free)}"
+        return Place(kind=kind, gpus=free, late=late, reason=f"{named}, which the trainer does not use, {meanwhile}")
+    if kind == "shared":
+        mine = visible[launch.local_rank]
+        others = tuple(gpu for gpu in visible[: launch.local_world_size] if gpu != mine)
+        why = f"GPU {mine}, shared with the trainer's main process, {meanwhile}"
+        return Place(kind=kind, gpus=(mine, *others), late=late, reason=why)
+    threads = os.cpu_count() or 1
+    if late and device == "cpu":
+        threads = max(1, threads - launch.local_world_size)
+    return Place(kind=kind, cpu_threads=threads, late=late, reason=f"the CPU with {threads} threads {meanwhile}")
+
+
+def choose_kind(args: Any, device: str, launch: Launch, visible: Sequence[str]) -> Kind:
+    """The kind of place for these arguments, which have no problem."""
+    asked = args.gen_eval_placement
+    if asked != AUTO:
+        kind: Kind = asked
+        return kind
+    if args.gen_eval_server:
+        return "remote"
     if device == "cpu":
-        threads = os.cpu_count() or 1
-        where = f"the CPU with {threads} threads while training waits"
-    else:
-        visible, where = choose_gpu(visible_gpus(), read_launch().local_world_size)
-    weights = f"; adapters are merged into a copy for it ({merging})" if merging else ""
-    return Placement(
-        visible_devices=visible,
-        cpu_threads=threads,
-        max_model_len=length,
-        kv_cache_bytes=cache,
-        merge_adapters=merging is not None,
-        reason=f"vLLM evaluates on {where}; {size}{weights}",
-    )
+        return "cpu"
+    return "spare" if len(visible) > launch.local_world_size else "shared"
 
 
-def choose_gpu(visible: Sequence[str], training: int) -> tuple[str, str]:
-    """The first GPU beyond those that train, or the main process's own; the device id and the reason."""
-    if len(visible) > training:
-        return visible[training], f"GPU {visible[training]}, which the trainer does not use"
-    return visible[0], f"GPU {visible[0]}, shared with the trainer's main process"
+def choose_late(args: Any, kind: Kind, device: str) -> bool:
+    """Whether training goes on while vLLM answers.
+
+    By default where the two do not compete; but `save_strategy=best` saves the weights of the moment in which the score
+    is known, which must then be those it belongs to.
+    """
+    if args.gen_eval_late is not None:
+        return bool(args.gen_eval_late)
+    apart = kind in ("spare", "remote") or (kind == "cpu" and device != "cpu")
+    return apart and not saves_the_best(args)
+
+
+def saves_the_best(args: Any) -> bool:
+    """Whether the Trainer saves a checkpoint at the moment a generation score is the best."""
+    return steers(args) and str(getattr(args.save_strategy, "value", args.save_strategy)) == "best"
+
+
+def place_problems(args: Any, device: str, launch: Launch, visible: Sequence[str]) -> list[Problem]:
+    """What is wrong with the place asked for."""
+    asked, server = args.gen_eval_placement, args.gen_eval_server
+    kinds = (AUTO, *get_args(Kind))
+    if asked not in kinds:
+        return [Problem(f"gen_eval_placement={asked!r} is none of {', '.join(kinds)}", "--gen_eval_placement auto")]
+    problems = []
+    if asked == "remote" and not server:
+        problems.append(Problem("gen_eval_placement=remote without a server", "--gen_eval_server http://HOST:PORT"))
+    if server and asked not in (AUTO, "remote"):
+        what = f"gen_eval_server={server} and gen_eval_placement={asked} name two places"
+        problems.append(Problem(what, "drop one of them"))
+    if server and not server.startswith(("http://", "https://")):
+        what = f"gen_eval_server={server!r} is no address of a server"
+        problems.append(Problem(what, "--gen_eval_server http://HOST:PORT, as vLLM was started with"))
+    if asked in ("spare", "shared") and device == "cpu":
+        what = f"gen_eval_placement={asked} is about GPUs and this run trains on CPUs"
+        problems.append(Problem(what, "--gen_eval_placement cpu, or drop --use_cpu"))
+    if asked == "spare" and device != "cpu" and len(visible) <= launch.local_world_size:
+        what = f"gen_eval_placement=spare: the trainer uses all {len(visible)} visible GPUs"
+        problems.append(Problem(what, f"start {max(1, len(visible) - 1)} processes, or --gen_eval_placement shared"))
+    return problems or late_problems(args, device, launch, visible)
+
+
+def late_problems(args: Any, device: str, launch: Launch, visible: Sequence[str]) -> list[Problem]:
+    """Late scores asked for where they cannot be."""
+    if not args.gen_eval_late:
+        return []
+    problems = []
+    if choose_kind(args, device, launch, visible) == "shared":
+        what = "gen_eval_late on a GPU shared with the trainer: both would need its memory at once"
+        problems.append(Problem(what, "leave a GPU free (--gen_eval_placement spare), or drop --gen_eval_late"))
+    if saves_the_best(args):
+        what = "gen_eval_late with save_strategy=best: when a late score is known its weights have moved on"
+        fix = "--save_strategy steps (the best snapshot is kept and loaded at the end all the same)"
+        problems.append(Problem(what, fix))
+    return problems
 
 
 def visible_gpus() -> list[str]:
@@ -76,37 +136,3 @@ def visible_gpus() -> list[str]:
     import torch
 
     return [str(index) for index in range(torch.cuda.device_count())]
-
-
-def kv_bytes_per_token(config: Any, *, element_bytes: int) -> int:
-    """kv_bytes = 2 (key, value) * layers * kv_heads * head_dim * element_bytes  (vLLM's full-attention layout)."""
-    text = config.get_text_config()
-    heads = text.num_attention_heads
-    kv_heads = getattr(text, "num_key_value_heads", None) or heads
-    head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
-    return 2 * text.num_hidden_layers * kv_heads * head_dim * element_bytes
-
-
-def largest_parameter(model_args: Any) -> int | None:
-    """Elements of the model's largest single tensor, fused experts included; None for a class transformers lacks."""
-    import torch
-    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
-
-    config = load_config(model_args)
-    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
-        return None
-    # The class itself: from_config would shard the parameters under ZeRO-3.
-    with torch.device("meta"):
-        model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
-    return max(parameter.numel() for parameter in model.parameters())
-
-
-def load_config(model_args: Any) -> Any:
-    """The model's configuration, without its weights."""
-    from transformers import AutoConfig
-
-    return AutoConfig.from_pretrained(
-        model_args.model_name_or_path,
-        revision=model_args.model_revision,
-        trust_remote_code=getattr(model_args, "trust_remote_code", False),
-    )

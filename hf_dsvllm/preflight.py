@@ -10,18 +10,22 @@ import gc
 import importlib.util
 import os
 import sys
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from hf_dsvllm import traps
+from hf_dsvllm import harness, traps
 from hf_dsvllm.ds_config import zero_stage
 from hf_dsvllm.engine.server import find_vllm
-from hf_dsvllm.errors import DsvllmError, Problem
+from hf_dsvllm.errors import DsvllmError, EngineError, Problem
+from hf_dsvllm.fields import asks_for_answers
 from hf_dsvllm.files import read_json_or_problem
+from hf_dsvllm.forwarder import listen
 from hf_dsvllm.launch import Launch
+from hf_dsvllm.placement import choose_place, place_problems, visible_gpus
 from hf_dsvllm.presets import Preset
 from hf_dsvllm.presets.select import deepspeed_has_onebit
-from hf_dsvllm.tasks import load_task
+from hf_dsvllm.tasks import EvalTask, load_task
 from hf_dsvllm.toolchain import cxx_compiler, links_libaio
 
 __all__ = ["evaluation_problems", "left_at_default", "preset_problems", "read_user_config", "trap_problems"]
@@ -90,19 +94,30 @@ def preset_problems(
 
 def evaluation_problems(args: Any, launch: Launch, device: str) -> list[Problem]:
     """Broken evaluation files, metrics and numbers, and a missing vLLM."""
-    problems = []
+    problems, tasks = [], []
+    metrics = tuple(args.gen_eval_metrics or ("exact_match",))
     for path in args.gen_eval_file or ():
         try:
-            load_task(Path(path), metrics=tuple(args.gen_eval_metrics or ("exact_match",)), limit=args.gen_eval_limit)
+            tasks.append(load_task(Path(path), metrics=metrics, limit=args.gen_eval_limit))
         except DsvllmError as error:
             problems.append(Problem(str(error), "correct the file or metric named above"))
-    if not args.gen_eval_file:
-        if args.gen_eval_metrics or args.gen_eval_steps:
+    if not asks_for_answers(args):
+        if args.gen_eval_metrics or args.gen_eval_steps or args.gen_eval_expose is not None:
             problems.append(Problem("gen_eval options without prompts do nothing", "--gen_eval_file prompts.jsonl"))
         return problems
     problems += _number_problems(args)
+    problems += _sampling_problems(args, tasks)
     if launch.is_main:
-        kind: Literal["cuda", "cpu"] = "cuda" if device == "cuda" else "cpu"
+        problems += _harness_problems(args, tasks)
+        problems += _port_problems(args.gen_eval_expose)
+    visible = visible_gpus() if device == "cuda" else []
+    wrong_place = place_problems(args, device, launch, visible)
+    problems += wrong_place
+    if launch.is_main and not wrong_place:
+        place = choose_place(args, device, launch, visible)
+        if place.kind == "remote":
+            return problems
+        kind: Literal["cuda", "cpu"] = place.device
         try:
             find_vllm(Path(args.vllm_python) if args.vllm_python else None, device=kind)
         except DsvllmError as error:
@@ -193,10 +208,46 @@ def _number_problems(args: Any) -> list[Problem]:
     wrong = [
         (args.gen_eval_steps is not None and args.gen_eval_steps < 1, "gen_eval_steps", "--gen_eval_steps 50"),
         (args.gen_eval_max_new_tokens < 1, "gen_eval_max_new_tokens", "--gen_eval_max_new_tokens 256"),
+        (args.gen_eval_samples < 1, "gen_eval_samples", "--gen_eval_samples 8"),
         (args.gen_eval_temperature < 0, "gen_eval_temperature", "--gen_eval_temperature 0 for greedy answers"),
         (args.gen_eval_timeout <= 0, "gen_eval_timeout", "--gen_eval_timeout 900, in seconds"),
     ]
     return [Problem(f"{name}={getattr(args, name)} is out of range", fix) for is_wrong, name, fix in wrong if is_wrong]
+
+
+def _sampling_problems(args: Any, tasks: Sequence[EvalTask]) -> list[Problem]:
+    """Several answers to a prompt, all of them the same."""
+    return [
+        Problem(
+            f"task {task.name} asks for {count} answers to each prompt at temperature 0, which are all the same",
+            "--gen_eval_temperature 0.8, or 1 answer",
+        )
+        for task in tasks
+        if (count := task.settings.samples or args.gen_eval_samples) > 1
+        and (args.gen_eval_temperature if task.settings.temperature is None else task.settings.temperature) == 0
+    ]
+
+
+def _harness_problems(args: Any, tasks: Sequence[EvalTask]) -> list[Problem]:
+    """Tasks of lm-evaluation-harness that are not there, or whose data is not."""
+    names = harness.names_of(args.gen_eval_lm_eval)
+    ours = {task.name for task in tasks}
+    return [
+        Problem(f"gen_eval_lm_eval and gen_eval_file both have a task {name}", "give the file another name")
+        for name in names
+        if name in ours
+    ] + (harness.check_tasks(names) if names else [])
+
+
+def _port_problems(port: int | None) -> list[Problem]:
+    """A port for `--gen_eval_expose` that is no port, or taken."""
+    if port is None:
+        return []
+    try:
+        listen(port).close()
+    except EngineError as error:
+        return [Problem(f"gen_eval_expose={port}: {error}", "another port, or 0 for any free one")]
+    return []
 
 
 def _quant_storage(quantization: Any) -> str | None:

@@ -11,9 +11,6 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
-import itertools
-import shlex
-import shutil
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -22,29 +19,41 @@ import torch
 
 from hf_dsvllm import adapters
 from hf_dsvllm._compat import keep_4bit_weights_packed
+from hf_dsvllm.adapter_format import serving_problems
 from hf_dsvllm.arguments import full_dtype, resolve_preset, training_device
-from hf_dsvllm.callback import SessionCallback, Steering, broadcast
+from hf_dsvllm.callback import SessionCallback
+from hf_dsvllm.canary import Canary, canary_of
 from hf_dsvllm.checks import check_before_loading, load_tokenizer, predict_memory
 from hf_dsvllm.console import is_main_process, say
 from hf_dsvllm.ds_config import swap_buffer_elements
-from hf_dsvllm.engine.server import EngineServer, EngineSpec, find_vllm
+from hf_dsvllm.engine.remote import RemoteServer
+from hf_dsvllm.engine.server import EngineServer
+from hf_dsvllm.engine_size import largest_parameter
+from hf_dsvllm.engine_start import follow_adapters, start_engine
 from hf_dsvllm.errors import ConfigError, DsvllmError, ExportError, GpuMemoryError, Problem, WiringError
-from hf_dsvllm.evaluation import EVALS, Evaluator, Sampling
+from hf_dsvllm.evaluation import EVALS, Evaluator, HarnessTasks, Sampling
+from hf_dsvllm.fields import asks_for_answers, metric_key
 from hf_dsvllm.files import write_json
 from hf_dsvllm.fingerprint import fingerprint_of
 from hf_dsvllm.forecast import comparison, forecast, learn_from, out_of_memory_advice
+from hf_dsvllm.harness import names_of
 from hf_dsvllm.launch import read_launch
 from hf_dsvllm.measure import RunMeasure
 from hf_dsvllm.model_shape import load_shape
-from hf_dsvllm.placement import Placement, largest_parameter, place_engine
+from hf_dsvllm.placement import Place, choose_place, visible_gpus
+from hf_dsvllm.ranks import Ranks
+from hf_dsvllm.run_folder import leave, occupy, set_aside_evaluations
 from hf_dsvllm.snapshot import SNAPSHOTS, Snapshot
-from hf_dsvllm.source import best_step, local_base
+from hf_dsvllm.source import best_step
+from hf_dsvllm.steering import Steering
 from hf_dsvllm.tasks import EvalTask, load_task
 from hf_dsvllm.traps import Fix
 from hf_dsvllm.wiring import Wiring
 
 __all__ = ["Session", "prepare"]
 
+# Ranks that wait for rank 0 notice its death at once; this only bounds a first start, an evaluation or an export.
+PATIENCE_S = 24 * 3600.0
 PACKAGES = ("hf-dsvllm", "torch", "transformers", "accelerate", "deepspeed", "peft", "bitsandbytes", "trl")
 
 
@@ -67,6 +76,9 @@ def prepare(args: Any, model_args: Any) -> Session:
         raise ConfigError(problems)
     if preset is not None and preset.offload_param == "nvme":
         _fit_swap_buffers(args, model_args)
+    if is_main_process():
+        for path in occupy(session.run_dir):
+            say(f"removed {path}, half written by a run that was killed")
     if session.evaluates:
         session.start_engine()
     return session
@@ -82,15 +94,23 @@ class Session:
         self.device = device
         self.run_dir = Path(args.output_dir)
         self.tasks = _load_tasks(args)
-        self.server: EngineServer | None = None
+        self.server: EngineServer | RemoteServer | None = None
         self.forecast = forecast(args, model_args, preset, device)
+        self.ranks = Ranks(PATIENCE_S)
+        self.place = self._choose_place() if self.evaluates else None
+        self.canary: Canary | None = None
         self._evaluator: Evaluator | None = None
         self._merge_base: Path | None = None
 
     @property
     def evaluates(self) -> bool:
         """Whether this run evaluates by generation."""
-        return bool(self.tasks)
+        return asks_for_answers(self.args)
+
+    @property
+    def late(self) -> bool:
+        """Whether training goes on while vLLM answers."""
+        return self.place is not None and self.place.late
 
     @property
     def ds_config(self) -> dict[str, Any] | None:
@@ -113,7 +133,7 @@ class Session:
 
     @property
     def snapshot_dtype(self) -> torch.dtype:
-        """bf16 as it will ship; float32 on CPUs, where the engine runs in float32 and greedy answers then agree."""
+        """bf16 as it will ship; float32 where training runs on CPUs, as the engine does: greedy answers then agree."""
         return torch.float32 if self.device == "cpu" else torch.bfloat16
 
     @property
@@ -152,21 +172,28 @@ class Session:
         """Start vLLM on rank 0 and return at once: it loads while the trainer's model does."""
         if not is_main_process():
             return
-        placement = place_engine(self.device, self.args, self.model_args, self.tasks, self._tokenizer())
-        say(placement.reason)
-        model: Path | str = self.model_args.model_name_or_path
-        if self.model_args.load_in_4bit:
-            model = self._dequantised_base()
-        if placement.merge_adapters:
-            self._merge_base = local_base(str(model))
-        self.server = EngineServer.start(self._engine_spec(model, placement), self.run_dir)
+        assert self.place is not None
+        self.server, self._merge_base = start_engine(
+            self.place, self.args, self.model_args, self.tasks, self._tokenizer(), self.quantization_config
+        )
+
+    def _choose_place(self) -> Place:
+        visible = visible_gpus() if self.device == "cuda" else []
+        return choose_place(self.args, self.device, read_launch(), visible)
 
     def attach(self, trainer: Any) -> None:
         """Add the callback to `trainer`; it checks the wiring when training begins and evaluates on the way."""
         touched = keep_4bit_weights_packed(trainer.model)
         if touched:
             say(f"{touched} 4-bit layers: repacking in evaluation disabled (it corrupts training on AVX512-BF16 CPUs)")
+        if self.evaluates and (problems := serving_problems(trainer.model)):
+            raise ConfigError(problems)
+        if self.evaluates:
+            exact = self.place is not None and self.device == self.place.device == "cpu"
+            self.canary = canary_of(trainer, self.tasks, exact=exact)
         if self.server is not None:
+            if isinstance(self.server, EngineServer):
+                self._merge_base = follow_adapters(trainer.model, self.server.spec, self._merge_base)
             self._evaluator = Evaluator(
                 server=self.server,
                 tasks=self.tasks,
@@ -174,6 +201,10 @@ class Session:
                 sampling=self._sampling(trainer),
                 run_dir=self.run_dir,
                 merge_base=self._merge_base,
+                canary=self.canary,
+                harness=_harness_tasks(self.args),
+                expose_port=self.args.gen_eval_expose,
+                lower_is_better=_lower_is_better(self.args),
             )
         scores = SessionCallback(self, trainer)
         trainer.add_callback(scores)
@@ -193,6 +224,11 @@ class Session:
             except torch.OutOfMemoryError as error:
                 self.stop_engine()
                 raise GpuMemoryError(out_of_memory_advice(self.forecast, str(error))) from error
+            except BaseException:
+                # The interpreter waits for threads that wait for answers; a later train() starts the engine again.
+                if self.server is not None:
+                    self.server.stop()
+                raise
 
         return explained
 
@@ -201,7 +237,7 @@ class Session:
         if not is_main_process():
             return
         if trainer.state.global_step == 0:
-            set_aside_earlier_run(self.run_dir)
+            set_aside_evaluations(self.run_dir, EVALS, self.run_dir / SNAPSHOTS / "best.json")
         record = {
             "base_model": str(self.model_args.model_name_or_path),
             "base_fingerprint": fingerprint_of(str(self.model_args.model_name_or_path)),
@@ -252,7 +288,8 @@ class Session:
                 self._export(snapshot)
             except Exception as problem:  # whatever it is, the other ranks wait in the broadcast
                 error = str(problem) if isinstance(problem, DsvllmError) else f"{type(problem).__name__}: {problem}"
-        error = broadcast(error)
+            leave(self.run_dir)
+        error = self.ranks.broadcast(error)
         if error is not None:
             say(f"training is complete and its weights are in {snapshot.path}, but the export failed: {error}")
             raise ExportError(error)
@@ -287,50 +324,14 @@ class Session:
         return Sampling(
             max_new_tokens=self.args.gen_eval_max_new_tokens,
             temperature=self.args.gen_eval_temperature,
+            samples=self.args.gen_eval_samples,
             seed=self.args.seed,
             timeout_s=self.args.gen_eval_timeout,
             stop_token_ids=stop_tokens(trainer.model, trainer.processing_class),
         )
 
-    def _engine_spec(self, model: Path | str, placement: Placement) -> EngineSpec:
-        python = find_vllm(Path(self.args.vllm_python) if self.args.vllm_python else None)
-        adapter = self.model_args.use_peft
-        return EngineSpec(
-            model=model,
-            python=python,
-            device="cuda" if self.device == "cuda" else "cpu",
-            dtype="float32" if self.device == "cpu" else "bfloat16",
-            max_model_len=placement.max_model_len,
-            max_lora_rank=self.model_args.lora_r if adapter and not placement.merge_adapters else None,
-            kv_cache_bytes=placement.kv_cache_bytes,
-            seed=self.args.seed,
-            extra_args=tuple(shlex.split(self.args.vllm_args or "")),
-            visible_devices=placement.visible_devices,
-            cpu_threads=placement.cpu_threads,
-        )
-
-    def _dequantised_base(self) -> Path:
-        """The base as a QLoRA trainer holds it, in 16 bit, for the engine to put adapters on."""
-        from hf_dsvllm.fourbit import dequantised_base
-
-        out = self.run_dir / "engine" / "base"
-        shutil.rmtree(out, ignore_errors=True)
-        config = self.quantization_config.to_dict()
-        dtype = getattr(torch, self.model_args.dtype)
-        return dequantised_base(local_base(self.model_args.model_name_or_path), config, out, dtype=dtype)
-
     def _tokenizer(self) -> Any:
         return load_tokenizer(self.args, self.model_args)
-
-
-def set_aside_earlier_run(run_dir: Path) -> None:
-    """Keep the evaluations of an earlier run in the same folder apart from those of the run that starts afresh."""
-    (run_dir / SNAPSHOTS / "best.json").unlink(missing_ok=True)
-    evals = run_dir / EVALS
-    if evals.is_dir():
-        number = next(n for n in itertools.count(1) if not (run_dir / f"{EVALS}-before-{n}").exists())
-        evals.rename(run_dir / f"{EVALS}-before-{number}")
-        say(f"{run_dir} holds evaluations of an earlier run: moved to {EVALS}-before-{number}")
 
 
 def stop_tokens(model: Any, tokenizer: Any) -> tuple[int, ...]:
@@ -338,6 +339,16 @@ def stop_tokens(model: Any, tokenizer: Any) -> tuple[int, ...]:
     listed = getattr(model.generation_config, "eos_token_id", None)
     tokens = listed if isinstance(listed, list) else [listed]
     return tuple(dict.fromkeys(t for t in [*tokens, tokenizer.eos_token_id] if t is not None))
+
+
+def _harness_tasks(args: Any) -> HarnessTasks | None:
+    names = names_of(args.gen_eval_lm_eval)
+    return HarnessTasks(names=names, limit=args.gen_eval_limit) if names else None
+
+
+def _lower_is_better(args: Any) -> tuple[str, ...]:
+    """The metric that steers, where its user says that less is better."""
+    return (metric_key(args),) if args.greater_is_better is False else ()
 
 
 def _load_tasks(args: Any) -> tuple[EvalTask, ...]:

@@ -40,11 +40,16 @@ class Reference:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Comparison:
-    """`over_base` and `over_best`: now minus then, or None if there is nothing to compare; `sentence` says both."""
+    """`over_base` and `over_best`: now minus then, or None if there is nothing to compare.
+
+    `sentence` says both with their intervals, `brief` the same in the few words a console line has room for ("" where
+    there are too few prompts for an interval).
+    """
 
     over_base: Interval | None
     over_best: Interval | None
     sentence: str
+    brief: str = ""
 
 
 def paired_bootstrap(
@@ -111,16 +116,32 @@ def compare(
     The best of many evaluations was also the luckiest of them, so a fair successor tends to look a little worse.
     """
     over_base = over_best = None
-    parts = []
+    parts, brief = [], []
+    sign = 1 if higher_is_better else -1
     if base is not None:
         pairs = paired(base, now)
         over_base = difference(pairs, seed)
         parts.append(against_base(over_base, base.step, pairs))
+        brief += [brief_base(over_base, base.step)] if over_base else []
     if best is not None and (base is None or best.step != base.step):
         pairs = paired(best, now)
         over_best = difference(pairs, seed)
-        parts.append(against_best(over_best, best.step, 1 if higher_is_better else -1, pairs))
-    return Comparison(over_base=over_base, over_best=over_best, sentence="; ".join(parts))
+        parts.append(against_best(over_best, best.step, sign, pairs))
+        brief += [f"{verdict(over_best, sign)} step {best.step}"] if over_best else []
+    return Comparison(over_base=over_base, over_best=over_best, sentence="; ".join(parts), brief=", ".join(brief))
+
+
+def brief_base(interval: Interval, step: int) -> str:
+    """+12.5 [+6.0, +19.0] over step 0."""
+    return f"{points(interval.mean)} [{points(interval.low)}, {points(interval.high)}] over step {step}"
+
+
+def verdict(interval: Interval, sign: int) -> str:
+    """How a score stands to the best so far; `sign` is -1 where lower scores are better."""
+    worst, best = sorted((sign * interval.low, sign * interval.high))
+    if worst > 0:
+        return "better than"
+    return "worse than" if best < 0 else "within noise of"
 
 
 def paired(reference: Reference, now: Mapping[str, float | None]) -> list[tuple[float, float]]:

@@ -15,6 +15,7 @@ from typing import Any
 
 from hf_dsvllm.errors import EvalFileError
 from hf_dsvllm.metrics import Metric, resolve
+from hf_dsvllm.task_settings import TaskSettings, read_settings
 
 __all__ = ["EvalSample", "EvalTask", "load_task", "render_prompt"]
 
@@ -49,21 +50,28 @@ class EvalSample:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class EvalTask:
-    """The samples of one file; `name` is safe in a metric key, `metrics` are what `metrics.resolve` takes."""
+    """The samples of one file; `name` is safe in a metric key, `metrics` are what `metrics.resolve` takes.
+
+    `settings` come from the file beside it; what they leave open the arguments decide.
+    """
 
     name: str
     samples: tuple[EvalSample, ...]
     metrics: tuple[str, ...]
+    settings: TaskSettings = dataclasses.field(default_factory=TaskSettings)
 
 
 def load_task(path: Path | str, *, metrics: Sequence[str] = ("exact_match",), limit: int | None = None) -> EvalTask:
-    """Read an evaluation file; every line is checked, then the first `limit` samples are kept.
+    """Read an evaluation file and its NAME.task.json; every line is checked, then the first `limit` samples are kept.
 
-    Raises EvalFileError for a missing or empty file, an unknown metric, or bad lines (the first ten of them at once).
+    Raises EvalFileError for a missing or empty file, wrong settings, an unknown metric, or bad lines (the first ten of
+    them at once).
     """
     path = Path(path).expanduser()
     if limit is not None and limit < 1:
         raise EvalFileError(f"limit={limit} would leave no sample of {path}; use 1 or more, or leave it out for all")
+    settings = read_settings(path)
+    metrics = metrics if settings.metrics is None else settings.metrics
     resolved = resolve_all(metrics)
     samples: list[EvalSample] = []
     reasons: list[str] = []
@@ -72,7 +80,7 @@ def load_task(path: Path | str, *, metrics: Sequence[str] = ("exact_match",), li
         if not line.strip():
             continue
         try:
-            sample = parse_line(line, number)
+            sample = with_system(parse_line(line, number), settings.system_prompt)
             check_references(sample, resolved)
             first = lines_of_ids.setdefault(sample.id, number)
             if first != number:
@@ -84,7 +92,9 @@ def load_task(path: Path | str, *, metrics: Sequence[str] = ("exact_match",), li
         raise EvalFileError(bad_lines_message(path, reasons))
     if not samples:
         raise EvalFileError(f"{path} holds no samples (only blank lines, or nothing); {ACCEPTED}")
-    return EvalTask(name=safe_name(path.stem), samples=tuple(samples[:limit]), metrics=tuple(metrics))
+    return EvalTask(
+        name=safe_name(path.stem), samples=tuple(samples[:limit]), metrics=tuple(metrics), settings=settings
+    )
 
 
 def resolve_all(metrics: Sequence[str]) -> list[Metric]:
@@ -157,6 +167,17 @@ def parse_line(line: str, number: int) -> EvalSample:
         line=number,
         template_arguments=parse_template_arguments(row),
     )
+
+
+def with_system(sample: EvalSample, system_prompt: str | None) -> EvalSample:
+    """The sample with the task's system prompt in front; a sample that has a system message of its own keeps it."""
+    if system_prompt is None:
+        return sample
+    if isinstance(sample.prompt, str):
+        raise LineError("the task has a system_prompt, which needs chat messages, and this prompt is text")
+    if sample.prompt[0]["role"] in ("system", "developer"):
+        return sample
+    return dataclasses.replace(sample, prompt=({"role": "system", "content": system_prompt}, *sample.prompt))
 
 
 def array_hint(line: str, number: int) -> str:

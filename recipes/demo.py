@@ -23,13 +23,12 @@ from collections.abc import Iterator
 from pathlib import Path
 
 import httpx
-import psutil
 from rich.console import Console
 from rich.table import Table
 
 from hf_dsvllm import friendly
 from hf_dsvllm.errors import DsvllmError
-from hf_dsvllm.hardware import detect
+from hf_dsvllm.hardware import detect, usable_cpus
 from hf_dsvllm.presets import get_preset
 
 HERE = Path(__file__).resolve().parent
@@ -112,7 +111,7 @@ def train(options: argparse.Namespace, model: str, run: Path, processes: int, *,
     if get_preset(options.ds_preset).needs_nvme:
         (run / "nvme").mkdir(parents=True)
         line += ["--nvme_path", str(run / "nvme")]
-    threads = max(1, (psutil.cpu_count(logical=False) or 1) // processes)
+    threads = max(1, usable_cpus() // processes)
     env = os.environ | {"OMP_NUM_THREADS": str(threads)} if not on_gpu else dict(os.environ)
     with child(line, env) as process:
         code = process.wait()

@@ -18,7 +18,7 @@ import httpx
 
 from hf_dsvllm.errors import EngineError
 
-__all__ = ["API_KEY_VARIABLE", "Completion", "EngineClient", "EngineRefusal"]
+__all__ = ["API_KEY_VARIABLE", "Completion", "EngineClient", "EngineRefusal", "key_header"]
 
 PROMPTS_PER_REQUEST = 64  # vLLM caps a request at 1024 prompts from 0.26; 64 to 256 keep it busy and errors cheap
 REQUESTS_IN_FLIGHT = 4
@@ -100,6 +100,7 @@ class EngineClient:
         temperature: float,
         seed: int | None,
         stop_token_ids: Sequence[int],
+        stop: Sequence[str] = (),
         top_p: float = 1.0,
         n: int = 1,
         logprobs: int | None = None,
@@ -107,6 +108,7 @@ class EngineClient:
     ) -> list[Completion]:
         """Answer every prompt (token ids) `n` times, in the order of the prompts, within `timeout_s` for all together.
 
+        `stop` strings end an answer too, and its `text`; its `token_ids` hold them.
         Every sampling field is sent, so that no default of the server or the model decides; besides `stop_token_ids`
         the model's end-of-text token stops.  With a `seed` every prompt gets its own generator seeded alike: an answer
         does not depend on its neighbours; temperature 0 is greedy.
@@ -120,7 +122,7 @@ class EngineClient:
             "min_p": 0.0,
             "n": n,
             "seed": seed,
-            "stop": [],
+            "stop": list(stop),
             "stop_token_ids": list(stop_token_ids),
             "ignore_eos": False,
             "min_tokens": 0,
@@ -142,13 +144,15 @@ class EngineClient:
             return completions_of(answer, first=first, prompts=len(batch), n=n)
 
         starts = range(0, len(prompts), PROMPTS_PER_REQUEST)
-        with concurrent.futures.ThreadPoolExecutor(REQUESTS_IN_FLIGHT, thread_name_prefix="dsvllm-ask") as pool:
-            futures = [pool.submit(ask, first) for first in starts]
-            try:
-                return [completion for future in futures for completion in future.result()]
-            except BaseException:
-                pool.shutdown(wait=False, cancel_futures=True)
-                raise
+        pool = concurrent.futures.ThreadPoolExecutor(REQUESTS_IN_FLIGHT, thread_name_prefix="dsvllm-ask")
+        futures = [pool.submit(ask, first) for first in starts]
+        try:
+            return [completion for future in futures for completion in future.result()]
+        except Exception:
+            pool.shutdown(cancel_futures=True)  # the rest have the same deadline; the next call finds an idle server
+            raise
+        finally:
+            pool.shutdown(wait=False, cancel_futures=True)  # Ctrl-C waits for nobody
 
     def prompt_logprobs(self, prompt_ids: Sequence[int], model: str, *, timeout_s: float | None = None) -> list[float]:
         """log p(token | tokens before) for every token of the prompt but the first: len(prompt_ids) - 1 numbers."""
@@ -287,9 +291,13 @@ def open_http(address: Path | str) -> httpx.Client:
     limits = httpx.Limits(max_keepalive_connections=0)
     if isinstance(address, Path):
         return httpx.Client(transport=httpx.HTTPTransport(uds=str(address), limits=limits), base_url="http://engine")
+    return httpx.Client(base_url=address.rstrip("/"), headers=key_header(), limits=limits, follow_redirects=False)
+
+
+def key_header() -> dict[str, str]:
+    """The header with the key of a server at a URL; empty where the environment has none."""
     key = os.environ.get(API_KEY_VARIABLE)
-    headers = {"Authorization": f"Bearer {key}"} if key else {}
-    return httpx.Client(base_url=address.rstrip("/"), headers=headers, limits=limits, follow_redirects=False)
+    return {"Authorization": f"Bearer {key}"} if key else {}
 
 
 def server_message(response: httpx.Response) -> str:

@@ -33,6 +33,7 @@ __all__ = ["LORA_RANKS", "EngineServer", "EngineSpec", "command", "environment",
 LORA_RANKS = (1, 8, 16, 32, 64, 128, 256, 320, 512)  # what --max-lora-rank accepts (vllm/config/lora.py, 0.22 to 0.32)
 GIB = 2**30
 UDS_LIMIT_BYTES = 107  # sun_path in sockaddr_un, less its final zero
+SOCKET_FOLDERS = "dsvllm-"  # and eight characters
 VLLM_SOCKET_NAME_BYTES = 40  # vLLM puts sockets named by a UUID into VLLM_RPC_BASE_PATH
 STOP_MARGIN_S = 5.0
 INSIDE_VLLM = Path(__file__).with_name("inside_vllm")
@@ -338,12 +339,25 @@ class EngineServer:
             )
 
 
+def socket_bases() -> tuple[str, ...]:
+    """Where folders of sockets may be, best first: the temporary folder, unless its path is too long for AF_UNIX."""
+    bases = (tempfile.gettempdir(), "/tmp", os.environ.get("XDG_RUNTIME_DIR", ""), "/dev/shm")
+    room = UDS_LIMIT_BYTES - VLLM_SOCKET_NAME_BYTES - len(f"/{SOCKET_FOLDERS}12345678/")
+    return tuple(dict.fromkeys(base for base in bases if base and len(os.fsencode(base)) <= room))
+
+
 def new_socket_folder() -> Path:
-    """A fresh 0700 folder whose socket paths fit into AF_UNIX; falls back from a long $TMPDIR to /tmp."""
-    for base in (tempfile.gettempdir(), "/tmp"):
-        if len(os.fsencode(base)) + len("/dsvllm-12345678/") + VLLM_SOCKET_NAME_BYTES <= UDS_LIMIT_BYTES:
-            return Path(tempfile.mkdtemp(prefix="dsvllm-", dir=base))
-    raise AssertionError("/tmp is short enough")
+    """A fresh 0700 folder whose socket paths fit into AF_UNIX, in the first of `socket_bases` that can be written."""
+    refused = []
+    for base in socket_bases():
+        try:
+            return Path(tempfile.mkdtemp(prefix=SOCKET_FOLDERS, dir=base))
+        except OSError as error:
+            refused.append(f"{base}: {error.strerror}")
+    raise EngineError(
+        f"There is no folder for vLLM's sockets ({'; '.join(refused)}). Make one of these writable, or set TMPDIR to a "
+        "folder with a short path that is."
+    )
 
 
 def next_log(folder: Path) -> Path:

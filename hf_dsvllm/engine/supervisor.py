@@ -89,6 +89,7 @@ def end_engine(engine_id: str, leader: int | None, grace_s: float = GRACE_S) -> 
     """End every process of the engine: SIGTERM, up to `grace_s` seconds, SIGKILL; returns what is left (usually [])."""
     left = engine_processes(engine_id, leader)
     send(left, signal.SIGTERM)
+    send(left, signal.SIGCONT)  # a stopped process heeds nothing else but SIGKILL
     for number, limit_s in ((None, grace_s), (signal.SIGKILL, KILL_S)):
         deadline = time.monotonic() + limit_s
         while left and time.monotonic() < deadline:

@@ -29,6 +29,8 @@ BatchFunction = Callable[[Sequence[Question]], Sequence[float | bool | None]]
 class Metric:
     """A named scoring function; `check_reference` returns why a reference cannot be used, or None.
 
+    `right_or_wrong`: every score is 1 or 0, so that pass@k means something.
+
     `batch`, where there is one, scores many answers at a time (for metrics that wait for other processes); it gives
     None for an answer it could not score.
     """
@@ -37,6 +39,7 @@ class Metric:
     function: ScoreFunction
     check_reference: Callable[[str], str | None] | None = None
     batch: BatchFunction | None = None
+    right_or_wrong: bool = False
 
     def __call__(self, completion: str, reference: str) -> float | bool:
         return self.function(completion, reference)

@@ -87,4 +87,6 @@ def warn_of_missing_walls(walls: frozenset[str]) -> None:
         )
 
 
-METRICS = (Metric(name="code_tests", function=code_tests, check_reference=check_tests, batch=batch),)
+METRICS = (
+    Metric(name="code_tests", function=code_tests, check_reference=check_tests, batch=batch, right_or_wrong=True),
+)

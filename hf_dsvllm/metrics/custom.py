@@ -28,7 +28,12 @@ def load_function(spec: str, source: str, function_name: str) -> Metric:
         near = difflib.get_close_matches(function_name, callables, n=3)
         guess = f"; did you mean {' or '.join(near)}?" if near else ""
         raise EvalFileError(f"metric {spec!r}: {source} has no function {function_name!r}{guess}")
-    return Metric(name=function_name, function=function)
+    return Metric(name=function_name, function=function, right_or_wrong=says_bool(function))
+
+
+def says_bool(function: Any) -> bool:
+    """Whether the function is annotated `-> bool` (as text too, where annotations are postponed)."""
+    return getattr(function, "__annotations__", {}).get("return") in (bool, "bool")
 
 
 def load_module(source: str, spec: str) -> Any:

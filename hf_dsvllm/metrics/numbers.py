@@ -32,4 +32,4 @@ def check_number(reference: str) -> str | None:
     )
 
 
-METRICS = (Metric(name="number_match", function=number_match, check_reference=check_number),)
+METRICS = (Metric(name="number_match", function=number_match, check_reference=check_number, right_or_wrong=True),)

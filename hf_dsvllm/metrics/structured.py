@@ -55,4 +55,4 @@ def check_json(reference: str) -> str | None:
     return None
 
 
-METRICS = (Metric(name="json_equal", function=json_equal, check_reference=check_json),)
+METRICS = (Metric(name="json_equal", function=json_equal, check_reference=check_json, right_or_wrong=True),)

@@ -69,8 +69,13 @@ def check_not_punctuation(reference: str) -> str | None:
 
 
 METRICS = (
-    Metric(name="exact_match", function=exact_match),
-    Metric(name="normalized_match", function=normalized_match, check_reference=check_not_punctuation),
-    Metric(name="contains", function=contains, check_reference=check_not_blank),
-    Metric(name="regex", function=regex, check_reference=check_pattern),
+    Metric(name="exact_match", function=exact_match, right_or_wrong=True),
+    Metric(
+        name="normalized_match",
+        function=normalized_match,
+        check_reference=check_not_punctuation,
+        right_or_wrong=True,
+    ),
+    Metric(name="contains", function=contains, check_reference=check_not_blank, right_or_wrong=True),
+    Metric(name="regex", function=regex, check_reference=check_pattern, right_or_wrong=True),
 )

@@ -108,12 +108,21 @@ def read_sample(key: str, books: Mapping[int, AnswerFile]) -> Sample:
             text=word(row.get("answer")),
             finish_reason=word(row.get("finish_reason")),
             scores=sample_scores(row),
+            others=tuple(other_answers(row)),
         )
         for step, row in rows.items()
     )
     return Sample(
         id=key, prompt=tuple(messages(newest.get("prompt"))), reference=word(newest.get("reference")), answers=answers
     )
+
+
+def other_answers(row: Mapping[str, Any]) -> Iterator[tuple[str, Mapping[str, float | None]]]:
+    """Text and scores of every answer but the first, where several were drawn."""
+    drawn = row.get("samples")
+    for one in drawn[1:] if isinstance(drawn, list) else ():
+        told = mapping(one)
+        yield word(told.get("answer")), sample_scores(told)
 
 
 def messages(prompt: Any) -> Iterator[tuple[str, str]]:

@@ -6,7 +6,7 @@ import dataclasses
 import datetime
 import functools
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,9 @@ MAX_BARS = 12
 MAX_ANSWER = 1200  # characters
 MAX_PROMPT = 2000
 MAX_MESSAGES = 8
+MAX_OTHERS = 7  # further answers to one prompt
+MAX_OTHER = 300  # characters of each
+REFRESH_S = 10  # of a page that is watched
 HEADLINE = 90
 REWRITTEN = 1 / 3  # of an answer's characters must have been there before for its changes to be marked
 # Neither may stand in a page: what UTF-8 cannot hold, and control characters other than tab and line ends.
@@ -56,6 +59,8 @@ class AnswerView:
     before: int | None
     same: bool
     rewritten: bool
+    others: Sequence[tuple[str, int, Mapping[str, float | None]]]
+    others_left: int
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -72,8 +77,8 @@ class SampleView:
     answers: Sequence[AnswerView]
 
 
-def page(report: RunReport, *, version: str, now: datetime.datetime) -> str:
-    """The page as text; `now` is what it says it was written at."""
+def page(report: RunReport, *, version: str, now: datetime.datetime, watched: bool = False) -> str:
+    """The page as text; `now` is what it says it was written at.  A `watched` one loads itself again."""
     names = list(dict.fromkeys(name for evaluation in report.evaluations for name in evaluation.scores))
     shares = {name: is_share(report.evaluations, name) for name in names}
     shown = names[:MAX_METRICS]
@@ -85,6 +90,7 @@ def page(report: RunReport, *, version: str, now: datetime.datetime) -> str:
         metrics_left=len(names) - len(shown),
         shares=shares,
         rows=spread(report.evaluations, MAX_ROWS),
+        refresh=REFRESH_S if watched else None,
         tasks=[(task, [sample_view(sample) for sample in task.samples]) for task in report.tasks],
         memory_chart=memory_chart(report.memory),
         whole_chart=whole_chart(report.times),
@@ -178,6 +184,8 @@ def sample_view(sample: Sample) -> SampleView:
                 before=None if earlier is None else earlier.step,
                 same=earlier is not None and earlier.text == answer.text,
                 rewritten=rewritten,
+                others=[(*clip(text, MAX_OTHER), scores) for text, scores in answer.others[:MAX_OTHERS]],
+                others_left=max(0, len(answer.others) - MAX_OTHERS),
             )
         )
         earlier = answer

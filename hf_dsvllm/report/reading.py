@@ -197,6 +197,13 @@ def evaluation_of(step: int, row: Mapping[str, Any]) -> Evaluation:
         weights_why=word(row.get("weights_why")),
         seconds=seconds,
         total_seconds=total,
+        compared={
+            metric: sentence
+            for metric, told in mapping(row.get("comparisons")).items()
+            if (sentence := word(mapping(told).get("sentence")))
+        },
+        late=row.get("late") is True,
+        came_at=count(row.get("evaluated_at_step")),
     )
 
 

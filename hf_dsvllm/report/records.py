@@ -40,7 +40,11 @@ class LossLog(Section):
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Evaluation:
-    """One line of evals/scores.jsonl; `seconds` by phase, which add up to `total_seconds`."""
+    """One line of evals/scores.jsonl; `seconds` by phase, which add up to `total_seconds`.
+
+    `compared`: by metric a sentence on step 0 and the best step before.  `late`: the score came while training went on,
+    when it was at step `came_at` (None where that is not recorded).
+    """
 
     step: int
     scores: Mapping[str, float]
@@ -52,16 +56,24 @@ class Evaluation:
     weights_why: str
     seconds: Mapping[str, float]
     total_seconds: float | None
+    compared: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    late: bool = False
+    came_at: int | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Answer:
-    """What the model wrote at `step`, and how each metric scored it; None: it could not be scored."""
+    """What the model wrote at `step`, and how each metric scored it; None: it could not be scored.
+
+    Where several answers were drawn `text` is the first, `others` the rest with their scores, and `scores` are those of
+    the prompt.
+    """
 
     step: int
     text: str
     finish_reason: str
     scores: Mapping[str, float | None]
+    others: tuple[tuple[str, Mapping[str, float | None]], ...] = ()
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

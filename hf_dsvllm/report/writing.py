@@ -19,13 +19,17 @@ __all__ = ["watch_run", "write_report"]
 SECONDS_BETWEEN_LOOKS = 2.0
 
 
-def write_report(run: Path, out: Path | None = None) -> Path:
+def write_report(run: Path, out: Path | None = None, *, watched: bool = False) -> Path:
     """Write the report of `run` to `out` (default RUN/report.html) atomically and return its path.
+
+    A `watched` page loads itself again every few seconds, until training has ended.
 
     Raises ReportError if `run` is no run folder or `out` cannot be written.
     """
     target = run / "report.html" if out is None else out
-    text = page(read_run(run), version=__version__, now=datetime.datetime.now(datetime.UTC))
+    report = read_run(run)
+    now = datetime.datetime.now(datetime.UTC)
+    text = page(report, version=__version__, now=now, watched=watched and not report.ended)
     if target.is_dir():
         raise ReportError(f"--out {target} is a folder; name a file, such as {target / 'report.html'}.")
     try:
@@ -40,19 +44,24 @@ def write_report(run: Path, out: Path | None = None) -> Path:
 def watch_run(
     run: Path, out: Path | None = None, *, pause: Callable[[float], None] = time.sleep, looks: int | None = None
 ) -> None:
-    """Write the report again whenever a file of the run changes, until Ctrl-C (or after `looks` looks)."""
+    """Write the report again whenever a file of the run changes, until Ctrl-C (or after `looks` looks).
+
+    The page in the browser follows by itself; the last one written stands still.
+    """
     seen: object = None
     try:
         while looks is None or looks > 0:
             state = fingerprint(run)
             if state != seen:
-                target = write_report(run, out)
+                target = write_report(run, out, watched=True)
                 say(f"{'written' if seen is None else 'written again'}: {target}")
                 seen = state
             looks = None if looks is None else looks - 1
             pause(SECONDS_BETWEEN_LOOKS)
     except KeyboardInterrupt:
         say("no longer watching")
+    if seen is not None:
+        write_report(run, out)
 
 
 def fingerprint(run: Path) -> tuple[tuple[str, int, int], ...]:

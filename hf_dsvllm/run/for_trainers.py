@@ -7,6 +7,7 @@ from typing import Any
 
 from hf_dsvllm.console import say
 from hf_dsvllm.errors import Problem, WiringError
+from hf_dsvllm.fields import asks_for_answers
 from hf_dsvllm.run.lines import script_line
 from hf_dsvllm.run.state import Run, model_name
 
@@ -150,11 +151,11 @@ class ForTrainers:
         writes = bool(getattr(inner, "can_generate", bool)())
         if not writes:
             run.refuse_evaluation(name)
-        if not found and trainer.args.gen_eval_file:
+        if not found and asks_for_answers(trainer.args):
             raise run.fail(
                 Problem(
                     f"evaluation needs a model from a folder or the hub, this {name} was made in the script",
-                    "save it with save_pretrained and load that, or drop --gen_eval_file",
+                    "save it with save_pretrained and load that, or drop --gen_eval_file and --gen_eval_lm_eval",
                 )
             )
         if (not writes or not found) and trainer.args.export_to != "none":

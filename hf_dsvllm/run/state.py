@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 from hf_dsvllm.auto import is_auto
 from hf_dsvllm.console import say
 from hf_dsvllm.errors import ConfigError, DsvllmError, Problem
+from hf_dsvllm.fields import asks_for_answers
 from hf_dsvllm.presets import Preset, get_preset
 from hf_dsvllm.run.command import Command
 
@@ -123,7 +124,7 @@ class Run:
             return
         from hf_dsvllm.session import Session, prepare
 
-        if self.trainers and self.args.gen_eval_file and self.args.gen_eval_on_start:
+        if self.trainers and asks_for_answers(self.args) and self.args.gen_eval_on_start:
             self.args.gen_eval_on_start = False
             say("gen_eval_on_start=False: the model of a second trainer may no longer be the one in its folder")
         with self.at_work():
@@ -138,10 +139,9 @@ class Run:
 
     def refuse_evaluation(self, what: str) -> None:
         """Raise ConfigError if answers are asked of `what`, which writes no text."""
-        if self.command.value("gen_eval_file"):
-            raise self.fail(
-                Problem(f"--gen_eval_file asks for answers in text, {what} gives none", "drop --gen_eval_file")
-            )
+        asked = next((name for name in ("gen_eval_file", "gen_eval_lm_eval") if self.command.value(name)), None)
+        if asked:
+            raise self.fail(Problem(f"--{asked} asks for answers in text, {what} gives none", f"drop --{asked}"))
 
 
 def model_name(model: Any) -> str:

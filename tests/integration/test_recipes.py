@@ -270,7 +270,9 @@ def test_sft_with_vllm_scores_before_between_and_after(
     preset: str, paths: list[str], place: Path, tmp_path: Path
 ) -> None:
     out = tmp_path / "run"
-    run = evaluated(place, out, preset, "--save_strategy", "steps", "--save_steps", "4")
+    late = preset == "lora_zero2"  # training goes on while vLLM starts and answers
+    saving = ("--save_strategy", "steps", "--save_steps", "4")
+    run = evaluated(place, out, preset, *saving, "--gen_eval_late", str(late).lower())
     assert run.wait(READY_S + 120) == 0, run.output()[-6000:]
     assert run.left() == []
     rows = [json.loads(line) for line in (out / "evals" / "scores.jsonl").read_text(encoding="utf-8").splitlines()]

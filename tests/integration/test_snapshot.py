@@ -25,6 +25,7 @@ STAGE0 = {
 }
 FULL = ("zero3", "zero3 untied", "zero2", "zero1", "stage 0")
 ADAPTERS = ("zero3+lora", "lora_zero2")
+RESTORED = ("zero3", "zero3+lora", "zero2", "lora_zero2")
 SENDING = ("zero3", "lora_zero2")
 STEPS = 2
 
@@ -43,6 +44,10 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
         {"name": "lora_zero2", "preset": "lora_zero2"},
         {"name": "stage 0", "preset": None, "args": {"deepspeed": STAGE0}},
     ]
+    for name in RESTORED:
+        snapshot = folder / name / "snapshots" / f"step-{STEPS}"
+        wanted.append({"name": f"{name} restored", "preset": name, "restore": str(snapshot), "args": {"max_steps": 1}})
+    wanted.sort(key=lambda run: not str(run["preset"]).startswith("zero3"))
     for run in wanted:
         run |= {"weights": True, "stream": True, "args": saving | run.get("args", {})}
         run["sends"] = run["name"] in SENDING
@@ -54,6 +59,15 @@ def tensors_of(folder: Path) -> dict[str, torch.Tensor]:
     return {
         name: tensor for file in sorted(folder.glob("model*.safetensors")) for name, tensor in load_file(file).items()
     }
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("name", RESTORED)
+def test_a_snapshot_comes_back_into_a_live_model_bit_for_bit(name: str, runs: Runs) -> None:
+    wanted, restored = runs.weights(name), runs.weights(f"{name} restored")
+    trained = [key for key in wanted if ("lora" not in name) or "lora_" in key]
+    assert trained
+    assert [key for key in trained if not torch.equal(wanted[key], restored[key])] == []
 
 
 @pytest.mark.distributed

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -13,11 +14,17 @@ from torch.utils.data import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, EarlyStoppingCallback, Trainer
 
 from hf_dsvllm.arguments import DsvllmTrainingArguments
-from hf_dsvllm.callback import SessionCallback, Steering
+from hf_dsvllm.callback import SessionCallback
 from hf_dsvllm.errors import EngineError
+from hf_dsvllm.ranks import Ranks
+from hf_dsvllm.rounds import Round, Rounds
+from hf_dsvllm.steering import Steering
 from tests.tiny import write_tiny_model
 
 KEY = "eval_gen_questions_exact_match"
+EVERY_SECOND_STEP: dict[str, Any] = {
+    "save_strategy": "steps", "save_steps": 2, "eval_strategy": "steps", "eval_steps": 2,
+}  # fmt: skip
 
 
 class Questions(Dataset):
@@ -32,12 +39,22 @@ class Questions(Dataset):
 
 
 class PresetScores:
-    """An evaluator that answers with given scores, one an evaluation; None stands for a failure."""
+    """An evaluator that answers with given scores, one an evaluation; None stands for a failure.
 
-    def __init__(self, scores: list[float | None]) -> None:
+    `lag`: how many steps later training is when a score is known.
+    """
+
+    def __init__(self, scores: list[float | None], lag: int) -> None:
         self.scores = scores
+        self.lag = lag
+        self.trainer: Any = None
 
-    def evaluate(self, step: int, snapshot: Any, published: float) -> Any:
+    def evaluate(self, asked: Any) -> Any:
+        step = asked.step
+        known_at = min(step + self.lag, self.trainer.state.max_steps)
+        deadline = time.monotonic() + 60
+        while self.trainer.state.global_step < known_at and time.monotonic() < deadline:
+            time.sleep(0.001)
         score = self.scores.pop(0)
         if score is None:
             raise EngineError("the engine is gone")
@@ -49,14 +66,28 @@ def model_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_tiny_model(tmp_path_factory.mktemp("model"))
 
 
-def train(model_folder: Path, out: Path, scores: list[float | None], **given: Any) -> Trainer:
+def collect_on_time(rounds: Rounds, trainer: Trainer, lag: int) -> None:
+    """Make a score that is known at this step arrive at this step, however slow the machine is."""
+    collect = rounds.collect
+
+    def on_time(*, leave: int | None = None) -> list[Round]:
+        if leave is None:
+            leave = sum(step + lag > trainer.state.global_step for step in rounds.pending)
+        return collect(leave=leave)
+
+    rounds.collect = on_time  # type: ignore[method-assign]
+
+
+def train(model_folder: Path, out: Path, scores: list[float | None], *, lag: int = 0, **given: Any) -> Trainer:
     args = DsvllmTrainingArguments(
         output_dir=str(out), max_steps=8, per_device_train_batch_size=2, use_cpu=True, report_to=[], learning_rate=1e-3,
         metric_for_best_model=KEY, load_best_model_at_end=True, disable_tqdm=True, gen_eval_on_start=False, **given,
     )  # fmt: skip
+    evaluator = PresetScores(scores, lag)
     session: Any = SimpleNamespace(
-        preset=None, ds_config=None, evaluates=True, run_dir=out, snapshot_dtype=torch.float32,
-        evaluator=PresetScores(scores), start_record=lambda *_: None, stop_engine=lambda: None, finish=lambda *_: None,
+        late=lag > 0, canary=None, ranks=Ranks(60.0), preset=None, ds_config=None, evaluates=True, run_dir=out,
+        snapshot_dtype=torch.float32, evaluator=evaluator,
+        start_record=lambda *_: None, stop_engine=lambda: None, finish=lambda *_: None,
     )  # fmt: skip
     trainer = Trainer(
         model=AutoModelForCausalLM.from_pretrained(model_folder),
@@ -67,8 +98,11 @@ def train(model_folder: Path, out: Path, scores: list[float | None], **given: An
         # transformers' early stopping demands that the Trainer itself evaluates.
         callbacks=[] if given["eval_strategy"] == "no" else [EarlyStoppingCallback(early_stopping_patience=2)],
     )
+    evaluator.trainer = trainer
     callback = SessionCallback(session, trainer)
     args.gen_eval_steps = 2
+    if lag:
+        collect_on_time(callback._rounds, trainer, lag)
     trainer.add_callback(callback)
     trainer.callback_handler.callbacks.insert(0, trainer.callback_handler.callbacks.pop())
     trainer.add_callback(Steering(callback, trainer))
@@ -104,3 +138,42 @@ def test_a_failed_evaluation_neither_stops_training_nor_counts_as_a_score(model_
     assert trainer.state.global_step == 8
     assert (trainer.state.best_metric, trainer.state.best_global_step) == (0.6, 6)
     assert [row["step"] for row in trainer.state.log_history if KEY in row] == [2, 6, 8]
+
+
+def weights_of(folder: Path) -> dict[str, torch.Tensor]:
+    state: dict[str, torch.Tensor] = AutoModelForCausalLM.from_pretrained(folder).state_dict()
+    return state
+
+
+def test_late_scores_are_logged_under_their_own_step_and_choose_the_best(model_folder: Path, tmp_path: Path) -> None:
+    trainer = train(model_folder, tmp_path, [0.2, 0.6, 0.4, 0.5], lag=3, **EVERY_SECOND_STEP)
+    logged = [(row["step"], row[KEY], row["epoch"]) for row in trainer.state.log_history if KEY in row]
+    assert logged == [(2, 0.2, 0.25), (4, 0.6, 0.5), (6, 0.4, 0.75), (8, 0.5, 1.0)]
+    assert trainer.state.global_step == 8
+    assert (trainer.state.best_metric, trainer.state.best_global_step) == (0.6, 4)
+    best = weights_of(tmp_path / "checkpoint-4")
+    assert all(torch.equal(tensor, best[name]) for name, tensor in trainer.model.state_dict().items())
+
+
+def test_the_best_is_loaded_from_its_snapshot_when_the_trainer_kept_no_checkpoint_of_it(
+    model_folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    trainer = train(model_folder, tmp_path, [0.2, 0.6, 0.4, 0.5], lag=3, save_total_limit=1, **EVERY_SECOND_STEP)
+    assert not (tmp_path / "checkpoint-4").exists()
+    assert "the weights of step 4" in capfd.readouterr().err
+    best, last = weights_of(tmp_path / "snapshots" / "step-4"), weights_of(tmp_path / "checkpoint-8")
+    now = trainer.model.state_dict()
+    assert all(torch.equal(tensor, best[name]) for name, tensor in now.items())
+    assert not all(torch.equal(tensor, last[name]) for name, tensor in now.items())
+
+
+def test_late_scores_stop_training_early(model_folder: Path, tmp_path: Path) -> None:
+    trainer = train(model_folder, tmp_path, [0.6, 0.5, 0.4, 0.3], lag=1, **EVERY_SECOND_STEP)
+    assert trainer.state.global_step == 7, "the second score that is no better is that of step 6, known at step 7"
+    assert (trainer.state.best_metric, trainer.state.best_global_step) == (0.6, 2)
+
+
+def test_a_late_failure_neither_stops_training_nor_counts_as_a_score(model_folder: Path, tmp_path: Path) -> None:
+    trainer = train(model_folder, tmp_path, [0.2, None, 0.6, 0.5], lag=1, **EVERY_SECOND_STEP)
+    assert [row["step"] for row in trainer.state.log_history if KEY in row] == [2, 6, 8]
+    assert trainer.state.best_global_step == 6

@@ -6,8 +6,10 @@ Importing the libraries takes longer than training the tiny model, so one launch
 what the libraries keep in process-wide state is reset between them.  SPEC is {"model": folder, "out": folder, "runs":
 [RUN]}, a RUN has `name`, `preset` and optionally `args` (TrainingArguments), `model_args` (TRL's ModelConfig), `resume`
 (a checkpoint), `weights` (save the gathered parameters), `stream` and `sends` (see `streams.py`), `model` (another
-folder), `few` (train on the first global batch alone, so that the loss falls), `fall_back` (lose DeepSpeed on the way).
-ZeRO-3 runs come first: their arguments are refused once an unsharded model has been loaded in the process.
+folder), `few` (train on the first global batch alone, so that the loss falls), `fall_back` (lose DeepSpeed on the way),
+`restore` (a snapshot to load at the end), `canary` (ask the live model for log-probabilities after every step; see
+canaries.py).  ZeRO-3 runs come first: their arguments are refused once an unsharded model has been loaded in the
+process.
 
 OUT/<name>.json holds what came of it: losses by step, the live wiring, hashes of the 4-bit weights before and after,
 the error if there was one.
@@ -86,6 +88,7 @@ def train(run: dict[str, Any], model: Path, out: Path) -> dict[str, Any]:
     from trl import ModelConfig
 
     from hf_dsvllm import DsvllmTrainingArguments, prepare
+    from hf_dsvllm.restore import restore
     from hf_dsvllm.wiring import read_wiring
 
     processes = int(os.environ["WORLD_SIZE"])
@@ -102,9 +105,15 @@ def train(run: dict[str, Any], model: Path, out: Path) -> dict[str, Any]:
         os.environ["ACCELERATE_USE_DEEPSPEED"] = "false"
     trainer = Trainer(model=loaded, args=args, train_dataset=data, data_collator=default_data_collator)
     session.attach(trainer)
+    if "canary" in run:
+        from tests.scripts.canaries import AfterEachStep
+
+        trainer.add_callback(AfterEachStep(trainer, out / run["name"], ask=run["canary"]))
     before = four_bit_hashes(trainer.model)
     trainer.train(resume_from_checkpoint=run.get("resume"))
     wiring = read_wiring(trainer)
+    if run.get("restore"):
+        restore(trainer.model, Path(run["restore"]), "adapter" if hasattr(trainer.model, "peft_config") else "full")
     if run.get("weights"):
         save_weights(trainer.model, out / f"{run['name']}.weights.pt")
     if run.get("stream"):

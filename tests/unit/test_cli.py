@@ -238,7 +238,11 @@ def registered(engine_id: str, *, host: str, owner: tuple[int, str | None]) -> P
 
 @pytest.fixture
 def own_registry(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    from hf_dsvllm import run_folder
+
     monkeypatch.setenv("XDG_STATE_HOME", str(tmp_path / "state"))
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr(run_folder, "socket_bases", tuple)
 
 
 @pytest.mark.usefixtures("own_registry")
@@ -264,6 +268,7 @@ def test_the_doctor_shows_what_was_left_behind_and_ends_it_when_asked(run: Run) 
     _, out, err = run("doctor")
     assert f"engine {'a' * 16}: gone" in out
     assert f"engine {'b' * 16}: elsewhere on another-host" in out
+    assert "no run left files behind" in out
     assert "doctor --reap" in err
     assert here.exists()
     code, out, _ = run("doctor", "--reap")

@@ -13,6 +13,7 @@ import jsonschema
 import kubernetes_validate
 import pytest
 import yaml
+from ray.serve.schema import ServeDeploySchema
 
 from hf_dsvllm.deploy import deployment
 from hf_dsvllm.errors import EngineError
@@ -115,8 +116,7 @@ def test_a_ray_application_names_every_model(tmp_path: Path) -> None:
     models = application["args"]["llm_configs"]
     assert [model["model_loading_config"]["model_id"] for model in models] == ["small", "large"]
     assert models[0]["engine_kwargs"] == {"tensor_parallel_size": 1, "max_model_len": 4096}
-    schema = pytest.importorskip("ray.serve.schema", reason="Ray is not installed")
-    schema.ServeDeploySchema.model_validate(document)
+    ServeDeploySchema.model_validate(document)
 
 
 def test_adapters_are_not_for_ray(two: list[PlannedServer]) -> None:

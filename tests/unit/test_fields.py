@@ -19,6 +19,13 @@ FROZEN = (
     "gen_eval_limit",
     "gen_eval_temperature",
     "gen_eval_timeout",
+    "gen_eval_samples",
+    "gen_eval_lm_eval",
+    "gen_eval_expose",
+    "gen_eval_placement",
+    "gen_eval_late",
+    "gen_eval_server",
+    "gen_eval_tensor_parallel",
     "vllm_python",
     "vllm_args",
     "export_to",
@@ -38,5 +45,9 @@ def test_an_added_argument_has_a_default_and_a_help_sentence(field: dataclasses.
 def test_the_mixin_adds_nothing_unless_asked() -> None:
     fields = PresetFields()
     assert {name for name in FROZEN if getattr(fields, name)} == {
-        *("gen_eval_on_start", "gen_eval_max_new_tokens", "gen_eval_timeout")
+        "gen_eval_on_start",
+        "gen_eval_max_new_tokens",
+        "gen_eval_timeout",
+        "gen_eval_samples",
+        "gen_eval_placement",
     }

@@ -1,98 +1,114 @@
-"""Where the engine runs beside a trainer, and the size of its cache."""
+"""Where vLLM runs beside a trainer, whether training waits for it, and what cannot be."""
 
 from __future__ import annotations
 
-from pathlib import Path
+import os
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from transformers import LlamaConfig, Qwen3Config
 
-from hf_dsvllm import placement
-from hf_dsvllm.placement import choose_gpu, kv_bytes_per_token, place_engine, visible_gpus
-from hf_dsvllm.tasks import load_task, render_prompt
-from tests.tiny import write_tiny_model
+from hf_dsvllm.launch import Launch
+from hf_dsvllm.placement import choose_place, place_problems, visible_gpus
 
-GIB = 1 << 30
+
+def asked(**given: Any) -> Any:
+    defaults = {
+        "gen_eval_placement": "auto",
+        "gen_eval_server": None,
+        "gen_eval_late": None,
+        "metric_for_best_model": None,
+        "save_strategy": "steps",
+    }
+    return SimpleNamespace(**(defaults | given))
+
+
+def launch(local_world_size: int) -> Launch:
+    return Launch(
+        rank=0,
+        local_rank=0,
+        world_size=local_world_size,
+        local_world_size=local_world_size,
+        launched=True,
+        asked_processes=None,
+    )
 
 
 @pytest.mark.parametrize(
-    ("visible", "training", "chosen", "shared"),
+    ("visible", "training", "kind", "gpus", "late"),
     [
-        (["0"], 1, "0", True),
-        (["0", "1"], 1, "1", False),
-        (["4", "7", "9"], 2, "9", False),
-        (["2", "3"], 2, "2", True),
-        (["GPU-aa", "GPU-bb"], 1, "GPU-bb", False),
+        (["0"], 1, "shared", ("0",), False),
+        (["0", "1"], 1, "spare", ("1",), True),
+        (["4", "7", "9", "11"], 2, "spare", ("9", "11"), True),
+        (["2", "3"], 2, "shared", ("2", "3"), False),
+        (["GPU-aa", "GPU-bb"], 1, "spare", ("GPU-bb",), True),
     ],
 )
-def test_a_gpu_the_trainer_leaves_free_is_taken_first(
-    visible: list[str], training: int, chosen: str, shared: bool
+def test_gpus_the_trainer_leaves_free_are_taken_first_and_do_not_hold_training_up(
+    visible: list[str], training: int, kind: str, gpus: tuple[str, ...], late: bool
 ) -> None:
-    device, reason = choose_gpu(visible, training)
-    assert device == chosen
-    assert ("shared with the trainer" in reason) == shared
+    place = choose_place(asked(), "cuda", launch(training), visible)
+    assert (place.kind, place.gpus, place.late) == (kind, gpus, late)
+    assert ("shared with the trainer" in place.reason) == (kind == "shared")
+    assert ("while training goes on" in place.reason) == late
+
+
+def test_a_server_that_is_named_is_used_wherever_training_runs() -> None:
+    for device, visible in (("cpu", []), ("cuda", ["0", "1"])):
+        place = choose_place(asked(gen_eval_server="http://node7:8000"), device, launch(1), visible)
+        assert (place.kind, place.url, place.late) == ("remote", "http://node7:8000", True)
+
+
+def test_on_a_cpu_training_waits_and_the_engine_gets_all_cores() -> None:
+    place = choose_place(asked(), "cpu", launch(2), [])
+    assert (place.kind, place.device, place.late, place.cpu_threads) == ("cpu", "cpu", False, os.cpu_count())
+
+
+def test_beside_training_on_the_same_cpu_the_engine_leaves_a_core_to_each_process() -> None:
+    place = choose_place(asked(gen_eval_late=True), "cpu", launch(1), [])
+    assert place.late
+    assert place.cpu_threads == max(1, (os.cpu_count() or 1) - 1)
+
+
+def test_a_trainer_on_gpus_does_not_wait_for_an_engine_on_the_cpu() -> None:
+    assert choose_place(asked(gen_eval_placement="cpu"), "cuda", launch(1), ["0"]).late
+
+
+def test_training_waits_where_the_best_checkpoint_is_saved_at_the_score() -> None:
+    best = {"metric_for_best_model": "eval_gen_orders_json_equal", "save_strategy": "best"}
+    assert not choose_place(asked(**best), "cuda", launch(1), ["0", "1"]).late
+    assert choose_place(asked(**best | {"metric_for_best_model": "loss"}), "cuda", launch(1), ["0", "1"]).late
+
+
+@pytest.mark.parametrize(
+    ("given", "device", "training", "visible", "named"),
+    [
+        ({"gen_eval_placement": "sparse"}, "cuda", 1, ["0"], "'sparse' is none of auto, spare"),
+        ({"gen_eval_placement": "remote"}, "cuda", 1, ["0"], "without a server"),
+        ({"gen_eval_placement": "cpu", "gen_eval_server": "http://a:1"}, "cuda", 1, ["0"], "two places"),
+        ({"gen_eval_server": "node7:8000"}, "cuda", 1, ["0"], "no address of a server"),
+        ({"gen_eval_placement": "spare"}, "cpu", 1, [], "trains on CPUs"),
+        ({"gen_eval_placement": "spare"}, "cuda", 2, ["0", "1"], "uses all 2 visible GPUs"),
+        ({"gen_eval_late": True}, "cuda", 1, ["0"], "both would need its memory"),
+        (
+            {"gen_eval_late": True, "save_strategy": "best", "metric_for_best_model": "gen_a_b"},
+            "cuda", 1, ["0", "1"], "its weights have moved on",
+        ),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_is_said_with_its_fix(
+    given: dict[str, Any], device: str, training: int, visible: list[str], named: str
+) -> None:
+    problems = place_problems(asked(**given), device, launch(training), visible)
+    assert [problem for problem in problems if named in problem.what], problems
+
+
+def test_what_can_be_has_no_problem() -> None:
+    assert place_problems(asked(), "cuda", launch(2), ["0", "1"]) == []
+    assert place_problems(asked(gen_eval_placement="spare"), "cuda", launch(1), ["0", "1"]) == []
+    assert place_problems(asked(gen_eval_late=True), "cpu", launch(1), []) == []
 
 
 def test_visible_gpus_are_named_as_the_user_named_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", " 3, GPU-ab ,")
     assert visible_gpus() == ["3", "GPU-ab"]
-
-
-@pytest.mark.parametrize(
-    ("config", "bytes_per_token"),
-    [
-        # 2 x 28 layers x 8 heads x 128 x 2 bytes: Qwen3-1.7B's published shape
-        (Qwen3Config(num_hidden_layers=28, num_attention_heads=16, num_key_value_heads=8, head_dim=128), 114_688),
-        # no head_dim of its own: 64 / 2 = 32
-        (LlamaConfig(hidden_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1), 256),
-    ],
-)
-def test_the_cache_of_a_token_follows_the_models_shape(config: Any, bytes_per_token: int) -> None:
-    assert kv_bytes_per_token(config, element_bytes=2) == bytes_per_token
-    assert kv_bytes_per_token(config, element_bytes=4) == 2 * bytes_per_token
-
-
-@pytest.fixture
-def case(tmp_path: Path) -> tuple[Any, Any, Any, Any]:
-    """Arguments, model arguments, one task and the tokenizer of a tiny model."""
-    from transformers import AutoTokenizer
-
-    folder = write_tiny_model(tmp_path / "model")
-    file = tmp_path / "eval.jsonl"
-    file.write_text('{"prompt": "short", "reference": "x"}\n{"prompt": "rather longer", "reference": "y"}\n')
-    args = SimpleNamespace(gen_eval_max_new_tokens=50)
-    model_args = SimpleNamespace(model_name_or_path=str(folder), model_revision=None, use_peft=False)
-    return args, model_args, load_task(file), AutoTokenizer.from_pretrained(folder)
-
-
-def test_on_a_cpu_the_longest_prompt_and_answer_fit_and_the_cache_is_whole(case: tuple[Any, Any, Any, Any]) -> None:
-    args, model_args, task, tokenizer = case
-    placed = place_engine("cpu", args, model_args, [task], tokenizer)
-    longest = max(len(render_prompt(sample, tokenizer)) for sample in task.samples)
-    assert placed.max_model_len == longest + 50 + placement.TEMPLATE_SLACK_TOKENS
-    assert placed.visible_devices is None
-    assert placed.cpu_threads is not None
-    assert placed.cpu_threads >= 1
-    assert placed.kv_cache_bytes == GIB, "a small model's cache is the smallest one"
-    assert "on the CPU" in placed.reason
-
-
-def test_on_gpus_the_choice_and_the_size_are_explained(
-    case: tuple[Any, Any, Any, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "0,1")
-    placed = place_engine("cuda", case[0], case[1], [case[2]], case[3])
-    assert placed.visible_devices == "1"
-    assert placed.cpu_threads is None
-    assert "GPU 1, which the trainer does not use" in placed.reason
-    assert "1.0 GiB of KV cache" in placed.reason
-
-
-def test_the_cache_of_a_large_model_is_bounded(
-    case: tuple[Any, Any, Any, Any], monkeypatch: pytest.MonkeyPatch
-) -> None:
-    monkeypatch.setattr(placement, "kv_bytes_per_token", lambda config, element_bytes: GIB)
-    placed = place_engine("cpu", case[0], case[1], [case[2]], case[3])
-    assert placed.kv_cache_bytes == placement.MAX_KV_CACHE_BYTES

@@ -42,6 +42,7 @@ def arguments(**fields: Any) -> Any:
         gradient_checkpointing = True
         max_length = 4096
         gen_eval_file = None
+        gen_eval_lm_eval = None
         gen_eval_max_new_tokens = 256
 
     for name, value in fields.items():

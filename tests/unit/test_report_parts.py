@@ -8,6 +8,7 @@ import re
 import sys
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -18,7 +19,7 @@ from hf_dsvllm.report.answers import MAX_SAMPLES, MAX_STEPS, chosen_steps
 from hf_dsvllm.report.charts import MAX_POINTS, Series, lines, ticks
 from hf_dsvllm.report.difference import changes
 from hf_dsvllm.report.reading import read_run
-from tests.report_run import STEPS, answer_row, jsonl, page_of, put, score_row, write_run
+from tests.report_run import MEASURED, STEPS, answer_row, jsonl, page_of, put, score_row, text_of, write_run
 
 
 @pytest.fixture
@@ -185,6 +186,52 @@ def test_watching_writes_the_page_again_when_a_file_changes_and_ctrl_c_ends_it(
     assert capsys.readouterr().err.count("written") == 2
 
 
+def test_a_watched_page_follows_by_itself_until_the_run_or_the_watching_ends(run_folder: Path) -> None:
+    (run_folder / "measured.json").unlink()
+    (running,) = watching(run_folder)
+    refresh = b'<meta http-equiv="refresh" content="10">'
+    assert refresh in running
+    assert refresh not in (run_folder / "report.html").read_bytes()
+    put(run_folder / "measured.json", MEASURED)
+    (ended,) = watching(run_folder)
+    assert refresh not in ended
+
+
 def test_a_file_that_vanishes_while_it_is_watched_is_no_reason_to_stop(run_folder: Path) -> None:
     pages = watching(run_folder, (run_folder / "evals/scores.jsonl").unlink)
     assert b"There are no scores" in pages[-1]
+
+
+# -- several answers, comparisons, late scores
+
+
+def test_further_answers_stand_below_the_first_and_one_metric_tells_the_journey(run_folder: Path) -> None:
+    drawn = [{"answer": f"answer {n}", "scores": {"exact_match": n % 2}} for n in range(10)]
+    row = answer_row(20, "a", "answer 0", 0.5, samples=drawn) | {"scores": {"exact_match": 0.5, "pass": 1.0}}
+    put(run_folder / "evals/step-000020.orders.jsonl", jsonl(row))
+    text = text_of(run_folder)
+    assert "exact_match 0 → 1 → 0.5 Question a?" in text
+    assert "9 more answers" in text
+    assert "exact_match 1 answer 7" in text.replace("1answer", "1 answer")
+    assert "answer 8" not in text
+    assert "2 are not shown." in text
+
+
+def test_the_newest_comparison_is_spelt_out_and_the_others_are_kept(run_folder: Path) -> None:
+    def compared(step: int, sentence: str) -> dict[str, Any]:
+        told = {"eval_gen_orders_exact_match": {"over_base": None, "over_best": None, "sentence": sentence}}
+        return score_row(step, 0.5, comparisons=told)
+
+    rows = [score_row(0, 0.5), compared(10, "first sentence"), compared(20, "second <b>sentence</b>")]
+    put(run_folder / "evals/scores.jsonl", jsonl(*rows))
+    text = text_of(run_folder)
+    assert "Step 20 against the untrained model and the best step before it orders_exact_match: second <b>" in text
+    assert "step 10, orders_exact_match: first sentence" in text
+
+
+def test_a_late_score_stands_at_its_own_step(run_folder: Path) -> None:
+    rows = [score_row(0, 0.25), score_row(20, 0.75), score_row(10, 0.5, late=True, evaluated_at_step=24)]
+    put(run_folder / "evals/scores.jsonl", jsonl(*rows))
+    found = read_run(run_folder).evaluations
+    assert [(one.step, one.late, one.came_at) for one in found] == [(0, False, None), (10, True, 24), (20, False, None)]
+    assert "10 (came late, at step 24)" in text_of(run_folder)

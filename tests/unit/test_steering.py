@@ -6,10 +6,16 @@ import json
 import math
 from pathlib import Path
 from types import SimpleNamespace
+from typing import Any
 
 import pytest
 
-from hf_dsvllm.callback import Steering, best_so_far, steers
+from hf_dsvllm.fields import steers
+from hf_dsvllm.steering import Steering, best_so_far
+
+
+def nothing_fresh() -> Any:
+    return SimpleNamespace(fresh=[], late=False, passing_on=None)
 
 
 @pytest.mark.parametrize(
@@ -18,18 +24,14 @@ from hf_dsvllm.callback import Steering, best_so_far, steers
 def test_a_missing_score_is_never_a_new_best(greater: bool, best: float | None, expected: float) -> None:
     metrics = {"eval_loss": 1.0}
     args = SimpleNamespace(metric_for_best_model="gen_orders_json_equal", greater_is_better=greater)
-    Steering(SimpleNamespace(fresh_scores={}), None).on_evaluate(
-        args, SimpleNamespace(best_metric=best), None, metrics=metrics
-    )
+    Steering(nothing_fresh(), None).on_evaluate(args, SimpleNamespace(best_metric=best), None, metrics=metrics)
     assert metrics == {"eval_loss": 1.0, "eval_gen_orders_json_equal": expected}
 
 
 def test_a_score_that_is_there_stays() -> None:
     metrics = {"eval_gen_orders_json_equal": 0.7}
     args = SimpleNamespace(metric_for_best_model="eval_gen_orders_json_equal", greater_is_better=True)
-    Steering(SimpleNamespace(fresh_scores={}), None).on_evaluate(
-        args, SimpleNamespace(best_metric=0.9), None, metrics=metrics
-    )
+    Steering(nothing_fresh(), None).on_evaluate(args, SimpleNamespace(best_metric=0.9), None, metrics=metrics)
     assert metrics == {"eval_gen_orders_json_equal": 0.7}
 
 
@@ -37,9 +39,7 @@ def test_a_score_that_is_there_stays() -> None:
 def test_other_metrics_are_the_trainers_own_affair(wanted: str | None) -> None:
     metrics: dict[str, float] = {}
     args = SimpleNamespace(metric_for_best_model=wanted, greater_is_better=None)
-    Steering(SimpleNamespace(fresh_scores={}), None).on_evaluate(
-        args, SimpleNamespace(best_metric=None), None, metrics=metrics
-    )
+    Steering(nothing_fresh(), None).on_evaluate(args, SimpleNamespace(best_metric=None), None, metrics=metrics)
     assert metrics == {}
 
 
@@ -74,6 +74,7 @@ class FakeTrainer:
     def __init__(self, *, is_best: bool) -> None:
         self.seen: list[dict[str, float]] = []
         self.is_best = is_best
+        self.state = SimpleNamespace(global_step=4)
         self.callback_handler = SimpleNamespace(
             on_evaluate=lambda args, state, control, scores: self.seen.append(scores)
         )
@@ -95,11 +96,11 @@ def test_a_score_between_the_trainers_evaluations_saves_and_stops_like_one_of_th
     trainer_evaluates: bool, strategy: str, is_best: bool, saved: bool, told: bool
 ) -> None:
     fresh = {"eval_gen_a_exact_match": 0.5}
-    scores = SimpleNamespace(fresh_scores=fresh)
+    scores = SimpleNamespace(fresh=[(4, fresh)], late=False, passing_on=None)
     trainer = FakeTrainer(is_best=is_best)
     args = SimpleNamespace(metric_for_best_model="gen_a_exact_match", save_strategy=strategy, greater_is_better=True)
     control = SimpleNamespace(should_evaluate=trainer_evaluates, should_save=False)
-    Steering(scores, trainer).on_step_end(args, SimpleNamespace(), control)
+    Steering(scores, trainer).on_step_end(args, trainer.state, control)
     assert control.should_save == saved
     assert trainer.seen == ([fresh] if told else [])
-    assert scores.fresh_scores == {}
+    assert scores.fresh == []

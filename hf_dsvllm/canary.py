@@ -1,0 +1,260 @@
+"""The proof that the engine answers with the weights of this step: log-probabilities of fixed prompts, side by side.
+
+The trainer's own forward gives one set of numbers, vLLM's `prompt_logprobs` the other.  `judge` compares them, and also
+with the last evaluation's: weights that stayed the same where they should have changed are found, although a small
+learning rate moves the numbers less than 16-bit rounding does.
+
+    canary = Canary(prompts_of(tasks, tokenizer), dtype="bfloat16")    # every rank, once
+    ours = canary.ask_trainer(trainer)                                 # every rank: one forward
+    verdict = canary.prove(client, model_name, ours)                   # rank 0; EngineError unless proven
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import math
+import sys
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from hf_dsvllm.console import say
+from hf_dsvllm.engine.client import EngineClient
+from hf_dsvllm.errors import EngineError
+from hf_dsvllm.tasks import EvalTask, render_prompt
+
+__all__ = [
+    "TOLERANCES",
+    "Canary",
+    "CanaryVerdict",
+    "LogProbs",
+    "Tolerance",
+    "canary_of",
+    "canary_prompts",
+    "engine_logprobs",
+    "judge",
+    "prompts_of",
+    "trainer_logprobs",
+    "why_no_canary",
+]
+
+LogProbs = tuple[tuple[float, ...], ...]  # for each prompt: log p(token | tokens before) of all tokens but the first
+TokenIds = tuple[int, ...]
+
+PROMPTS = 3
+PROSE = "The capital of France is Paris. Water boils at 100 degrees. Two and two are four."
+LONGEST = 64  # tokens of one prompt: the whole is one batch of a small evaluation
+# Two sets of numbers are told apart where they are this many standard errors from each other.
+CERTAIN = 8.0
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Tolerance:
+    """What may be between two right computations of the same log-probabilities, in nats."""
+
+    mean: float
+    max: float
+
+
+# float32: transformers and vLLM on CPUs were 5e-7 to 9e-7 apart in the mean, 6e-6 at most (tiny Llama, vLLM 0.32, full,
+# LoRA and QLoRA: tests/integration/test_canary.py); deeper models add up more.  16 bit: 0.02 to 0.05 in the mean on the
+# random 8B shapes of benchmarks/gpu (one H200, vLLM 0.26).  Another model of the same shape is whole nats away.
+TOLERANCES = {
+    "float32": Tolerance(mean=1e-3, max=0.02),
+    "bfloat16": Tolerance(mean=0.15, max=3.0),
+    "float16": Tolerance(mean=0.15, max=3.0),
+}
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class CanaryVerdict:
+    """`ok`: the engine has this step's weights.  Differences in nats; `sentence` says it with the numbers."""
+
+    ok: bool
+    mean_abs: float
+    max_abs: float
+    sentence: str
+
+
+class Canary:
+    """The fixed prompts of a run and what was proven last; one on every rank, `prove` on rank 0 only."""
+
+    def __init__(self, prompts: Sequence[TokenIds], *, dtype: str) -> None:
+        """`dtype` is what the engine computes in, a key of TOLERANCES."""
+        self.prompts = tuple(prompts)
+        self.tolerance = TOLERANCES[dtype]
+        self._proven: LogProbs | None = None
+
+    def ask_trainer(self, trainer: Any) -> LogProbs:
+        """`trainer_logprobs` of a live Trainer; collective, call it on every rank between two optimizer steps."""
+        with trainer.compute_loss_context_manager():
+            return trainer_logprobs(trainer.model, self.prompts, deepspeed_engine=trainer.model_wrapped)
+
+    def prove(self, client: EngineClient, model: str, ours: LogProbs, *, timeout_s: float | None = None) -> str:
+        """Ask the engine, judge, remember; the sentence of the verdict.  EngineError unless the weights are proven."""
+        engines = engine_logprobs(client, model, self.prompts, timeout_s=timeout_s)
+        verdict = judge(ours, engines, self._proven, tolerance=self.tolerance)
+        if not verdict.ok:
+            raise EngineError(f"{verdict.sentence} No score is logged for weights that are not proven.")
+        self._proven = ours
+        return verdict.sentence
+
+
+def canary_prompts(
+    prompts: Sequence[Sequence[int]],
+    references: Sequence[Sequence[int]] = (),
+    *,
+    count: int = PROMPTS,
+    longest: int = LONGEST,
+) -> tuple[TokenIds, ...]:
+    """`count` token sequences of 2 to `longest` tokens, spread over `prompts`: the end of each with its reference.
+
+    References are where training changes most.  The same input gives the same result on every rank.
+    """
+    whole = [(*prompt, *(references[at] if at < len(references) else ())) for at, prompt in enumerate(prompts)]
+    usable = [tokens for tokens in dict.fromkeys(whole) if len(tokens) > 1]
+    if not usable:
+        joined = tuple(token for tokens in whole for token in tokens)
+        usable = [joined if len(joined) > 1 else joined * 2]
+    chosen = dict.fromkeys(usable[at * (len(usable) - 1) // max(count - 1, 1)] for at in range(count))
+    return tuple(tokens[-longest:] for tokens in chosen)
+
+
+def prompts_of(tasks: Sequence[EvalTask], tokenizer: Any) -> tuple[TokenIds, ...]:
+    """`canary_prompts` of an evaluation's own samples; renders only those that can be chosen."""
+    samples = [sample for task in tasks for sample in task.samples]
+    if not samples:  # tasks of lm-evaluation-harness alone
+        return canary_prompts([tokenizer.encode(PROSE, add_special_tokens=False)])
+    few = [samples[at * (len(samples) - 1) // (4 * PROMPTS)] for at in range(4 * PROMPTS + 1)]
+    texts = [tokenizer.encode(sample.reference, add_special_tokens=False) for sample in few]
+    return canary_prompts([render_prompt(sample, tokenizer) for sample in few], texts)
+
+
+def why_no_canary(trainer: Any) -> str | None:
+    """Why this run's weights cannot be asked for log-probabilities with a plain forward; None if they can."""
+    parallelism = getattr(trainer.accelerator, "parallelism_config", None)
+    for name in ("sp", "cp"):
+        if (getattr(parallelism, f"{name}_size", None) or 1) > 1:
+            return f"{name}_size splits every sequence over the ranks, so that a plain forward means something else"
+    return None
+
+
+def canary_of(trainer: Any, tasks: Sequence[EvalTask], *, exact: bool) -> Canary | None:
+    """The canary of a run, the same on every rank; None, and said why, where there can be none.
+
+    `exact`: trainer and engine both compute in float32.
+    """
+    why_not = why_no_canary(trainer)
+    if why_not is not None:
+        say(f"vLLM's weights cannot be proven by log-probabilities: {why_not}")
+        return None
+    return Canary(prompts_of(tasks, trainer.processing_class), dtype="float32" if exact else "bfloat16")
+
+
+def trainer_logprobs(model: Any, prompts: Sequence[TokenIds], *, deepspeed_engine: Any = None) -> LogProbs:
+    """log p(token | tokens before) in nats by the live `model` (`trainer.model`, with its adapters), on every rank.
+
+    One forward of all prompts, right-padded, as the Trainer's own evaluation does it: no gradients, no cache, dropout
+    off.  Training modes of all modules and random states are as before; `deepspeed_engine` (`trainer.model_wrapped`)
+    lets ZeRO-3 put away what it fetched ahead for a backward that does not come.  Collective under ZeRO-3.
+    """
+    import torch
+
+    device = next(model.parameters()).device
+    longest = max(len(tokens) for tokens in prompts)
+    ids = torch.zeros((len(prompts), longest), dtype=torch.long)
+    mask = torch.zeros_like(ids)
+    for row, tokens in enumerate(prompts):
+        ids[row, : len(tokens)] = torch.tensor(tokens)
+        mask[row, : len(tokens)] = 1
+    ids, mask = ids.to(device), mask.to(device)
+    with _as_in_evaluation(model, device), torch.no_grad():
+        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+        found = [_of_row(logits[row], ids[row], len(tokens)) for row, tokens in enumerate(prompts)]
+    release = getattr(getattr(deepspeed_engine, "optimizer", None), "empty_partition_cache", None)
+    if release is not None:
+        release()
+    return tuple(found)
+
+
+def engine_logprobs(
+    client: EngineClient, model: str, prompts: Sequence[TokenIds], *, timeout_s: float | None = None
+) -> LogProbs:
+    """The same numbers from vLLM, for the weights served as `model`."""
+    return tuple(tuple(client.prompt_logprobs(tokens, model, timeout_s=timeout_s)) for tokens in prompts)
+
+
+def judge(
+    ours: LogProbs, engines: LogProbs, previous: LogProbs | None = None, *, tolerance: Tolerance
+) -> CanaryVerdict:
+    """Whether `engines` are the numbers of the weights that gave `ours`, and not those of `previous`.
+
+    Not ok if a number is missing or not finite, if the differences exceed `tolerance`, or if the engine's numbers are
+    nearer to `previous` although `previous` and `ours` differ by more than the noise: with e = engines - ours and
+    d = previous - ours, the share of the way gone is t = <e, d> / <d, d> (0 fresh, 1 stale), its standard error
+    rms(e - t d) / |d|.
+    """
+    if [len(row) for row in ours] != [len(row) for row in engines]:
+        return _refused(math.inf, math.inf, "it sent another number of log-probabilities than the prompts have tokens")
+    pairs = [pair for rows in zip(engines, ours, strict=True) for pair in zip(*rows, strict=True)]
+    errors = [theirs - mine for theirs, mine in pairs]
+    if not all(math.isfinite(error) for error in errors):
+        return _refused(math.inf, math.inf, "a log-probability is not finite")
+    mean_abs = math.fsum(map(abs, errors)) / len(errors)
+    max_abs = max(map(abs, errors))
+    found = f"mean |log-probability difference| {mean_abs:.2g} over {len(errors)} tokens, {max_abs:.2g} at most"
+    if mean_abs > tolerance.mean or max_abs > tolerance.max:
+        return _refused(mean_abs, max_abs, f"{found}; rounding explains {tolerance.mean:g} and {tolerance.max:g}")
+    moved = _moved(ours, previous)
+    if moved is None:
+        return CanaryVerdict(ok=True, mean_abs=mean_abs, max_abs=max_abs, sentence=f"weights proven: {found}")
+    size = math.sqrt(math.fsum(d * d for d in moved))
+    share = math.fsum(e * d for e, d in zip(errors, moved, strict=True)) / size**2
+    noise = math.sqrt(math.fsum((e - share * d) ** 2 for e, d in zip(errors, moved, strict=True)) / len(errors))
+    step = math.fsum(map(abs, moved)) / len(moved)
+    if size <= CERTAIN * noise:
+        unsure = f"the last evaluation's weights are only {step:.2g} away, too little to tell them apart"
+        return CanaryVerdict(ok=True, mean_abs=mean_abs, max_abs=max_abs, sentence=f"weights proven: {found}; {unsure}")
+    if share > 0.5:
+        return _refused(mean_abs, max_abs, f"its numbers are those of the last evaluation's weights, {step:.2g} away")
+    fresh = f"the last evaluation's weights are {step:.2g} away"
+    return CanaryVerdict(ok=True, mean_abs=mean_abs, max_abs=max_abs, sentence=f"weights proven: {found}; {fresh}")
+
+
+def _refused(mean_abs: float, max_abs: float, why: str) -> CanaryVerdict:
+    sentence = f"The engine does not answer with the weights of this step: {why}."
+    return CanaryVerdict(ok=False, mean_abs=mean_abs, max_abs=max_abs, sentence=sentence)
+
+
+def _moved(ours: LogProbs, previous: LogProbs | None) -> list[float] | None:
+    """previous - ours, None where there is nothing to compare or nothing moved."""
+    if previous is None or [len(row) for row in ours] != [len(row) for row in previous]:
+        return None
+    moved = [old - new for rows in zip(previous, ours, strict=True) for old, new in zip(*rows, strict=True)]
+    return moved if any(moved) else None
+
+
+def _of_row(logits: Any, ids: Any, length: int) -> tuple[float, ...]:
+    """Of one prompt, in float32; row by row, since a whole vocabulary of float32 for each token is large."""
+    import torch
+
+    rows = torch.log_softmax(logits[: length - 1].float(), dim=-1)
+    return tuple(rows.gather(1, ids[1:length].unsqueeze(1)).squeeze(1).tolist())
+
+
+@contextlib.contextmanager
+def _as_in_evaluation(model: Any, device: Any) -> Iterator[None]:
+    """Dropout off, compiled graphs left alone (the prompts have a shape of their own), then all as it was."""
+    import torch
+
+    modes = [(module, module.training) for module in model.modules()]
+    devices = [device] if device.type == "cuda" else []
+    # Importing dynamo takes seconds, so only where something has.
+    eager = torch.compiler.set_stance("force_eager") if "torch._dynamo" in sys.modules else contextlib.nullcontext()
+    with torch.random.fork_rng(devices=devices), eager:
+        model.eval()
+        try:
+            yield
+        finally:
+            for module, training in modes:
+                module.training = training

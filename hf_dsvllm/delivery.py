@@ -1,0 +1,132 @@
+"""The weights of one step into the engine of a run, the engine kept alive for it, and the proof that they are there."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import time
+from pathlib import Path
+
+import torch
+
+from hf_dsvllm.adapter_format import servable_adapter
+from hf_dsvllm.canary import Canary, LogProbs
+from hf_dsvllm.console import say
+from hf_dsvllm.engine.client import EngineClient
+from hf_dsvllm.engine.remote import RemoteServer
+from hf_dsvllm.engine.server import EngineServer
+from hf_dsvllm.engine.sync import SyncResult, WeightSync
+from hf_dsvllm.errors import EngineError
+from hf_dsvllm.merged_copy import merged_copy, same_shape
+from hf_dsvllm.snapshot import Snapshot
+from hf_dsvllm.source import local_base
+
+__all__ = ["Asked", "Delivery"]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Asked:
+    """An evaluation to be made of the weights of `step`.
+
+    They are in `snapshot`, or in the engine already (`sent`), or those the engine started from (neither).  `ours` are
+    the trainer's log-probabilities of the canary's prompts at that step, None where it cannot be asked.
+    `publish_seconds`: what training has spent on it.
+    """
+
+    step: int
+    snapshot: Snapshot | None = None
+    sent: SyncResult | None = None
+    ours: LogProbs | None = None
+    publish_seconds: float = 0.0
+
+
+class Delivery:
+    """Rank 0's way to the engine.  `merge_base`: adapters are merged into this folder's weights for it."""
+
+    def __init__(
+        self,
+        server: EngineServer | RemoteServer,
+        *,
+        run_dir: Path,
+        timeout_s: float,
+        merge_base: Path | None = None,
+        canary: Canary | None = None,
+    ) -> None:
+        """`timeout_s` bounds a start of the engine and each call; `canary` None proves nothing."""
+        self.server = server
+        self.run_dir = run_dir
+        self.timeout_s = timeout_s
+        self.merge_base = merge_base
+        self.canary = canary
+        self.client = EngineClient(server.uds, default_timeout_s=timeout_s)
+        self.sync = WeightSync(server, self.client, restart_timeout_s=timeout_s)
+        self._first_model: Path | str | None = None if isinstance(server, RemoteServer) else server.spec.model
+
+    def wait_ready(self) -> None:
+        """Wait for the engine; one that died is started once more (beside a loading trainer a start can fail)."""
+        try:
+            self.server.wait_ready(self.timeout_s)
+        except EngineError:
+            if self.server.alive:
+                raise
+            self._restart()
+            self.server.wait_ready(self.timeout_s)
+
+    def deliver(self, asked: Asked) -> tuple[SyncResult, str | None]:
+        """The weights asked for into the engine, proven; how they got there, and the sentence of the proof.
+
+        Weights that turn out to be others are sent once more to an engine started anew.  EngineError if they cannot be
+        brought there or proven.
+        """
+        pushed = asked.sent or self._push(asked.snapshot)
+        if asked.ours is None or self.canary is None:
+            return pushed, None
+        try:
+            return pushed, self.canary.prove(self.client, pushed.model_name, asked.ours)
+        except EngineError as refused:
+            if asked.snapshot is None:
+                raise
+            say(f"step {asked.step}: {refused} The engine is started anew.")
+            self._restart()
+            self.server.wait_ready(self.timeout_s)
+            self.sync.forget()
+            pushed = self._push(asked.snapshot)
+            return pushed, self.canary.prove(self.client, pushed.model_name, asked.ours)
+
+    def revive(self) -> None:
+        """After a failure, start an engine that died or hangs again at once: it loads while training goes on."""
+        if not (self.server.alive and self.client.health()):
+            with contextlib.suppress(EngineError):  # the next evaluation tries once more, and says why it cannot
+                self._restart()
+
+    def close(self) -> None:
+        """Stop the engine, or leave one that is not ours."""
+        self.client.close()
+        self.server.stop()
+
+    def _restart(self, model: Path | str | None = None) -> None:
+        """By default from the first model: a snapshot that it was restarted from may be gone or broken by now."""
+        self.server.restart(model=self._first_model if model is None else model)
+        self.client.connect(self.server.uds)
+
+    def _push(self, snapshot: Snapshot | None) -> SyncResult:
+        if snapshot is None:
+            name, why = self.server.spec.served_name, "the untrained model the engine started from"
+            return SyncResult(model_name=name, path_used="start", why=why, seconds=0)
+        if snapshot.kind == "full":
+            return self.sync.push(snapshot.path, "full", snapshot.step)
+        if self.merge_base is not None:
+            return self._push_merged(snapshot, self.merge_base)
+        folder = servable_adapter(snapshot.path, self.run_dir / "engine" / "adapter")
+        return self.sync.push(folder, "adapter", snapshot.step)
+
+    def _push_merged(self, snapshot: Snapshot, base: Path) -> SyncResult:
+        started = time.monotonic()
+        dtype = torch.float32 if self.server.spec.dtype == "float32" else torch.bfloat16
+        folder = merged_copy(base, snapshot.path, self.run_dir / "engine" / "merged", dtype=dtype)
+        if isinstance(self.server, EngineServer) and not same_shape(folder, local_base(str(self.server.spec.model))):
+            self._restart(folder)
+            self.server.wait_ready(self.timeout_s)
+        pushed = self.sync.push(folder, "full", snapshot.step)
+        path = f"merge + {pushed.path_used}"
+        return dataclasses.replace(pushed, path_used=path, seconds=time.monotonic() - started)

@@ -1,0 +1,122 @@
+"""How much the engine needs for the tasks of a run: sequence length, KV cache, GPUs."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Sequence
+from typing import Any
+
+from hf_dsvllm.adapters import why_merge_for_engine
+from hf_dsvllm.errors import ConfigError, Problem
+from hf_dsvllm.placement import Place
+from hf_dsvllm.tasks import EvalTask, render_prompt
+
+__all__ = ["EngineSize", "gpus_needed", "kv_bytes_per_token", "largest_parameter", "size_engine"]
+
+GIB = 1 << 30
+# Sequences the cache should hold at once: enough to keep a GPU busy, small beside a trainer.
+CONCURRENT_SEQUENCES = 64
+MAX_KV_CACHE_BYTES = 8 * GIB
+# The chat template may still change between the check and the run (TRL can clone one): room for its extra tokens.
+TEMPLATE_SLACK_TOKENS = 64
+FOREIGN_PROMPT_TOKENS = 4096  # prompts that are not ours: few-shot tasks of lm-eval, a chat
+# Of a GPU's memory, what the weights may take: all but cache and workspace on its own, less beside a trainer.
+WEIGHTS_SHARE = {"spare": 0.8, "shared": 0.4}
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class EngineSize:
+    """Lengths in tokens, sizes in bytes.  `merge_adapters`: they reach the engine merged into a copy of the base."""
+
+    max_model_len: int
+    kv_cache_bytes: int
+    merge_adapters: bool
+    reason: str
+
+
+def size_engine(place: Place, args: Any, model_args: Any, tasks: Sequence[EvalTask], tokenizer: Any) -> EngineSize:
+    """Length and cache for the longest prompt and answer of `tasks`."""
+    config = load_config(model_args)
+    length = context_tokens(args, config, tasks, tokenizer)
+    per_token = kv_bytes_per_token(config, element_bytes=4 if place.device == "cpu" else 2)
+    cache = min(max(CONCURRENT_SEQUENCES * length * per_token, GIB), MAX_KV_CACHE_BYTES)
+    merging = why_merge_for_engine(model_args, place.device) if model_args.use_peft else None
+    copied = f"; adapters are merged into a copy for it ({merging})" if merging else ""
+    return EngineSize(
+        max_model_len=length,
+        kv_cache_bytes=cache,
+        merge_adapters=merging is not None,
+        reason=f"sequences up to {length} tokens, {cache / GIB:.1f} GiB of KV cache{copied}",
+    )
+
+
+def context_tokens(args: Any, config: Any, tasks: Sequence[EvalTask], tokenizer: Any) -> int:
+    """The longest prompt with its answer; for lm-eval and a user's own client what they may send."""
+    lengths = [
+        len(render_prompt(sample, tokenizer)) + (task.settings.max_new_tokens or args.gen_eval_max_new_tokens)
+        for task in tasks
+        for sample in task.samples
+    ]
+    longest = max(lengths, default=0) + TEMPLATE_SLACK_TOKENS
+    if args.gen_eval_lm_eval or args.gen_eval_expose is not None:
+        holds = getattr(config.get_text_config(), "max_position_embeddings", None) or FOREIGN_PROMPT_TOKENS
+        longest = max(longest, min(FOREIGN_PROMPT_TOKENS, holds))
+    return longest
+
+
+def gpus_needed(place: Place, asked: int | None, weights_bytes: int | None, gpu_bytes: int, config: Any) -> int:
+    """The engine's tensor parallel size: `asked`, or the fewest GPUs that hold the model's 16-bit weights.
+
+    Only sizes that divide the attention heads.  `weights_bytes` None (an unknown architecture) counts as fitting on
+    one.  Raises ConfigError when `asked` cannot be, or no number of the place's GPUs is enough.
+    """
+    heads = config.get_text_config().num_attention_heads
+    possible = [size for size in range(1, len(place.gpus) + 1) if heads % size == 0]
+    if asked is not None:
+        if asked in possible:
+            return asked
+        what = f"gen_eval_tensor_parallel={asked}: vLLM may use {len(place.gpus)} GPUs, the model has {heads} heads"
+        raise ConfigError([Problem(what, f"one of {', '.join(map(str, possible))}")])
+    share = WEIGHTS_SHARE[place.kind] * gpu_bytes
+    for size in possible:
+        if weights_bytes is None or weights_bytes / size <= share:
+            return size
+    what = (
+        f"the model's 16-bit weights, {(weights_bytes or 0) / GIB:.1f} GiB, do not fit into "
+        f"{len(place.gpus)} x {share / GIB:.0f} GiB that vLLM may take of the GPUs it has ({place.kind})"
+    )
+    raise ConfigError([Problem(what, "--gen_eval_placement spare with more GPUs, or remote, or no --gen_eval_file")])
+
+
+def kv_bytes_per_token(config: Any, *, element_bytes: int) -> int:
+    """kv_bytes = 2 (key, value) * layers * kv_heads * head_dim * element_bytes  (vLLM's full-attention layout)."""
+    text = config.get_text_config()
+    heads = text.num_attention_heads
+    kv_heads = getattr(text, "num_key_value_heads", None) or heads
+    head_dim = getattr(text, "head_dim", None) or text.hidden_size // heads
+    return 2 * text.num_hidden_layers * kv_heads * head_dim * element_bytes
+
+
+def largest_parameter(model_args: Any) -> int | None:
+    """Elements of the model's largest single tensor, fused experts included; None for a class transformers lacks."""
+    import torch
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
+
+    config = load_config(model_args)
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        return None
+    # The class itself: from_config would shard the parameters under ZeRO-3.
+    with torch.device("meta"):
+        model = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)](config)
+    return max(parameter.numel() for parameter in model.parameters())
+
+
+def load_config(model_args: Any) -> Any:
+    """The model's configuration, without its weights."""
+    from transformers import AutoConfig
+
+    return AutoConfig.from_pretrained(
+        model_args.model_name_or_path,
+        revision=model_args.model_revision,
+        trust_remote_code=getattr(model_args, "trust_remote_code", False),
+    )

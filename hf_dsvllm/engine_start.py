@@ -1,0 +1,103 @@
+"""The vLLM of a run: what it serves, on what, with how much memory."""
+
+from __future__ import annotations
+
+import dataclasses
+import shlex
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from hf_dsvllm.adapter_format import will_it_serve
+from hf_dsvllm.console import say
+from hf_dsvllm.engine.remote import RemoteServer
+from hf_dsvllm.engine.server import EngineServer, EngineSpec, find_vllm, lora_rank_bound
+from hf_dsvllm.engine_size import EngineSize, gpus_needed, load_config, size_engine
+from hf_dsvllm.errors import DsvllmError
+from hf_dsvllm.files import write_text
+from hf_dsvllm.fourbit import dequantised_base
+from hf_dsvllm.model_shape import load_shape
+from hf_dsvllm.placement import Place
+from hf_dsvllm.source import local_base
+from hf_dsvllm.tasks import EvalTask
+
+__all__ = ["follow_adapters", "start_engine"]
+
+
+def start_engine(
+    place: Place, args: Any, model_args: Any, tasks: Sequence[EvalTask], tokenizer: Any, quantization: Any
+) -> tuple[EngineServer | RemoteServer, Path | None]:
+    """Start vLLM and return at once, while it loads; also the folder adapters are merged into, None to hot-load them.
+
+    `quantization`: the trainer's BitsAndBytesConfig or None.
+    """
+    run_dir = Path(args.output_dir)
+    size = size_engine(place, args, model_args, tasks, tokenizer)
+    say(f"vLLM evaluates on {place.reason}; {size.reason}")
+    model: Path | str = model_args.model_name_or_path
+    if place.url is not None:
+        merge_base = local_base(str(model)) if size.merge_adapters else None
+        return RemoteServer(place.url), merge_base
+    if quantization is not None:
+        model = as_the_trainer_holds_it(model_args, quantization, run_dir)
+    merge_base = local_base(str(model)) if size.merge_adapters else None
+    spec = engine_spec(model, place, size, args, model_args)
+    template = tokenizer.chat_template if args.gen_eval_expose is not None else None
+    if isinstance(template, str):  # training's own, for those who chat with the model; our prompts are token ids
+        file = run_dir.absolute() / "engine" / "chat_template.jinja"
+        write_text(file, template)
+        spec = dataclasses.replace(spec, extra_args=("--chat-template", str(file), *spec.extra_args))
+    return EngineServer.start(spec, run_dir), merge_base
+
+
+def follow_adapters(model: Any, spec: EngineSpec, merge_base: Path | None) -> Path | None:
+    """The folder adapters are merged into, now that they are there: a script's own may be others than were expected."""
+    for config in (getattr(model, "peft_config", None) or {}).values():
+        serving = will_it_serve(config, model)
+        rank = max([config.r, *(config.rank_pattern or {}).values()])
+        fits = spec.max_lora_rank is not None and rank <= lora_rank_bound(spec.max_lora_rank)
+        if merge_base is None and (serving.how == "merge" or not fits):
+            why = serving.why if serving.how == "merge" else f"vLLM was not started for adapters of rank {rank}"
+            say(f"adapters are merged into a copy for vLLM ({why})")
+            merge_base = local_base(str(spec.model))
+    return merge_base
+
+
+def engine_spec(model: Path | str, place: Place, size: EngineSize, args: Any, model_args: Any) -> EngineSpec:
+    """What `start_engine` starts."""
+    gpus = place.gpus[: tensor_parallel_size(place, args, model_args)] if place.device == "cuda" else ()
+    return EngineSpec(
+        model=model,
+        python=find_vllm(Path(args.vllm_python) if args.vllm_python else None),
+        device=place.device,
+        dtype="float32" if place.device == "cpu" else "bfloat16",
+        max_model_len=size.max_model_len,
+        max_lora_rank=model_args.lora_r if model_args.use_peft and not size.merge_adapters else None,
+        kv_cache_bytes=size.kv_cache_bytes,
+        tensor_parallel_size=max(1, len(gpus)),
+        seed=args.seed,
+        extra_args=tuple(shlex.split(args.vllm_args or "")),
+        visible_devices=",".join(gpus) or None,
+        cpu_threads=place.cpu_threads,
+    )
+
+
+def tensor_parallel_size(place: Place, args: Any, model_args: Any) -> int:
+    """GPUs of one engine, from the size of the model and of the GPU."""
+    try:
+        weights_bytes = 2 * load_shape(model_args.model_name_or_path).parameters
+    except DsvllmError:
+        weights_bytes = None
+    gpu_bytes = torch.cuda.get_device_properties(0).total_memory
+    return gpus_needed(place, args.gen_eval_tensor_parallel, weights_bytes, gpu_bytes, load_config(model_args))
+
+
+def as_the_trainer_holds_it(model_args: Any, quantization: Any, run_dir: Path) -> Path:
+    """The base as a QLoRA trainer holds it, in 16 bit, for the engine to put adapters on."""
+    out = run_dir / "engine" / "base"
+    shutil.rmtree(out, ignore_errors=True)
+    dtype = getattr(torch, model_args.dtype)
+    return dequantised_base(local_base(model_args.model_name_or_path), quantization.to_dict(), out, dtype=dtype)

@@ -1,0 +1,212 @@
+"""Starting that process, waiting for it within a deadline, and what comes back."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import importlib.util
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import tempfile
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from hf_dsvllm.engine.server import SCRUBBED, SCRUBBED_PREFIXES
+from hf_dsvllm.errors import EngineError, Problem
+
+__all__ = ["HarnessScores", "TaskResult", "check_tasks", "installed", "names_of", "run_tasks"]
+
+CHILD = Path(__file__).with_name("child.py")
+CHECK_S = 600.0  # data sets may have to be downloaded
+CONCURRENT = 16
+LOG_LINES = 6
+_loaded: set[tuple[str, ...]] = set()  # names whose tasks this process has seen load
+INSTALL = "pip install 'hf-dsvllm[lm-eval]'"
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class TaskResult:
+    """Scores and standard errors by metric, as lm-eval calls it, and the prompts (none for a group of tasks)."""
+
+    name: str
+    scores: Mapping[str, float]
+    errors: Mapping[str, float]
+    rows: Sequence[Mapping[str, Any]]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class HarnessScores:
+    """`tasks`: those asked for, groups as one; `parts`: the members of groups, whose prompts are kept too."""
+
+    tasks: Sequence[TaskResult]
+    parts: Sequence[TaskResult] = ()
+
+
+def installed() -> bool:
+    """Whether lm-eval and what its API models need are there; imports nothing."""
+    return all(importlib.util.find_spec(name) for name in ("lm_eval", "aiohttp", "tenacity"))
+
+
+def names_of(given: Sequence[str] | None) -> tuple[str, ...]:
+    """gsm8k,arc_easy → both, in order and once; files by their whole path."""
+    words = (word.strip() for item in given or () for word in item.split(","))
+    return tuple(dict.fromkeys(str(Path(w).expanduser().absolute()) if w.endswith(".yaml") else w for w in words if w))
+
+
+def check_tasks(names: Sequence[str]) -> list[Problem]:
+    """What would go wrong with these tasks, found by loading them and their data: minutes where it is downloaded."""
+    if tuple(names) in _loaded:  # arguments are often made more than once
+        return []
+    if not installed():
+        return [Problem("gen_eval_lm_eval needs lm-evaluation-harness, which is not installed", INSTALL)]
+    absent = [name for name in names if name.endswith(".yaml") and not Path(name).is_file()]
+    if absent:
+        return [Problem(f"gen_eval_lm_eval: there is no file {', '.join(absent)}", "check the path")]
+    with tempfile.TemporaryDirectory(prefix="dsvllm-lm-eval-") as folder:
+        log = Path(folder) / "log"
+        try:
+            result = do({"kind": "check", "tasks": list(names)}, log=log, timeout_s=CHECK_S, env={})
+        except EngineError as error:
+            return [Problem(f"gen_eval_lm_eval: {error}", "see whether lm-eval itself runs these tasks")]
+    problems = [
+        Problem(
+            f"gen_eval_lm_eval: there is no task {name!r}",
+            f"did you mean {' or '.join(near)}?" if near else "`lm-eval ls tasks` lists them",
+        )
+        for name, near in result["unknown"].items()
+    ]
+    problems += [
+        Problem(
+            f"gen_eval_lm_eval: task {name} cannot be loaded: {why}",
+            "its data set comes from the hub: load it once where the hub is reached (HF_HUB_OFFLINE unset), or name "
+            "a .yaml task with files of your own",
+        )
+        for name, why in result["failed"].items()
+    ]
+    if not problems:
+        _loaded.add(tuple(names))
+    return problems
+
+
+def run_tasks(
+    names: Sequence[str],
+    *,
+    url: str,
+    key: str,
+    model: str,
+    tokenizer: str,
+    max_length: int,
+    limit: int | None,
+    seed: int,
+    log: Path,
+    timeout_s: float,
+) -> HarnessScores:
+    """Ask the model at `url` every task (the first `limit` prompts of each); at most `timeout_s` seconds.
+
+    Raises EngineError with the end of `log` if lm-eval fails or takes longer.
+    """
+    job = {
+        "kind": "run", "tasks": list(names), "url": url, "model": model, "tokenizer": tokenizer, "limit": limit,
+        "max_length": max_length, "seed": seed, "concurrent": CONCURRENT, "timeout_s": max(1, int(timeout_s)),
+    }  # fmt: skip
+    result = do(job, log=log, timeout_s=timeout_s, env={"OPENAI_API_KEY": key})
+    rows = result["rows"]
+    tasks = [task_of(name, told, rows.get(name, ())) for name, told in result["tasks"].items()]
+    empty: dict[str, Any] = {"scores": {}, "errors": {}}
+    parts = [task_of(name, empty, rows[name]) for name in rows if name not in result["tasks"]]
+    return HarnessScores(tasks=tasks, parts=parts)
+
+
+def task_of(name: str, told: Mapping[str, Mapping[str, float]], rows: Sequence[Mapping[str, Any]]) -> TaskResult:
+    return TaskResult(
+        name=safe(name),
+        scores={safe(metric): value for metric, value in told["scores"].items()},
+        errors={safe(metric): value for metric, value in told["errors"].items()},
+        rows=[dict(row) | {"scores": {safe(m): v for m, v in row["scores"].items()}} for row in rows],
+    )
+
+
+def safe(name: str) -> str:
+    """As in a metric key: exact_match_strict-match → exact_match_strict_match."""
+    return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
+
+
+def do(job: Mapping[str, Any], *, log: Path, timeout_s: float, env: Mapping[str, str]) -> dict[str, Any]:
+    """One job in a process of its own.  Raises EngineError."""
+    log.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix="dsvllm-lm-eval-") as folder, log.open("ab") as output:
+        out = Path(folder) / "result.json"
+        process = subprocess.Popen(
+            [sys.executable, str(CHILD)],
+            stdin=subprocess.PIPE,
+            stdout=output,
+            stderr=subprocess.STDOUT,
+            env=environment(env),
+            start_new_session=True,
+        )
+        assert process.stdin is not None
+        try:
+            process.stdin.write(json.dumps({**job, "out": str(out)}).encode() + b"\n")
+            process.stdin.flush()
+            process.wait(timeout_s)
+        except subprocess.TimeoutExpired:
+            raise EngineError(
+                f"lm-eval was not done after {timeout_s:.0f} s. Raise --gen_eval_timeout or lower --gen_eval_limit."
+            ) from None
+        except OSError as error:
+            raise EngineError(f"lm-eval ended before it began ({error}): {tail(log)}") from None
+        finally:
+            end(process)
+        result = read(out)
+    if process.returncode or result is None or "error" in result:
+        why = (result or {}).get("error") or tail(log)
+        raise EngineError(f"lm-eval failed (exit code {process.returncode}): {why}. Its log is {log}.")
+    return result
+
+
+def end(process: subprocess.Popen[bytes]) -> None:
+    """Nothing of it is left, and its pipe is closed."""
+    if process.poll() is None:
+        os.killpg(process.pid, signal.SIGKILL)
+        process.wait()
+    if process.stdin is not None:
+        with contextlib.suppress(OSError):
+            process.stdin.close()
+
+
+def read(out: Path) -> dict[str, Any] | None:
+    try:
+        found = json.loads(out.read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def environment(more: Mapping[str, str]) -> dict[str, str]:
+    """Ours without the launcher's variables and without GPUs: it asks, it does not compute."""
+    kept = {k: v for k, v in os.environ.items() if k not in SCRUBBED and not k.startswith(SCRUBBED_PREFIXES)}
+    direct = ",".join(filter(None, (kept.get("no_proxy") or kept.get("NO_PROXY"), "127.0.0.1")))
+    return {
+        **kept,
+        "CUDA_VISIBLE_DEVICES": "",
+        "TOKENIZERS_PARALLELISM": "false",
+        "OMP_NUM_THREADS": "1",
+        "PYTHONSAFEPATH": "1",
+        "NO_PROXY": direct,  # a site's proxy must not stand between it and loopback
+        "no_proxy": direct,
+        **more,
+    }
+
+
+def tail(log: Path) -> str:
+    """The last lines of a log, as one."""
+    try:
+        lines = log.read_text(encoding="utf-8", errors="replace").splitlines()
+    except OSError:
+        return "it wrote no log"
+    return " / ".join(line.strip() for line in lines[-LOG_LINES:] if line.strip()) or "it wrote nothing"

@@ -1,0 +1,105 @@
+"""How much the engine needs: the length of its sequences, the size of its cache, its GPUs."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+from transformers import LlamaConfig, Qwen3Config
+
+from hf_dsvllm import engine_size
+from hf_dsvllm.engine_size import gpus_needed, kv_bytes_per_token, size_engine
+from hf_dsvllm.errors import ConfigError
+from hf_dsvllm.placement import Place
+from hf_dsvllm.task_settings import TaskSettings
+from hf_dsvllm.tasks import load_task, render_prompt
+from tests.tiny import write_tiny_model
+
+GIB = 1 << 30
+ON_CPU = Place(kind="cpu", cpu_threads=2, reason="the CPU")
+
+
+@pytest.mark.parametrize(
+    ("config", "bytes_per_token"),
+    [
+        # 2 x 28 layers x 8 heads x 128 x 2 bytes: Qwen3-1.7B's published shape
+        (Qwen3Config(num_hidden_layers=28, num_attention_heads=16, num_key_value_heads=8, head_dim=128), 114_688),
+        # no head_dim of its own: 64 / 2 = 32
+        (LlamaConfig(hidden_size=64, num_hidden_layers=2, num_attention_heads=2, num_key_value_heads=1), 256),
+    ],
+)
+def test_the_cache_of_a_token_follows_the_models_shape(config: Any, bytes_per_token: int) -> None:
+    assert kv_bytes_per_token(config, element_bytes=2) == bytes_per_token
+    assert kv_bytes_per_token(config, element_bytes=4) == 2 * bytes_per_token
+
+
+@pytest.fixture
+def case(tmp_path: Path) -> tuple[Any, Any, Any, Any]:
+    """Arguments, model arguments, one task and the tokenizer of a tiny model."""
+    from transformers import AutoTokenizer
+
+    folder = write_tiny_model(tmp_path / "model")
+    file = tmp_path / "eval.jsonl"
+    file.write_text('{"prompt": "short", "reference": "x"}\n{"prompt": "rather longer", "reference": "y"}\n')
+    args = SimpleNamespace(gen_eval_max_new_tokens=50, gen_eval_lm_eval=None, gen_eval_expose=None)
+    model_args = SimpleNamespace(model_name_or_path=str(folder), model_revision=None, use_peft=False)
+    return args, model_args, load_task(file), AutoTokenizer.from_pretrained(folder)
+
+
+def test_on_a_cpu_the_longest_prompt_and_answer_fit_and_the_cache_is_whole(case: tuple[Any, Any, Any, Any]) -> None:
+    args, model_args, task, tokenizer = case
+    size = size_engine(ON_CPU, args, model_args, [task], tokenizer)
+    longest = max(len(render_prompt(sample, tokenizer)) for sample in task.samples)
+    assert size.max_model_len == longest + 50 + engine_size.TEMPLATE_SLACK_TOKENS
+    assert size.kv_cache_bytes == GIB, "a small model's cache is the smallest one"
+    assert "1.0 GiB of KV cache" in size.reason
+
+
+def test_a_task_of_longer_answers_and_prompts_of_others_have_room_too(case: tuple[Any, Any, Any, Any]) -> None:
+    args, model_args, task, tokenizer = case
+    longer = dataclasses.replace(task, settings=TaskSettings(max_new_tokens=90))
+    sizes = [size_engine(ON_CPU, args, model_args, tasks, tokenizer) for tasks in ([task], [task, longer])]
+    assert sizes[1].max_model_len == sizes[0].max_model_len + 40
+    args.gen_eval_lm_eval = ["gsm8k"]
+    assert size_engine(ON_CPU, args, model_args, [], tokenizer).max_model_len == 1024  # all the tiny model takes
+
+
+def test_the_cache_of_a_large_model_is_bounded(
+    case: tuple[Any, Any, Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_size, "kv_bytes_per_token", lambda config, element_bytes: GIB)
+    size = size_engine(ON_CPU, case[0], case[1], [case[2]], case[3])
+    assert size.kv_cache_bytes == engine_size.MAX_KV_CACHE_BYTES
+
+
+CONFIG = Qwen3Config(num_attention_heads=32)
+
+
+@pytest.mark.parametrize(
+    ("kind", "gpus", "asked", "weights_gib", "expected"),
+    [
+        ("spare", 4, None, 16, 1),
+        ("spare", 4, None, 61, 1),  # 0.8 x 80 GiB
+        ("spare", 4, None, 65, 2),
+        ("spare", 3, None, 140, None),  # 3 does not divide 32 heads
+        ("spare", 4, None, 140, 4),
+        ("shared", 4, None, 33, 2),  # 0.4 x 80 GiB
+        ("spare", 2, 2, 1, 2),
+        ("spare", 2, 4, 1, None),
+        ("spare", 3, 3, 1, None),
+        ("spare", 1, None, None, 1),
+    ],
+)
+def test_an_engine_spreads_over_as_many_gpus_as_its_weights_need(
+    kind: Any, gpus: int, asked: int | None, weights_gib: int | None, expected: int | None
+) -> None:
+    place = Place(kind=kind, gpus=tuple(map(str, range(gpus))), reason="")
+    weights_bytes = None if weights_gib is None else weights_gib * GIB
+    if expected is None:
+        with pytest.raises(ConfigError, match="fix: "):
+            gpus_needed(place, asked, weights_bytes, 80 * GIB, CONFIG)
+    else:
+        assert gpus_needed(place, asked, weights_bytes, 80 * GIB, CONFIG) == expected

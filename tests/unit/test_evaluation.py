@@ -1,0 +1,213 @@
+"""One evaluation with a stand-in for the engine: what is asked, what is written, what a failure costs."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from hf_dsvllm import evaluation, metrics
+from hf_dsvllm.delivery import Asked
+from hf_dsvllm.engine.client import Completion
+from hf_dsvllm.engine.sync import SyncResult
+from hf_dsvllm.errors import EngineError
+from hf_dsvllm.evaluation import Evaluator, HarnessTasks, Sampling
+from hf_dsvllm.harness import HarnessScores, TaskResult
+from hf_dsvllm.snapshot import Snapshot
+from hf_dsvllm.task_settings import TaskSettings
+from hf_dsvllm.tasks import EvalSample, EvalTask
+
+PROMPTS = 32
+KEY = "eval_gen_letters_exact_match"
+
+
+class Tokenizer:
+    """One token a character."""
+
+    def __call__(self, text: str) -> dict[str, list[int]]:
+        return {"input_ids": [ord(letter) for letter in text]}
+
+    def decode(self, ids: tuple[int, ...], skip_special_tokens: bool) -> str:
+        assert skip_special_tokens
+        return "".join(map(chr, ids))
+
+
+class Engine:
+    """Answers every prompt with `text` and remembers how it was asked."""
+
+    def __init__(self) -> None:
+        self.text = "a"
+        self.asked: list[dict[str, Any]] = []
+
+    def generate(self, prompts: list[list[int]], **how: Any) -> list[Completion]:
+        self.asked.append(how)
+        ids = tuple(map(ord, self.text))
+        return [
+            Completion(prompt_index=place, sample_index=n, token_ids=ids, text="", finish_reason="stop", logprobs=None)
+            for place in range(len(prompts))
+            for n in range(how["n"])
+        ]
+
+    def close(self) -> None:
+        pass
+
+    def health(self) -> bool:
+        return True
+
+
+def task(**settings: Any) -> EvalTask:
+    samples = tuple(EvalSample(id=str(n), prompt=f"{n}?", reference="a", line=n) for n in range(PROMPTS))
+    return EvalTask(name="letters", samples=samples, metrics=("exact_match",), settings=TaskSettings(**settings))
+
+
+def evaluator(run: Path, engine: Engine, **more: Any) -> Evaluator:
+    spec = SimpleNamespace(served_name="base", tokenizer=None, model="model", max_model_len=64)
+    server: Any = SimpleNamespace(
+        uds=run / "socket", alive=True, spec=spec, wait_ready=lambda _: None, stop=lambda: None
+    )
+    sampling = Sampling(max_new_tokens=9, temperature=0.0, seed=5, timeout_s=60.0, stop_token_ids=(2,))
+    made = Evaluator(
+        server=server, tokenizer=Tokenizer(), sampling=sampling, run_dir=run, **({"tasks": [task()]} | more)
+    )
+    made.delivery.client = engine  # type: ignore[assignment]
+    push = SyncResult(model_name="step-now", path_used="reload", why="a test", seconds=0.0)
+    made.delivery.sync = SimpleNamespace(push=lambda *_: push)  # type: ignore[assignment]
+    return made
+
+
+def score_rows(run: Path) -> list[dict[str, Any]]:
+    return [json.loads(line) for line in (run / "evals" / "scores.jsonl").read_text().splitlines()]
+
+
+def snapshot(run: Path, step: int) -> Snapshot:
+    return Snapshot(path=run, kind="full", step=step)
+
+
+def test_a_task_is_asked_by_its_own_settings_and_the_rest_by_the_arguments(tmp_path: Path) -> None:
+    engine = Engine()
+    tasks = [task(samples=3, temperature=0.5, max_new_tokens=4, stop=("#",))]
+    evaluator(tmp_path, engine, tasks=tasks).evaluate(Asked(step=0))
+    [how] = engine.asked
+    assert (how["n"], how["temperature"], how["max_new_tokens"], how["stop"]) == (3, 0.5, 4, ("#",))
+    assert (how["seed"], how["stop_token_ids"], how["model"]) == (5, (2,), "base")
+
+
+def test_an_answer_is_cut_at_the_tasks_stop_string(tmp_path: Path) -> None:
+    engine = Engine()
+    engine.text = "a#and more"
+    assert evaluator(tmp_path, engine, tasks=[task(stop=("#",))]).evaluate(Asked(step=0)).scores == {KEY: 1.0}
+
+
+def test_each_score_is_held_against_the_first_and_the_best_on_the_console_and_on_disk(tmp_path: Path) -> None:
+    engine = Engine()
+    made = evaluator(tmp_path, engine)
+    engine.text = "x"
+    assert "over step" not in made.evaluate(Asked(step=0)).line()
+    engine.text = "a"
+    result = made.evaluate(Asked(step=10, snapshot=snapshot(tmp_path, 10)))
+    assert f"{KEY} 100.0% ± 0.0% (+100.0 [+100.0, +100.0] over step 0)" in result.line()
+    resumed = evaluator(tmp_path, engine).evaluate(Asked(step=20, snapshot=snapshot(tmp_path, 20)))
+    assert "within noise of step 10" in resumed.line()
+    told = score_rows(tmp_path)[-1]["comparisons"][KEY]
+    assert told["over_base"] == {"low": 1.0, "high": 1.0, "mean": 1.0}
+    assert "as good as the best so far (step 10)" in told["sentence"]
+
+
+def test_a_metric_that_could_score_nothing_is_not_logged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(metrics, "score", lambda *_, **__: [None] * PROMPTS)
+    result = evaluator(tmp_path, Engine()).evaluate(Asked(step=0))
+    assert (result.scores, result.comparisons) == ({}, {})
+    assert "exact_match" in (tmp_path / "evals" / "step-000000.letters.jsonl").read_text()
+
+
+def test_too_few_prompts_for_an_interval_are_said_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    few = task()
+    few = EvalTask(name=few.name, samples=few.samples[:5], metrics=few.metrics)
+    made = evaluator(tmp_path, Engine(), tasks=[few])
+    for step in (0, 10, 20):
+        made.evaluate(Asked(step=step, snapshot=snapshot(tmp_path, step)))
+    assert capsys.readouterr().err.count("5 prompts have a score in both, an interval needs 30") == 1
+
+
+def harness_scores(value: float) -> HarnessScores:
+    rows = [{"id": str(n), "prompt": "", "reference": "", "answer": "", "finish_reason": "", "scores": {"acc": value}}
+            for n in range(PROMPTS)]  # fmt: skip
+    quiz = TaskResult(name="quiz", scores={"acc": value}, errors={"acc": 0.01}, rows=rows)
+    group = TaskResult(name="many", scores={"acc": value}, errors={}, rows=())
+    return HarnessScores(tasks=(quiz, group), parts=(TaskResult(name="part", scores={}, errors={}, rows=rows),))
+
+
+def test_scores_of_lm_eval_stand_beside_ours_and_are_compared_too(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    asked: list[dict[str, Any]] = []
+
+    def run_tasks(names: tuple[str, ...], **how: Any) -> HarnessScores:
+        asked.append({"names": names, **how})
+        return harness_scores(0.25 if len(asked) == 1 else 0.75)
+
+    monkeypatch.setattr(evaluation, "run_tasks", run_tasks)
+    made = evaluator(tmp_path, Engine(), harness=HarnessTasks(names=("quiz", "many"), limit=7))
+    made.evaluate(Asked(step=0))
+    result = made.evaluate(Asked(step=10, snapshot=snapshot(tmp_path, 10)))
+    assert result.scores == {KEY: 1.0, "eval_gen_quiz_acc": 0.75, "eval_gen_many_acc": 0.75}
+    assert result.standard_errors["eval_gen_quiz_acc"] == 0.01
+    assert result.standard_errors["eval_gen_many_acc"] is None
+    assert result.comparisons["eval_gen_quiz_acc"].brief.startswith("+50.0")
+    assert "eval_gen_many_acc" not in result.comparisons  # a group has no prompts of its own
+    assert result.samples == 3 * PROMPTS
+    assert (tmp_path / "evals" / "step-000010.part.jsonl").exists()
+    row = json.loads((tmp_path / "evals" / "step-000010.quiz.jsonl").read_text().splitlines()[0])
+    assert (row["step"], row["model"], row["scores"]) == (10, "step-now", {"acc": 0.75})
+    assert (asked[0]["limit"], asked[0]["tokenizer"], asked[0]["model"]) == (7, "model", "training")
+    assert asked[0]["key"] != asked[1]["key"]
+
+
+def test_lm_eval_that_fails_costs_its_own_scores_only(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def run_tasks(*_: Any, **__: Any) -> HarnessScores:
+        raise EngineError("lm-eval was not done after 3 s.")
+
+    monkeypatch.setattr(evaluation, "run_tasks", run_tasks)
+    result = evaluator(tmp_path, Engine(), harness=HarnessTasks(names=("quiz",))).evaluate(Asked(step=0))
+    assert result.scores == {KEY: 1.0}
+    assert "no scores of lm-evaluation-harness. lm-eval was not done" in capsys.readouterr().err
+
+
+def test_a_port_that_is_taken_is_no_reason_not_to_evaluate(
+    tmp_path: Path, free_port: int, capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = evaluator(tmp_path, Engine(), expose_port=free_port)
+    second = evaluator(tmp_path, Engine(), expose_port=free_port)
+    assert "the model in training cannot be asked: port" in capsys.readouterr().err
+    assert second.door is None
+    assert second.evaluate(Asked(step=0)).scores == {KEY: 1.0}
+    first.close()
+
+
+def test_weights_that_did_not_arrive_leave_the_door_shut(tmp_path: Path) -> None:
+    import httpx
+
+    made = evaluator(tmp_path, Engine(), expose_port=0)
+    assert made.door is not None
+    made.evaluate(Asked(step=0))
+    key = (tmp_path / "engine" / "expose.key").read_text()
+
+    def ask() -> httpx.Response:
+        assert made.door is not None
+        return httpx.post(f"{made.door.url}/completions", json={}, headers={"Authorization": f"Bearer {key}"})
+
+    assert "does not answer" in ask().text  # open, but there is no engine on that socket
+
+    def fail(*_: Any) -> SyncResult:
+        raise EngineError("the reload failed")
+
+    made.delivery.sync = SimpleNamespace(push=fail)  # type: ignore[assignment]
+    with pytest.raises(EngineError):
+        made.evaluate(Asked(step=10, snapshot=snapshot(tmp_path, 10)))
+    assert "the weights of step 10 are on their way" in ask().text
+    made.close()
