@@ -23,9 +23,10 @@ from hf_dsvllm.engine.remote import RemoteServer
 from hf_dsvllm.engine.server import EngineServer
 from hf_dsvllm.engine.sync import SyncResult
 from hf_dsvllm.errors import EngineError
+from hf_dsvllm.eval_result import EvalResult, HarnessTasks, Sampling, sampling_of
 from hf_dsvllm.files import write_text
 from hf_dsvllm.forwarder import MODEL, Forwarder, expose_key
-from hf_dsvllm.harness import HarnessScores, run_tasks
+from hf_dsvllm.harness import HarnessScores, Worker, run_tasks
 from hf_dsvllm.score_history import EVALS, ScoreHistory, answers_file, metric_key
 from hf_dsvllm.statistics import Comparison
 from hf_dsvllm.task_scores import Drawn, cut_at_stop, score_task
@@ -35,84 +36,6 @@ __all__ = ["EVALS", "EvalResult", "Evaluator", "HarnessTasks", "Sampling", "metr
 
 
 HARNESS_LENGTH = 2048  # lm-eval's own default of max_length, in tokens
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Sampling:
-    """How answers are drawn; temperature 0 is greedy.  `timeout_s` bounds one evaluation, server start included.
-
-    Of `samples` answers to a prompt number i is drawn with seed + i (vLLM's v1/engine/parallel_sampling.py).
-    """
-
-    max_new_tokens: int
-    temperature: float
-    seed: int
-    timeout_s: float
-    stop_token_ids: tuple[int, ...]
-    samples: int = 1
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class HarnessTasks:
-    """Tasks of lm-evaluation-harness; `limit`: only the first so many prompts of each."""
-
-    names: tuple[str, ...]
-    limit: int | None = None
-
-
-def sampling_of(task: EvalTask, sampling: Sampling) -> Sampling:
-    """The arguments' sampling with what the task's own settings say otherwise."""
-    own = task.settings
-    given = {"max_new_tokens": own.max_new_tokens, "temperature": own.temperature, "samples": own.samples}
-    return dataclasses.replace(sampling, **{name: value for name, value in given.items() if value is not None})
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class EvalResult:
-    """One evaluation: `scores` by metric key, and where the seconds went (`publish`: live weights to disk).
-
-    `samples` counts prompts.  `proof`: the canary's sentence, None where it could not be asked.  `comparisons`: by
-    metric key, against step 0 and the best step before this one.
-    """
-
-    step: int
-    scores: Mapping[str, float]
-    standard_errors: Mapping[str, float | None]
-    samples: int
-    generated_tokens: int
-    weights_path: str
-    weights_why: str
-    proof: str | None
-    publish_seconds: float
-    wait_seconds: float
-    sync_seconds: float
-    generate_seconds: float
-    total_seconds: float
-    comparisons: Mapping[str, Comparison] = dataclasses.field(default_factory=dict)
-
-    @property
-    def tokens_per_second(self) -> float:
-        return self.generated_tokens / self.generate_seconds if self.generate_seconds else 0.0
-
-    def _error(self, name: str) -> str:
-        """The standard error, which one answer alone has not."""
-        error = self.standard_errors[name]
-        return "" if error is None else f" ± {error:.1%}"
-
-    def _compared(self, name: str) -> str:
-        brief = self.comparisons[name].brief if name in self.comparisons else ""
-        return f" ({brief})" if brief else ""
-
-    def line(self) -> str:
-        """One line for the console."""
-        scores = ", ".join(
-            f"{name} {value:.1%}{self._error(name)}{self._compared(name)}" for name, value in self.scores.items()
-        )
-        return (
-            f"step {self.step}: {scores} ({self.samples} prompts, {self.generated_tokens} tokens, "
-            f"{self.tokens_per_second:.0f} tok/s, weights by {self.weights_path} in {self.sync_seconds:.2f} s, "
-            f"{self.total_seconds:.1f} s in all)"
-        )
 
 
 class Evaluator:
@@ -146,9 +69,12 @@ class Evaluator:
         self.sampling = sampling
         self.run_dir = run_dir
         self.harness = harness
+        self._lm_eval = Worker(run_dir / "engine" / "lm-eval.log")
         self.history = ScoreHistory(run_dir, lower_is_better=lower_is_better)
         self.prompts = {task.name: [render_prompt(sample, tokenizer) for sample in task.samples] for task in tasks}
         self._told_few = False
+        if harness is not None:
+            self._lm_eval.start()
         self.door = None if expose_port is None else self._expose(expose_port)
 
     def evaluate(self, asked: Asked) -> EvalResult:
@@ -206,6 +132,7 @@ class Evaluator:
         """Stop the engine."""
         if self.door is not None:
             self.door.close()
+        self._lm_eval.close()
         self.delivery.close()
 
     def _ask(self, task: EvalTask, model: str, deadline: float) -> list[Completion]:
@@ -275,6 +202,7 @@ class Evaluator:
             with Forwarder(key=key) as forwarder:
                 forwarder.resume(model, self.delivery.server.uds)
                 return run_tasks(
+                    self._lm_eval,
                     self.harness.names,
                     url=forwarder.url,
                     key=key,
@@ -283,7 +211,6 @@ class Evaluator:
                     max_length=spec.max_model_len or HARNESS_LENGTH,
                     limit=self.harness.limit,
                     seed=self.sampling.seed,
-                    log=self.run_dir / "engine" / "lm-eval.log",
                     timeout_s=max(0.0, deadline - time.monotonic()),
                 )
         except EngineError as error:

@@ -137,6 +137,9 @@ def command(spec: EngineSpec, uds: Path) -> list[str]:
         line += ["--gpu-memory-utilization", str(utilization)]
     if spec.device == "cpu":
         line += ["--worker-extension-cls", "dsvllm_worker.DsvllmWorker"]
+        # A seeded, sampled answer whose prompt is read in two pieces ends vLLM 0.32 on a CPU: "CPU Generator does not
+        # use offset" (v1/worker/gpu_model_runner.py, _bookkeeping_sync).  So prompts are read whole.
+        line += ["--no-enable-chunked-prefill"]
     return [*line, *spec.extra_args]
 
 

@@ -1,14 +1,17 @@
-"""Runs inside the process that imports lm_eval: one job as a line of JSON on stdin, its result in a file.
+"""Runs inside the process that imports lm_eval: jobs as lines of JSON on stdin, each one's result in a file.
 
-stdin stays open for as long as the parent wants us to live: at its end this process ends, whatever it is doing.
+It stays for the next evaluation, since importing lm_eval takes longer than many a task.  At the end of stdin, which the
+trainer holds, it ends, whatever it is doing.
 """
 
 from __future__ import annotations
 
 import contextlib
 import difflib
+import importlib
 import json
 import os
+import queue
 import sys
 import threading
 import traceback
@@ -21,23 +24,27 @@ BOOTSTRAPS = 1000  # of lm-eval's standard errors for metrics that are no means
 
 
 def main() -> None:
-    job = json.loads(sys.stdin.readline())
-    threading.Thread(target=end_with_parent, daemon=True).start()
-    out = Path(job["out"])
-    try:
-        write(out, check(job) if job["kind"] == "check" else run(job))
-    except Exception as error:
-        traceback.print_exc()
-        write(out, {"error": f"{type(error).__name__}: {error}"})
-    sys.stdout.flush()
-    sys.stderr.flush()
-    os._exit(0)  # the result is written; an orderly end would wait for threads of libraries, and for ours
+    jobs: queue.SimpleQueue[dict[str, Any]] = queue.SimpleQueue()
+    threading.Thread(target=read_jobs, args=(jobs,), daemon=True).start()
+    with contextlib.suppress(Exception):  # while the engine loads; if it cannot be imported the first job says so
+        importlib.import_module("lm_eval")
+    while True:
+        job = jobs.get()
+        os.environ["OPENAI_API_KEY"] = job.get("key", "")
+        try:
+            result = check(job) if job["kind"] == "check" else run(job)
+        except Exception as error:
+            traceback.print_exc()
+            result = {"error": f"{type(error).__name__}: {error}"}
+        sys.stdout.flush()
+        write(Path(job["out"]), result)
 
 
-def end_with_parent() -> None:
-    with contextlib.suppress(OSError):
-        while os.read(0, 1):
-            pass
+def read_jobs(jobs: queue.SimpleQueue[dict[str, Any]]) -> None:
+    """Every line of stdin, and the end of this process at its end."""
+    with contextlib.suppress(OSError), open(0, encoding="utf-8", closefd=False) as lines:
+        for line in lines:
+            jobs.put(json.loads(line))
     os._exit(ENDED_WITH_PARENT)
 
 

@@ -1,4 +1,4 @@
-"""Starting that process, waiting for it within a deadline, and what comes back."""
+"""That process from outside: its jobs, each within a deadline, and what comes back."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import signal
 import subprocess
 import sys
 import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -19,11 +20,12 @@ from typing import Any
 from hf_dsvllm.engine.server import SCRUBBED, SCRUBBED_PREFIXES
 from hf_dsvllm.errors import EngineError, Problem
 
-__all__ = ["HarnessScores", "TaskResult", "check_tasks", "installed", "names_of", "run_tasks"]
+__all__ = ["HarnessScores", "TaskResult", "Worker", "check_tasks", "installed", "names_of", "run_tasks"]
 
 CHILD = Path(__file__).with_name("child.py")
 CHECK_S = 600.0  # data sets may have to be downloaded
 CONCURRENT = 16
+POLL_S = 0.05
 LOG_LINES = 6
 _loaded: set[tuple[str, ...]] = set()  # names whose tasks this process has seen load
 INSTALL = "pip install 'hf-dsvllm[lm-eval]'"
@@ -67,10 +69,9 @@ def check_tasks(names: Sequence[str]) -> list[Problem]:
     absent = [name for name in names if name.endswith(".yaml") and not Path(name).is_file()]
     if absent:
         return [Problem(f"gen_eval_lm_eval: there is no file {', '.join(absent)}", "check the path")]
-    with tempfile.TemporaryDirectory(prefix="dsvllm-lm-eval-") as folder:
-        log = Path(folder) / "log"
+    with tempfile.TemporaryDirectory(prefix="dsvllm-lm-eval-") as folder, Worker(Path(folder) / "log") as worker:
         try:
-            result = do({"kind": "check", "tasks": list(names)}, log=log, timeout_s=CHECK_S, env={})
+            result = worker.do({"kind": "check", "tasks": list(names)}, CHECK_S)
         except EngineError as error:
             return [Problem(f"gen_eval_lm_eval: {error}", "see whether lm-eval itself runs these tasks")]
     problems = [
@@ -94,6 +95,7 @@ def check_tasks(names: Sequence[str]) -> list[Problem]:
 
 
 def run_tasks(
+    worker: Worker,
     names: Sequence[str],
     *,
     url: str,
@@ -103,18 +105,18 @@ def run_tasks(
     max_length: int,
     limit: int | None,
     seed: int,
-    log: Path,
     timeout_s: float,
 ) -> HarnessScores:
     """Ask the model at `url` every task (the first `limit` prompts of each); at most `timeout_s` seconds.
 
-    Raises EngineError with the end of `log` if lm-eval fails or takes longer.
+    Raises EngineError if lm-eval fails or takes longer.
     """
     job = {
-        "kind": "run", "tasks": list(names), "url": url, "model": model, "tokenizer": tokenizer, "limit": limit,
-        "max_length": max_length, "seed": seed, "concurrent": CONCURRENT, "timeout_s": max(1, int(timeout_s)),
+        "kind": "run", "tasks": list(names), "url": url, "key": key, "model": model, "tokenizer": tokenizer,
+        "limit": limit, "max_length": max_length, "seed": seed, "concurrent": CONCURRENT,
+        "timeout_s": max(1, int(timeout_s)),
     }  # fmt: skip
-    result = do(job, log=log, timeout_s=timeout_s, env={"OPENAI_API_KEY": key})
+    result = worker.do(job, timeout_s)
     rows = result["rows"]
     tasks = [task_of(name, told, rows.get(name, ())) for name, told in result["tasks"].items()]
     empty: dict[str, Any] = {"scores": {}, "errors": {}}
@@ -136,47 +138,84 @@ def safe(name: str) -> str:
     return re.sub(r"[^a-z0-9]+", "_", name.lower()).strip("_")
 
 
-def do(job: Mapping[str, Any], *, log: Path, timeout_s: float, env: Mapping[str, str]) -> dict[str, Any]:
-    """One job in a process of its own.  Raises EngineError."""
-    log.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix="dsvllm-lm-eval-") as folder, log.open("ab") as output:
-        out = Path(folder) / "result.json"
-        process = subprocess.Popen(
-            [sys.executable, str(CHILD)],
-            stdin=subprocess.PIPE,
-            stdout=output,
-            stderr=subprocess.STDOUT,
-            env=environment(env),
-            start_new_session=True,
-        )
-        assert process.stdin is not None
-        try:
-            process.stdin.write(json.dumps({**job, "out": str(out)}).encode() + b"\n")
-            process.stdin.flush()
-            process.wait(timeout_s)
-        except subprocess.TimeoutExpired:
+class Worker:
+    """The process that runs lm-eval: started with the first job, kept for the next, ended by `close` or with ours."""
+
+    def __init__(self, log: Path) -> None:
+        """What it prints goes to `log`."""
+        self.log = log
+        self._process: subprocess.Popen[bytes] | None = None
+
+    def __enter__(self) -> Worker:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def start(self) -> None:
+        """Start it without a job yet, so that its imports are done when one comes; a failure shows at that job."""
+        with contextlib.suppress(OSError):
+            self._alive()
+
+    def do(self, job: Mapping[str, Any], timeout_s: float) -> dict[str, Any]:
+        """The result of one job; EngineError if it fails, or the process does, or `timeout_s` pass."""
+        deadline = time.monotonic() + timeout_s
+        with tempfile.TemporaryDirectory(prefix="dsvllm-lm-eval-") as folder:
+            out = Path(folder) / "result.json"
+            try:
+                process = self._alive()
+                assert process.stdin is not None
+                process.stdin.write(json.dumps({**job, "out": str(out)}).encode() + b"\n")
+                process.stdin.flush()
+                while not out.exists() and process.poll() is None and time.monotonic() < deadline:
+                    time.sleep(POLL_S)
+                result, code = read(out), process.poll()
+            except OSError as error:
+                self.close()
+                raise EngineError(f"lm-eval ended before it began ({error}): {tail(self.log)}") from None
+            except BaseException:
+                self.close()
+                raise
+        if result is None:
+            self.close()
+        if result is None and code is None:
             raise EngineError(
                 f"lm-eval was not done after {timeout_s:.0f} s. Raise --gen_eval_timeout or lower --gen_eval_limit."
-            ) from None
-        except OSError as error:
-            raise EngineError(f"lm-eval ended before it began ({error}): {tail(log)}") from None
-        finally:
-            end(process)
-        result = read(out)
-    if process.returncode or result is None or "error" in result:
-        why = (result or {}).get("error") or tail(log)
-        raise EngineError(f"lm-eval failed (exit code {process.returncode}): {why}. Its log is {log}.")
-    return result
+            )
+        if result is None or "error" in result:
+            why = tail(self.log) if result is None else result["error"]
+            raise EngineError(
+                f"lm-eval failed{'' if code is None else f' (exit code {code})'}: {why}. Its log is {self.log}."
+            )
+        return result
 
-
-def end(process: subprocess.Popen[bytes]) -> None:
-    """Nothing of it is left, and its pipe is closed."""
-    if process.poll() is None:
-        os.killpg(process.pid, signal.SIGKILL)
-        process.wait()
-    if process.stdin is not None:
+    def close(self) -> None:
+        """End it at once; safe to call twice."""
+        process, self._process = self._process, None
+        if process is None:
+            return
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.wait()
+        assert process.stdin is not None
         with contextlib.suppress(OSError):
             process.stdin.close()
+
+    def _alive(self) -> subprocess.Popen[bytes]:
+        """The process, a new one if the last has ended."""
+        if self._process is None or self._process.poll() is not None:
+            self.close()
+            self.log.parent.mkdir(parents=True, exist_ok=True)
+            with self.log.open("ab") as output:
+                self._process = subprocess.Popen(
+                    [sys.executable, str(CHILD)],
+                    stdin=subprocess.PIPE,
+                    stdout=output,
+                    stderr=subprocess.STDOUT,
+                    env=environment(),
+                    start_new_session=True,
+                )
+        return self._process
 
 
 def read(out: Path) -> dict[str, Any] | None:
@@ -187,7 +226,7 @@ def read(out: Path) -> dict[str, Any] | None:
     return found if isinstance(found, dict) else None
 
 
-def environment(more: Mapping[str, str]) -> dict[str, str]:
+def environment() -> dict[str, str]:
     """Ours without the launcher's variables and without GPUs: it asks, it does not compute."""
     kept = {k: v for k, v in os.environ.items() if k not in SCRUBBED and not k.startswith(SCRUBBED_PREFIXES)}
     direct = ",".join(filter(None, (kept.get("no_proxy") or kept.get("NO_PROXY"), "127.0.0.1")))
@@ -199,7 +238,6 @@ def environment(more: Mapping[str, str]) -> dict[str, str]:
         "PYTHONSAFEPATH": "1",
         "NO_PROXY": direct,  # a site's proxy must not stand between it and loopback
         "no_proxy": direct,
-        **more,
     }
 
 

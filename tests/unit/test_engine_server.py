@@ -98,6 +98,11 @@ def test_only_the_cpu_engine_loads_our_worker_extension_and_keeps_the_users_pyth
     assert sorted(file.name for file in Path(folder).glob("*.py")) == ["dsvllm_worker.py", "forking_api_server.py"]
     assert "--worker-extension-cls" in command(CPU, SOCKET)
     assert "--worker-extension-cls" not in command(GPU, SOCKET)
+
+
+def test_on_a_cpu_prompts_are_read_whole() -> None:
+    assert "--no-enable-chunked-prefill" in command(CPU, SOCKET)
+    assert "--no-enable-chunked-prefill" not in command(GPU, SOCKET)
     assert "PYTHONPATH" not in environment(GPU, {})
 
 

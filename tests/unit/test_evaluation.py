@@ -15,13 +15,18 @@ from hf_dsvllm.engine.client import Completion
 from hf_dsvllm.engine.sync import SyncResult
 from hf_dsvllm.errors import EngineError
 from hf_dsvllm.evaluation import Evaluator, HarnessTasks, Sampling
-from hf_dsvllm.harness import HarnessScores, TaskResult
+from hf_dsvllm.harness import HarnessScores, TaskResult, Worker
 from hf_dsvllm.snapshot import Snapshot
 from hf_dsvllm.task_settings import TaskSettings
 from hf_dsvllm.tasks import EvalSample, EvalTask
 
 PROMPTS = 32
 KEY = "eval_gen_letters_exact_match"
+
+
+@pytest.fixture(autouse=True)
+def _no_process(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(Worker, "start", lambda self: None)
 
 
 class Tokenizer:
@@ -145,7 +150,7 @@ def test_scores_of_lm_eval_stand_beside_ours_and_are_compared_too(
 ) -> None:
     asked: list[dict[str, Any]] = []
 
-    def run_tasks(names: tuple[str, ...], **how: Any) -> HarnessScores:
+    def run_tasks(worker: Worker, names: tuple[str, ...], **how: Any) -> HarnessScores:
         asked.append({"names": names, **how})
         return harness_scores(0.25 if len(asked) == 1 else 0.75)
 

@@ -50,7 +50,7 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers.get("Content-Length", 0))) or b"{}")
         self.engine.asked.append((self.path, body))
-        self.engine.headers.append(dict(self.headers))
+        self.engine.headers.append({name.lower(): value for name, value in self.headers.items()})
         code, kind, data = self.engine.answer(body)
         with contextlib.suppress(BrokenPipeError):
             self.send_response(code)
@@ -94,10 +94,25 @@ def test_a_request_reaches_the_engine_under_the_name_its_weights_have_now(door: 
     answer = post(door)
     assert answer.json() == {"model": "training", "choices": [1]}
     assert engine.asked == [("/v1/completions", {"model": "step-40-3", "prompt": "x"})]
-    assert "Authorization" not in engine.headers[0]
+    assert "authorization" not in engine.headers[0]
     door.resume("step-50-4", engine.uds)
     post(door, body={"prompt": "no model named"})
     assert engine.asked[-1][1]["model"] == "step-50-4"
+
+
+def test_a_remote_engine_is_asked_at_its_address_with_its_own_key(
+    door: Forwarder, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_DSVLLM_API_KEY", "of the remote one")
+    engine = Engine(Path())
+    with socketserver.ThreadingTCPServer(("127.0.0.1", 0), type("Bound", (Handler,), {"engine": engine})) as server:
+        thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.01})
+        thread.start()
+        door.resume("base", f"http://127.0.0.1:{server.server_address[1]}")
+        assert post(door).json()["model"] == "training"
+        server.shutdown()
+        thread.join()
+    assert [headers["authorization"] for headers in engine.headers] == ["Bearer of the remote one"]
 
 
 def test_the_list_of_models_holds_one_name_and_needs_no_engine(door: Forwarder) -> None:

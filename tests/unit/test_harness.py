@@ -4,7 +4,8 @@ from __future__ import annotations
 
 import importlib.util
 import json
-import os
+import subprocess
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -37,8 +38,9 @@ def ending(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, body: str) -> Path:
 
 def run(log: Path, **more: Any) -> harness.HarnessScores:
     given = {"url": "http://127.0.0.1:1/v1", "key": "k", "model": "training", "tokenizer": "t", "max_length": 64}
-    given |= {"limit": None, "seed": 1, "log": log, "timeout_s": 60.0}
-    return harness.run_tasks(("tiny",), **(given | more))
+    given |= {"limit": None, "seed": 1, "timeout_s": 60.0}
+    with harness.Worker(log) as worker:
+        return harness.run_tasks(worker, ("tiny",), **(given | more))
 
 
 def test_names_come_one_by_one_or_with_commas_and_files_by_their_whole_path() -> None:
@@ -64,7 +66,7 @@ def test_scores_errors_and_prompts_come_back_under_safe_names(tmp_path: Path, mo
     assert [part.name for part in scores.parts] == ["part"]
 
 
-def test_it_gets_the_key_by_environment_and_nothing_of_the_launcher(
+def test_it_gets_the_key_by_its_pipe_and_nothing_of_the_launcher(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("RANK", "3")
@@ -76,8 +78,8 @@ def test_it_gets_the_key_by_environment_and_nothing_of_the_launcher(
     with pytest.raises(EngineError):
         run(ending(tmp_path, monkeypatch, body), key="sesame")
     env, asked = json.loads(told.read_text())
-    assert env["OPENAI_API_KEY"] == "sesame"
-    assert "sesame" not in json.dumps(asked)
+    assert asked["key"] == "sesame"  # neither its command line nor its environment, which others may read
+    assert "sesame" not in json.dumps(env)
     assert "RANK" not in env
     assert "MASTER_PORT" not in env
     assert env["no_proxy"] == "intranet,127.0.0.1"
@@ -92,6 +94,30 @@ def test_one_that_fails_is_quoted(tmp_path: Path, monkeypatch: pytest.MonkeyPatc
         run(ending(tmp_path, monkeypatch, body))
 
 
+def test_one_process_does_one_job_after_another_and_ends_with_the_worker(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    body = "while job:\n"
+    body += "    open(job['out'] + 'x', 'w').write(json.dumps({'pid': os.getpid()}))\n"
+    body += "    os.replace(job['out'] + 'x', job['out'])\n"
+    body += "    job = json.loads(sys.stdin.readline())"
+    with harness.Worker(ending(tmp_path, monkeypatch, body)) as worker:
+        first, second = (worker.do({"kind": "run"}, 60.0)["pid"] for _ in range(2))
+        assert first == second
+        assert psutil.pid_exists(first)
+    assert not psutil.pid_exists(first)
+
+
+def test_after_a_failure_the_next_job_has_a_new_process(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    worker = harness.Worker(ending(tmp_path, monkeypatch, "sys.exit(5)"))
+    with pytest.raises(EngineError):
+        worker.do({"kind": "run"}, 60.0)
+    ending(tmp_path, monkeypatch, "open(job['out'], 'w').write('{}')")
+    assert worker.do({"kind": "run"}, 60.0) == {}
+    worker.close()
+    worker.close()
+
+
 def test_one_that_takes_too_long_is_ended(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     pid = tmp_path / "pid"
     body = f"open({str(pid)!r}, 'w').write(str(os.getpid()))\ntime.sleep(600)"
@@ -100,16 +126,9 @@ def test_one_that_takes_too_long_is_ended(tmp_path: Path, monkeypatch: pytest.Mo
     assert not pid.exists() or not psutil.pid_exists(int(pid.read_text()))
 
 
-def test_it_ends_with_the_process_that_started_it() -> None:
-    read_end, write_end = os.pipe()
-    pid = os.fork()
-    if pid == 0:
-        os.close(write_end)
-        os.dup2(read_end, 0)
-        child.end_with_parent()
-    os.close(read_end)
-    os.close(write_end)
-    assert os.waitstatus_to_exitcode(os.waitpid(pid, 0)[1]) == child.ENDED_WITH_PARENT
+def test_it_ends_with_the_pipe_that_the_trainer_holds() -> None:
+    done = subprocess.run([sys.executable, child.__file__], stdin=subprocess.DEVNULL, check=False, timeout=60)
+    assert done.returncode == child.ENDED_WITH_PARENT
 
 
 def test_without_lm_eval_the_install_line_is_said(monkeypatch: pytest.MonkeyPatch) -> None:

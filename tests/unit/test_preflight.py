@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import socket
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -13,6 +14,7 @@ import torch
 from transformers import TrainingArguments
 
 from hf_dsvllm import arguments, preflight
+from hf_dsvllm.errors import Problem
 from hf_dsvllm.launch import Launch
 from hf_dsvllm.presets import get_preset
 from tests.door import leave, problems_of
@@ -105,6 +107,9 @@ def test_a_preset_for_gpus_is_given_the_cpu_on_request(tmp_path: Path, monkeypat
         ({"gen_eval_steps": 0}, "gen_eval_steps=0 is out of range"),
         ({"gen_eval_max_new_tokens": 0}, "gen_eval_max_new_tokens=0"),
         ({"gen_eval_temperature": -1.0}, "gen_eval_temperature=-1.0"),
+        ({"gen_eval_samples": 0}, "gen_eval_samples=0 is out of range"),
+        ({"gen_eval_samples": 4}, "asks for 4 answers to each prompt at temperature 0"),
+        ({"gen_eval_expose": 70000}, "gen_eval_expose=70000: port 70000 of 127.0.0.1 cannot be had"),
         ({"gen_eval_timeout": 0.0}, "gen_eval_timeout=0.0"),
         ({"gen_eval_limit": 0}, "limit=0 would leave no sample"),
         ({"gen_eval_metrics": ["exakt_match"]}, "exakt_match"),
@@ -141,3 +146,38 @@ def test_a_missing_vllm_is_found_before_training(tmp_path: Path) -> None:
 def test_evaluation_options_without_prompts_are_refused(tmp_path: Path) -> None:
     (problem,) = problems_of(tmp_path, gen_eval_metrics=["contains"], use_cpu=True)
     assert problem.fix == "--gen_eval_file prompts.jsonl"
+
+
+def test_a_port_that_is_taken_is_said_before_training(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preflight, "find_vllm", lambda python, device: python)
+    file = tmp_path / "eval.jsonl"
+    file.write_text('{"prompt": "a", "reference": "b"}\n')
+    with socket.socket() as other:
+        other.bind(("127.0.0.1", 0))
+        other.listen()
+        port = other.getsockname()[1]
+        (problem,) = problems_of(tmp_path, gen_eval_file=[str(file)], gen_eval_expose=port, use_cpu=True)
+    assert f"gen_eval_expose={port}" in problem.what
+
+
+def test_tasks_of_lm_eval_need_no_file_and_are_checked(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[tuple[str, ...]] = []
+
+    def check(names: tuple[str, ...]) -> list[Problem]:
+        asked.append(names)
+        return [Problem("gen_eval_lm_eval: there is no task 'gsm8kk'", "did you mean gsm8k?")]
+
+    monkeypatch.setattr(preflight.harness, "check_tasks", check)
+    monkeypatch.setattr(preflight, "find_vllm", lambda python, device: python)
+    file = tmp_path / "gsm8kk.jsonl"
+    file.write_text('{"prompt": "a", "reference": "b"}\n')
+    (problem,) = problems_of(tmp_path, gen_eval_lm_eval=["gsm8kk,arc_easy"], use_cpu=True)
+    assert "there is no task" in problem.what
+    assert asked == [("gsm8kk", "arc_easy")]
+    problems = problems_of(tmp_path, gen_eval_lm_eval=["gsm8kk"], gen_eval_file=[str(file)], use_cpu=True)
+    assert "gen_eval_lm_eval and gen_eval_file both have a task gsm8kk" in problems[0].what
+
+
+def test_a_port_without_anything_to_evaluate_is_said(tmp_path: Path) -> None:
+    (problem,) = problems_of(tmp_path, gen_eval_expose=0, use_cpu=True)
+    assert problem.what == "gen_eval options without prompts do nothing"

@@ -1,0 +1,89 @@
+"""What an evaluation is asked and what it gives: how answers are drawn, scores, their errors, seconds."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+
+from hf_dsvllm.statistics import Comparison
+from hf_dsvllm.tasks import EvalTask
+
+__all__ = ["EvalResult", "HarnessTasks", "Sampling", "sampling_of"]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Sampling:
+    """How answers are drawn; temperature 0 is greedy.  `timeout_s` bounds one evaluation, server start included.
+
+    Of `samples` answers to a prompt number i is drawn with seed + i (vLLM's v1/engine/parallel_sampling.py).
+    """
+
+    max_new_tokens: int
+    temperature: float
+    seed: int
+    timeout_s: float
+    stop_token_ids: tuple[int, ...]
+    samples: int = 1
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class HarnessTasks:
+    """Tasks of lm-evaluation-harness; `limit`: only the first so many prompts of each."""
+
+    names: tuple[str, ...]
+    limit: int | None = None
+
+
+def sampling_of(task: EvalTask, sampling: Sampling) -> Sampling:
+    """The arguments' sampling with what the task's own settings say otherwise."""
+    own = task.settings
+    given = {"max_new_tokens": own.max_new_tokens, "temperature": own.temperature, "samples": own.samples}
+    return dataclasses.replace(sampling, **{name: value for name, value in given.items() if value is not None})
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class EvalResult:
+    """One evaluation: `scores` by metric key, and where the seconds went (`publish`: live weights to disk).
+
+    `samples` counts prompts.  `proof`: the canary's sentence, None where it could not be asked.  `comparisons`: by
+    metric key, against step 0 and the best step before this one.
+    """
+
+    step: int
+    scores: Mapping[str, float]
+    standard_errors: Mapping[str, float | None]
+    samples: int
+    generated_tokens: int
+    weights_path: str
+    weights_why: str
+    proof: str | None
+    publish_seconds: float
+    wait_seconds: float
+    sync_seconds: float
+    generate_seconds: float
+    total_seconds: float
+    comparisons: Mapping[str, Comparison] = dataclasses.field(default_factory=dict)
+
+    @property
+    def tokens_per_second(self) -> float:
+        return self.generated_tokens / self.generate_seconds if self.generate_seconds else 0.0
+
+    def _error(self, name: str) -> str:
+        """The standard error, which one answer alone has not."""
+        error = self.standard_errors[name]
+        return "" if error is None else f" ± {error:.1%}"
+
+    def _compared(self, name: str) -> str:
+        brief = self.comparisons[name].brief if name in self.comparisons else ""
+        return f" ({brief})" if brief else ""
+
+    def line(self) -> str:
+        """One line for the console."""
+        scores = ", ".join(
+            f"{name} {value:.1%}{self._error(name)}{self._compared(name)}" for name, value in self.scores.items()
+        )
+        return (
+            f"step {self.step}: {scores} ({self.samples} prompts, {self.generated_tokens} tokens, "
+            f"{self.tokens_per_second:.0f} tok/s, weights by {self.weights_path} in {self.sync_seconds:.2f} s, "
+            f"{self.total_seconds:.1f} s in all)"
+        )
