@@ -22,13 +22,13 @@ import torch
 
 from hf_dsvllm import adapters
 from hf_dsvllm._compat import keep_4bit_weights_packed
-from hf_dsvllm.adapter_format import serving_problems, will_it_serve
+from hf_dsvllm.adapter_format import serving_problems, why_merge_live
 from hf_dsvllm.arguments import full_dtype, resolve_preset, training_device
 from hf_dsvllm.callback import SessionCallback, Steering, broadcast
 from hf_dsvllm.checks import check_before_loading, load_tokenizer, predict_memory
 from hf_dsvllm.console import is_main_process, say
 from hf_dsvllm.ds_config import swap_buffer_elements
-from hf_dsvllm.engine.server import EngineServer, EngineSpec, find_vllm, lora_rank_bound
+from hf_dsvllm.engine.server import EngineServer, EngineSpec, find_vllm
 from hf_dsvllm.errors import ConfigError, DsvllmError, ExportError, GpuMemoryError, Problem, WiringError
 from hf_dsvllm.evaluation import EVALS, Evaluator, Sampling
 from hf_dsvllm.files import write_json
@@ -174,7 +174,10 @@ class Session:
         if self.evaluates and (problems := serving_problems(trainer.model)):
             raise ConfigError(problems)
         if self.server is not None:
-            self._follow_adapters(trainer.model, self.server.spec)
+            why = why_merge_live(trainer.model, self.server.spec.max_lora_rank)
+            if why is not None and self._merge_base is None:
+                say(f"adapters are merged into a copy for vLLM: {why}")
+                self._merge_base = local_base(str(self.server.spec.model))
             self._evaluator = Evaluator(
                 server=self.server,
                 tasks=self.tasks,
@@ -190,17 +193,6 @@ class Session:
         callbacks.insert(0, callbacks.pop())
         trainer.add_callback(Steering(scores, trainer))
         trainer.train = self._explaining_memory(trainer.train)
-
-    def _follow_adapters(self, model: Any, spec: EngineSpec) -> None:
-        """Merge for the engine what it cannot load: a script's own adapters may be others than it was started for."""
-        for config in (getattr(model, "peft_config", None) or {}).values():
-            serving = will_it_serve(config, model)
-            rank = max([config.r, *(config.rank_pattern or {}).values()])
-            fits = spec.max_lora_rank is not None and rank <= lora_rank_bound(spec.max_lora_rank)
-            if self._merge_base is None and (serving.how == "merge" or not fits):
-                why = serving.why if serving.how == "merge" else f"vLLM was not started for adapters of rank {rank}"
-                say(f"adapters are merged into a copy for vLLM ({why})")
-                self._merge_base = local_base(str(spec.model))
 
     def _explaining_memory(self, train: Callable[..., Any]) -> Callable[..., Any]:
         """`train`, with an answer where the GPU runs out of memory: callbacks never see that error."""

@@ -233,8 +233,7 @@ pydantic_core._pydantic_core.ValidationError: 1 validation error for ModelConfig
             "too little memory",
         ),
         (
-            "ValueError: Available memory on node 0 (21.8/23.5 GiB) on kv cache allocation is less than requested "
-            "memory for kv (32768.0 GiB).\n",
+            "ValueError: Available memory on node 0 is less than requested memory for kv (32768.0 GiB).\n",
             "32768.0 GiB",
             "too little memory",
         ),
