@@ -78,14 +78,13 @@ def write_tokenizer(shape: Shape, out: Path) -> None:
     fast.save_pretrained(out)
 
 
-def write_random_model(shape: Shape, out: Path) -> None:
-    """Random bf16 weights (seed 0) of a Qwen3 model with its tokenizer in the folder `out`."""
-    import torch
-    from transformers import AutoModelForCausalLM, GenerationConfig, Qwen3Config
+def random_config(shape: Shape) -> Any:
+    """The configuration of a Qwen3 model of that shape with the stand-in vocabulary."""
+    from transformers import Qwen3Config
 
     end = words_of(shape) + SPECIAL_TOKENS.index("<|im_end|>")
     pad = words_of(shape) + SPECIAL_TOKENS.index("<|endoftext|>")
-    config = Qwen3Config(
+    return Qwen3Config(
         hidden_size=shape.hidden,
         intermediate_size=shape.intermediate,
         num_hidden_layers=shape.layers,
@@ -100,6 +99,15 @@ def write_random_model(shape: Shape, out: Path) -> None:
         pad_token_id=pad,
         architectures=["Qwen3ForCausalLM"],
     )
+
+
+def write_random_model(shape: Shape, out: Path) -> None:
+    """Random bf16 weights (seed 0) of a Qwen3 model with its tokenizer in the folder `out`."""
+    import torch
+    from transformers import AutoModelForCausalLM, GenerationConfig
+
+    config = random_config(shape)
+    end, pad = config.eos_token_id, config.pad_token_id
     torch.manual_seed(0)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)

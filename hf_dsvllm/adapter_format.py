@@ -16,14 +16,22 @@ from typing import Any, Literal
 
 import torch
 
-from hf_dsvllm.engine.server import LORA_RANKS
+from hf_dsvllm.engine.server import LORA_RANKS, lora_rank_bound
 from hf_dsvllm.errors import ExportError, Problem
 from hf_dsvllm.files import atomic_folder, write_json
 from hf_dsvllm.layout import Layout
 from hf_dsvllm.merge import CONFIG, HANDLED, HARMLESS_INITS, WEIGHTS, Adapter, Update, read_adapter
 from hf_dsvllm.weights import TensorPlan
 
-__all__ = ["Serving", "adapter_layout", "servable_adapter", "serving_problems", "will_it_serve", "write_adapter_config"]
+__all__ = [
+    "Serving",
+    "adapter_layout",
+    "servable_adapter",
+    "serving_problems",
+    "why_merge_live",
+    "will_it_serve",
+    "write_adapter_config",
+]
 
 Settings = Mapping[str, Any]
 # Beside the language model: vLLM leaves adapters on these out with a warning (0.32, lora/model_manager).
@@ -101,6 +109,22 @@ def serving_problems(model: Any) -> list[Problem]:
         for serving in servings
         if serving.how == "refuse"
     ]
+
+
+def why_merge_live(model: Any, max_lora_rank: int | None) -> str | None:
+    """Why the adapters of a live model must be merged for an engine started for ranks up to `max_lora_rank`.
+
+    None if it can load them, and for models without.  A script's own adapters may be others than a preset's, which the
+    engine was started for before the model was there.
+    """
+    for config in (getattr(model, "peft_config", None) or {}).values():
+        serving = will_it_serve(config, model)
+        rank = max([config.r, *(config.rank_pattern or {}).values()])
+        if serving.how == "merge":
+            return serving.why
+        if max_lora_rank is None or rank > lora_rank_bound(max_lora_rank):
+            return f"vLLM was not started for adapters of rank {rank}"
+    return None
 
 
 def servable_adapter(folder: Path, out: Path) -> Path:

@@ -14,18 +14,20 @@ from transformers import TrainerCallback
 from hf_dsvllm._compat import log_through_trainer, note_best
 from hf_dsvllm.console import is_main_process, say
 from hf_dsvllm.delivery import Asked
-from hf_dsvllm.errors import DsvllmError
+from hf_dsvllm.errors import DsvllmError, EngineError
 from hf_dsvllm.fields import steers
+from hf_dsvllm.live_weights import send
 from hf_dsvllm.measure import RunMeasure
 from hf_dsvllm.restore import restore
 from hf_dsvllm.rounds import Round, Rounds
 from hf_dsvllm.sample_tables import log_samples, read_samples
 from hf_dsvllm.snapshot import Snapshot, prune, publish
-from hf_dsvllm.steering import best_snapshot, keep_best
+from hf_dsvllm.steering import best_snapshot, is_best, keep_best
 from hf_dsvllm.wiring import check_wiring, read_wiring
 
 if TYPE_CHECKING:
     from hf_dsvllm.canary import LogProbs
+    from hf_dsvllm.engine.sync import SyncResult, WeightSync
     from hf_dsvllm.session import Session
 
 __all__ = ["SessionCallback"]
@@ -115,6 +117,7 @@ class SessionCallback(TrainerCallback):
         snapshot = self._published
         if snapshot is None or snapshot.step != step:
             snapshot = self._publish(step)
+        prune(self.session.run_dir, keep=[])
         self._rounds.close()
         self.session.stop_engine()
         self.session.finish(self.measure, snapshot)
@@ -142,9 +145,11 @@ class SessionCallback(TrainerCallback):
         started = time.monotonic()
         error: str | None = None
         snapshot: Snapshot | None = None
+        sent: SyncResult | None = None
         ours: LogProbs | None = None
         try:
-            snapshot = self._publish(step) if publish_first else None
+            sent = self._send(step) if publish_first and self.session.streams else None
+            snapshot = self._publish(step) if publish_first and sent is None else None
             if self.session.canary is not None:
                 ours = self.session.canary.ask_trainer(self.trainer)
         except Exception as problem:  # whatever it is: the other ranks wait in the broadcast, and training goes on
@@ -157,9 +162,31 @@ class SessionCallback(TrainerCallback):
             self._take([Round(step=step, scores={}, error=error)])
             return
         spent = time.monotonic() - started
-        self._rounds.begin(Asked(step=step, snapshot=snapshot, ours=ours, publish_seconds=spent))
+        self._rounds.begin(Asked(step=step, snapshot=snapshot, sent=sent, ours=ours, publish_seconds=spent))
         if wait or not self.late:
             self._take(self._rounds.collect(leave=0))
+
+    def _send(self, step: int) -> SyncResult | None:
+        """The live weights from GPU to GPU into the engine, collective; None, and said why, if they must go by disk."""
+        self._take(self._rounds.collect(leave=0))  # the engine must not be answering
+        sync: WeightSync | None = None
+        error: str | None = None
+        if is_main_process():
+            try:
+                self.session.evaluator.delivery.wait_ready()
+                sync = self.session.evaluator.delivery.sync
+            except EngineError as problem:
+                error = str(problem)
+        error = self.session.ranks.broadcast(error)
+        try:
+            if error is not None:
+                raise EngineError(error)
+            adapters = hasattr(self.trainer.model, "peft_config")
+            dtype = self.session.snapshot_dtype
+            return send(self.trainer.model, sync, step=step, dtype=dtype, merge_adapters=adapters)
+        except EngineError as problem:
+            say(f"step {step}: the weights go to vLLM by disk: {problem}")
+            return None
 
     def _make_room(self) -> None:
         """Wait until another late round may begin: more of them would only pile up snapshots."""
@@ -186,8 +213,19 @@ class SessionCallback(TrainerCallback):
             self._evaluated[done.step] = scores
             self.fresh.append((done.step, scores))
             log_through_trainer(self.trainer, scores, step=done.step)
+            if self.session.streams:
+                self._publish_a_best(done)
             if is_main_process():
                 self._keep(done)
+
+    def _publish_a_best(self, done: Round) -> None:
+        """A snapshot of streamed weights, if they are the best so far and still those of the model; collective."""
+        if done.step != self.trainer.state.global_step or not done.step:
+            return
+        run_dir = self.session.run_dir
+        wanted = is_main_process() and not (run_dir / "snapshots" / f"step-{done.step}").is_dir()
+        if self.session.ranks.broadcast(wanted and is_best(run_dir, self.trainer.args, done)):
+            self._publish(done.step)
 
     def _keep(self, done: Round) -> None:
         """Say the scores, keep the best snapshot and those still to be answered, delete the others; rank 0."""
@@ -196,10 +234,9 @@ class SessionCallback(TrainerCallback):
         say(done.result.line() + ("" if done.step == now else f", known at step {now}"))
         run_dir, name = self.session.run_dir, f"step-{done.step}"
         log_samples(self.trainer.args, done.step, read_samples(run_dir, done.step))
-        if not (run_dir / "snapshots" / name).is_dir():
-            return  # the untrained model
-        kind = "adapter" if hasattr(self.trainer.model, "peft_config") else "full"
-        keep_best(run_dir, self.trainer.args, done.scores, name, done.step, kind)
+        if (run_dir / "snapshots" / name).is_dir():  # neither the untrained model nor streamed away
+            kind = "adapter" if hasattr(self.trainer.model, "peft_config") else "full"
+            keep_best(run_dir, self.trainer.args, done, kind=kind)
         prune(run_dir, keep=[Path(name), *(Path(f"step-{step}") for step in self._rounds.pending)])
 
     def _load_best(self, args: Any, state: Any) -> int:

@@ -52,7 +52,10 @@ class Delivery:
         merge_base: Path | None = None,
         canary: Canary | None = None,
     ) -> None:
-        """`timeout_s` bounds a start of the engine and each call; `canary` None proves nothing."""
+        """`timeout_s` bounds a start of the engine and each call; `canary` None proves nothing.
+
+        An engine started with `sleep_mode` sleeps after each evaluation.
+        """
         self.server = server
         self.run_dir = run_dir
         self.timeout_s = timeout_s
@@ -98,6 +101,17 @@ class Delivery:
         if not (self.server.alive and self.client.health()):
             with contextlib.suppress(EngineError):  # the next evaluation tries once more, and says why it cannot
                 self._restart()
+
+    def rest(self) -> None:
+        """After an evaluation: give the GPU's memory back to training, where the engine was started to do so."""
+        if isinstance(self.server, RemoteServer) or not self.server.spec.sleep_mode:
+            return
+        try:
+            awake = self.sync.rest()
+        except EngineError as error:
+            awake = str(error)
+        if awake is not None:
+            say(f"vLLM stays awake beside training: {awake}")
 
     def close(self) -> None:
         """Stop the engine, or leave one that is not ours."""

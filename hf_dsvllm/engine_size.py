@@ -40,7 +40,10 @@ def size_engine(place: Place, args: Any, model_args: Any, tasks: Sequence[EvalTa
     length = context_tokens(args, config, tasks, tokenizer)
     per_token = kv_bytes_per_token(config, element_bytes=4 if place.device == "cpu" else 2)
     cache = min(max(CONCURRENT_SEQUENCES * length * per_token, GIB), MAX_KV_CACHE_BYTES)
-    merging = why_merge_for_engine(model_args, place.device) if model_args.use_peft else None
+    merging = None
+    if model_args.use_peft:
+        streamed = "they are merged on their way from GPU to GPU" if place.stream else None
+        merging = why_merge_for_engine(model_args, place.device) or streamed
     copied = f"; adapters are merged into a copy for it ({merging})" if merging else ""
     return EngineSize(
         max_model_len=length,

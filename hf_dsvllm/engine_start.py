@@ -11,10 +11,10 @@ from typing import Any
 
 import torch
 
-from hf_dsvllm.adapter_format import will_it_serve
+from hf_dsvllm.adapter_format import why_merge_live
 from hf_dsvllm.console import say
 from hf_dsvllm.engine.remote import RemoteServer
-from hf_dsvllm.engine.server import EngineServer, EngineSpec, find_vllm, lora_rank_bound
+from hf_dsvllm.engine.server import EngineServer, EngineSpec, find_vllm
 from hf_dsvllm.engine_size import EngineSize, gpus_needed, load_config, size_engine
 from hf_dsvllm.errors import DsvllmError
 from hf_dsvllm.files import write_text
@@ -55,15 +55,11 @@ def start_engine(
 
 def follow_adapters(model: Any, spec: EngineSpec, merge_base: Path | None) -> Path | None:
     """The folder adapters are merged into, now that they are there: a script's own may be others than were expected."""
-    for config in (getattr(model, "peft_config", None) or {}).values():
-        serving = will_it_serve(config, model)
-        rank = max([config.r, *(config.rank_pattern or {}).values()])
-        fits = spec.max_lora_rank is not None and rank <= lora_rank_bound(spec.max_lora_rank)
-        if merge_base is None and (serving.how == "merge" or not fits):
-            why = serving.why if serving.how == "merge" else f"vLLM was not started for adapters of rank {rank}"
-            say(f"adapters are merged into a copy for vLLM ({why})")
-            merge_base = local_base(str(spec.model))
-    return merge_base
+    why = why_merge_live(model, spec.max_lora_rank)
+    if why is None or merge_base is not None:
+        return merge_base
+    say(f"adapters are merged into a copy for vLLM: {why}")
+    return local_base(str(spec.model))
 
 
 def engine_spec(model: Path | str, place: Place, size: EngineSize, args: Any, model_args: Any) -> EngineSpec:
@@ -78,6 +74,8 @@ def engine_spec(model: Path | str, place: Place, size: EngineSize, args: Any, mo
         max_lora_rank=model_args.lora_r if model_args.use_peft and not size.merge_adapters else None,
         kv_cache_bytes=size.kv_cache_bytes,
         tensor_parallel_size=max(1, len(gpus)),
+        weight_transfer=("ipc" if place.kind == "shared" else "nccl") if place.stream else None,
+        sleep_mode=place.stream and place.kind == "shared",
         seed=args.seed,
         extra_args=tuple(shlex.split(args.vllm_args or "")),
         visible_devices=",".join(gpus) or None,

@@ -88,6 +88,7 @@ class Evaluator:
         except EngineError:
             self.delivery.revive()
             raise
+        self.delivery.rest()
         self._append(result)
         return result
 

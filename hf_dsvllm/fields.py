@@ -94,6 +94,12 @@ class PresetFields:
         default=None,
         metadata={"help": "GPUs one vLLM engine spreads over. Default: as many as the model's 16-bit weights need."},
     )
+    gen_eval_weights: str = dataclasses.field(
+        default="disk",
+        metadata={"help": "How weights reach vLLM: disk (a snapshot it reads; works everywhere) or stream (GPU to GPU: "
+                  "by CUDA IPC on a shared GPU, where vLLM then sleeps between evaluations, by NCCL to a spare one; "
+                  "disk if that fails)."},
+    )  # fmt: skip
     vllm_python: str | None = dataclasses.field(
         default=None,
         metadata={"help": "Python interpreter of another environment that has vLLM. Default: this one."},

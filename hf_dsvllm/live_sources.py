@@ -31,7 +31,16 @@ class Source:
 
     @property
     def size_bytes(self) -> int:
-        return sum(getattr(p, "ds_numel", p.numel()) * p.element_size() for p in self.parameters)
+        """Of the whole parameters, 4-bit ones as what they are dequantised to."""
+        return sum(whole_bytes(parameter) for parameter in self.parameters)
+
+
+def whole_bytes(parameter: torch.nn.Parameter) -> int:
+    """Bytes of a parameter once it is gathered and dequantised."""
+    state = getattr(parameter, "quant_state", None)
+    if state is not None:
+        return int(torch.Size(state.shape).numel() * state.dtype.itemsize)
+    return int(getattr(parameter, "ds_numel", parameter.numel()) * parameter.element_size())
 
 
 def plain_source(name: str, parameter: torch.nn.Parameter) -> Source:

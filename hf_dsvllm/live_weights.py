@@ -115,7 +115,12 @@ class _Plan:
     path: TransferBackend | None = None
     why: str = ""
     error: str | None = None
-    every_gpu: bool = False
+    workers: int = 1
+
+    @property
+    def every_gpu(self) -> bool:
+        """Whether ranks besides 0 have a worker on their GPU to give handles to."""
+        return self.path == "ipc" and self.workers > 1
 
 
 def send(
@@ -138,7 +143,10 @@ def send(
     staged = not _lies_ready(model, dtype, merge_adapters)
     sender = _Sender(sync, staged=staged, deadline=deadline) if is_main_process() and sync is not None else None
     nobody = _Plan(error="the main process has no engine")
-    plan = _together(sender.begin(model, merge_adapters) if sender is not None else nobody)
+    plan = _together(sender.plan(model, merge_adapters) if sender is not None else nobody)
+    if plan.error is None:
+        _make_room(plan)
+        plan = _together(sender.begin(plan) if sender is not None else plan)
     if plan.error is not None:
         raise EngineError(f"step {step}: the weights could not be streamed to vLLM: {plan.error}")
     error: str | None = None
@@ -149,6 +157,7 @@ def send(
             _hand_over(batch, plan, sender, dtype, revert, staged)
     except Exception as problem:  # the others must hear of it, whatever it is
         error = _said(problem)
+    _make_room(plan)
     outcome: SyncResult | str | None = None
     if sender is not None:
         outcome = sender.end(plan, error, started)
@@ -195,18 +204,26 @@ class _Sender:
         self.begun = False
         self._transfer: IpcTransfer | NcclTransfer | None = None
 
-    def begin(self, model: Any, merge_adapters: bool) -> _Plan:
-        """Everything up to the first tensor."""
-        path, why = self.sync.stream_path()
-        if path is None:
-            return _Plan(error=why)
-        refused = why_no_stream(model, merge_adapters=merge_adapters)
-        if refused is not None:
-            return _Plan(error=refused)
+    def plan(self, model: Any, merge_adapters: bool) -> _Plan:
+        """Whether and how, before anything changes."""
+        try:
+            path, why = self.sync.stream_path()
+            refused = why if path is None else why_no_stream(model, merge_adapters=merge_adapters)
+            if path is None or refused is not None:
+                return _Plan(error=refused)
+            workers = self.sync.capabilities().world_size or 1
+        except Exception as problem:
+            return _Plan(error=_said(problem))
+        if path == "ipc" and workers > _processes():
+            return _Plan(error=f"vLLM has {workers} GPUs and the trainer {_processes()}: CUDA IPC needs one on each")
+        return _Plan(path=path, why=why, workers=workers)
+
+    def begin(self, plan: _Plan) -> _Plan:
+        """Everything up to the first tensor; the same plan, or the error."""
+        assert plan.path is not None
         try:
             self.sync.begin_stream()
-            workers = self.sync.capabilities().world_size or 1
-            self._transfer = self._connection(path, workers)
+            self._transfer = self._connection(plan.path, plan.workers)
             with self.sync.phase("connect"):
                 self._transfer.open(deadline=self.deadline)
             self.begun = True
@@ -215,7 +232,7 @@ class _Sender:
         except Exception as problem:
             self._fail(problem)
             return _Plan(error=self.failure)
-        return _Plan(path=path, why=why, every_gpu=path == "ipc" and workers > 1)
+        return plan
 
     def _connection(self, path: TransferBackend, workers: int) -> IpcTransfer | NcclTransfer:
         """The connection of the stream before, if it still fits, or a new one."""
@@ -279,6 +296,15 @@ class _Sender:
         return max(0.001, self.deadline - time.monotonic())
 
 
+def _make_room(plan: _Plan) -> None:
+    """Give cached memory back where vLLM wakes on the same GPU: torch keeps what training no longer needs."""
+    if plan.path == "ipc" and torch.cuda.is_available():
+        torch.cuda.ipc_collect()
+        torch.cuda.empty_cache()
+    if plan.every_gpu:
+        _from_all(None)  # rank 0 wakes the workers of all GPUs
+
+
 def _lies_ready(model: Any, dtype: torch.dtype, merge_adapters: bool) -> bool:
     """Whether every tensor can be read where it lies: whole, in `dtype`, under its own name, on a GPU."""
     if hasattr(model, "peft_config") or merge_adapters or _reversion(model) is not None:
@@ -294,6 +320,10 @@ def _said(problem: Exception) -> str:
 
 def _distributed() -> bool:
     return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def _processes() -> int:
+    return torch.distributed.get_world_size() if _distributed() else 1
 
 
 def _together(value: Any) -> Any:

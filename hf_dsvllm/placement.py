@@ -19,13 +19,17 @@ AUTO = "auto"
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Place:
-    """`gpus` are ids as CUDA_VISIBLE_DEVICES names them, those the engine may use; `late`: training does not wait."""
+    """`gpus` are ids as CUDA_VISIBLE_DEVICES names them, those the engine may use; `late`: training does not wait.
+
+    `stream`: weights go there from GPU to GPU, not by a folder; a shared engine then sleeps between evaluations.
+    """
 
     kind: Kind
     gpus: tuple[str, ...] = ()
     cpu_threads: int | None = None
     url: str | None = None
     late: bool = False
+    stream: bool = False
     reason: str
 
     @property
@@ -47,16 +51,24 @@ def choose_place(args: Any, device: str, launch: Launch, visible: Sequence[str])
     if kind == "spare":
         free = tuple(visible[launch.local_world_size :])
         named = f"GPU {free[0]}" if len(free) == 1 else f"GPUs {', '.join(free)}"
-        return Place(kind=kind, gpus=free, late=late, reason=f"{named}, which the trainer does not use, {meanwhile}")
+        why = f"{named}, which the trainer does not use, {meanwhile}"
+        # A late score may be the best of a run whose weights have moved on: then a snapshot of them must exist.
+        stream = wants_stream(args) and not (late and steers(args))
+        return Place(kind=kind, gpus=free, late=late, stream=stream, reason=why)
     if kind == "shared":
         mine = visible[launch.local_rank]
         others = tuple(gpu for gpu in visible[: launch.local_world_size] if gpu != mine)
         why = f"GPU {mine}, shared with the trainer's main process, {meanwhile}"
-        return Place(kind=kind, gpus=(mine, *others), late=late, reason=why)
+        return Place(kind=kind, gpus=(mine, *others), late=late, stream=wants_stream(args), reason=why)
     threads = os.cpu_count() or 1
     if late and device == "cpu":
         threads = max(1, threads - launch.local_world_size)
     return Place(kind=kind, cpu_threads=threads, late=late, reason=f"the CPU with {threads} threads {meanwhile}")
+
+
+def wants_stream(args: Any) -> bool:
+    """Whether weights shall go to the engine without a folder."""
+    return bool(args.gen_eval_weights == "stream")
 
 
 def choose_kind(args: Any, device: str, launch: Launch, visible: Sequence[str]) -> Kind:
@@ -96,6 +108,13 @@ def place_problems(args: Any, device: str, launch: Launch, visible: Sequence[str
     if asked not in kinds:
         return [Problem(f"gen_eval_placement={asked!r} is none of {', '.join(kinds)}", "--gen_eval_placement auto")]
     problems = []
+    if args.gen_eval_weights not in ("disk", "stream"):
+        problems.append(
+            Problem(f"gen_eval_weights={args.gen_eval_weights!r} is neither disk nor stream", "one of them")
+        )
+    if wants_stream(args) and (device == "cpu" or asked in ("cpu", "remote") or server):
+        what = "gen_eval_weights=stream goes from GPU to GPU of one host"
+        problems.append(Problem(what, "--gen_eval_weights disk, or a placement spare or shared"))
     if asked == "remote" and not server:
         problems.append(Problem("gen_eval_placement=remote without a server", "--gen_eval_server http://HOST:PORT"))
     if server and asked not in (AUTO, "remote"):

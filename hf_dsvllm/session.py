@@ -113,6 +113,11 @@ class Session:
         return self.place is not None and self.place.late
 
     @property
+    def streams(self) -> bool:
+        """Whether weights go to vLLM from GPU to GPU."""
+        return self.place is not None and self.place.stream
+
+    @property
     def ds_config(self) -> dict[str, Any] | None:
         """The DeepSpeed dictionary in force."""
         return self.args.deepspeed if isinstance(self.args.deepspeed, dict) else None

@@ -13,12 +13,13 @@ from transformers import TrainerCallback
 from hf_dsvllm._compat import note_best, quiet_early_stopping
 from hf_dsvllm.fields import metric_key, steers
 from hf_dsvllm.files import write_json
+from hf_dsvllm.rounds import Round
 from hf_dsvllm.snapshot import SNAPSHOTS
 
 if TYPE_CHECKING:
     from hf_dsvllm.callback import SessionCallback
 
-__all__ = ["BestSnapshot", "Steering", "best_snapshot", "keep_best"]
+__all__ = ["BestSnapshot", "Steering", "best_snapshot", "is_best", "keep_best"]
 
 POINTER = "best.json"
 BestSnapshot = dict[str, Any]
@@ -60,20 +61,31 @@ class Steering(TrainerCallback):
         metrics[key] = worst if state.best_metric is None else state.best_metric
 
 
-def keep_best(run_dir: Path, args: Any, scores: Mapping[str, float], snapshot_name: str, step: int, kind: str) -> None:
-    """Point snapshots/best.json to the best step by the steering metric, or by the first one logged; rank 0.
+def keep_best(run_dir: Path, args: Any, done: Round, *, kind: str) -> None:
+    """Point snapshots/best.json to the step of `done`, if its score is the best; rank 0.
 
-    `kind`: "adapter" or "full".  A step whose score is missing changes nothing.
+    `kind`: "adapter" or "full".
     """
-    key = metric_key(args) if steers(args) else next(iter(scores), "")
-    if key not in scores:
-        return
-    better = args.greater_is_better is not False or not steers(args)
-    pointer = run_dir / SNAPSHOTS / POINTER
-    earlier = best_so_far(pointer, key, before=step)
-    if earlier is None or (scores[key] > earlier if better else scores[key] < earlier):
-        best: BestSnapshot = {"path": snapshot_name, "step": step, "kind": kind, "metric": key, "score": scores[key]}
-        write_json(pointer, best)
+    key = deciding_key(args, done.scores)
+    if is_best(run_dir, args, done):
+        path, score = f"step-{done.step}", done.scores[key]
+        best: BestSnapshot = {"path": path, "step": done.step, "kind": kind, "metric": key, "score": score}
+        write_json(run_dir / SNAPSHOTS / POINTER, best)
+
+
+def is_best(run_dir: Path, args: Any, done: Round) -> bool:
+    """Whether no earlier step scored as well by the metric that decides; a score that is missing is not."""
+    key = deciding_key(args, done.scores)
+    if key not in done.scores:
+        return False
+    earlier = best_so_far(run_dir / SNAPSHOTS / POINTER, key, before=done.step)
+    higher = args.greater_is_better is not False or not steers(args)
+    return earlier is None or (done.scores[key] > earlier if higher else done.scores[key] < earlier)
+
+
+def deciding_key(args: Any, scores: Mapping[str, float]) -> str:
+    """The metric that steers the run, or else the first one logged."""
+    return metric_key(args) if steers(args) else next(iter(scores), "")
 
 
 def best_so_far(pointer: Path, key: str, *, before: int) -> float | None:

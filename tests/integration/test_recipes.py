@@ -281,6 +281,7 @@ def test_sft_with_vllm_scores_before_between_and_after(
     for row in rows:
         assert row["scores"].keys() == {"eval_gen_questions_exact_match"}
         assert row["samples"] == 6
+        assert row["proof"].startswith("weights proven: mean |log-probability difference|"), row["proof"]
         samples = (out / "evals" / f"step-{row['step']:06d}.questions.jsonl").read_text(encoding="utf-8").splitlines()
         assert len(samples) == 6
         assert json.loads(samples[0])["reference"] == "21 22"

@@ -13,8 +13,10 @@ import torch
 from torch.utils.data import Dataset
 from transformers import AutoModelForCausalLM, AutoTokenizer, EarlyStoppingCallback, Trainer
 
+from hf_dsvllm import callback as callback_module
 from hf_dsvllm.arguments import DsvllmTrainingArguments
 from hf_dsvllm.callback import SessionCallback
+from hf_dsvllm.engine.sync import SyncResult
 from hf_dsvllm.errors import EngineError
 from hf_dsvllm.ranks import Ranks
 from hf_dsvllm.rounds import Round, Rounds
@@ -48,9 +50,12 @@ class PresetScores:
         self.scores = scores
         self.lag = lag
         self.trainer: Any = None
+        self.asked: list[Any] = []
+        self.delivery = SimpleNamespace(wait_ready=lambda: None, sync=None)
 
     def evaluate(self, asked: Any) -> Any:
         step = asked.step
+        self.asked.append(asked)
         known_at = min(step + self.lag, self.trainer.state.max_steps)
         deadline = time.monotonic() + 60
         while self.trainer.state.global_step < known_at and time.monotonic() < deadline:
@@ -78,15 +83,17 @@ def collect_on_time(rounds: Rounds, trainer: Trainer, lag: int) -> None:
     rounds.collect = on_time  # type: ignore[method-assign]
 
 
-def train(model_folder: Path, out: Path, scores: list[float | None], *, lag: int = 0, **given: Any) -> Trainer:
+def train(
+    model_folder: Path, out: Path, scores: list[float | None], *, lag: int = 0, streams: bool = False, **given: Any
+) -> Trainer:
     args = DsvllmTrainingArguments(
         output_dir=str(out), max_steps=8, per_device_train_batch_size=2, use_cpu=True, report_to=[], learning_rate=1e-3,
         metric_for_best_model=KEY, load_best_model_at_end=True, disable_tqdm=True, gen_eval_on_start=False, **given,
     )  # fmt: skip
     evaluator = PresetScores(scores, lag)
     session: Any = SimpleNamespace(
-        late=lag > 0, canary=None, ranks=Ranks(60.0), preset=None, ds_config=None, evaluates=True, run_dir=out,
-        snapshot_dtype=torch.float32, evaluator=evaluator,
+        late=lag > 0, streams=streams, canary=None, ranks=Ranks(60.0), preset=None, ds_config=None, evaluates=True,
+        run_dir=out, snapshot_dtype=torch.float32, evaluator=evaluator,
         start_record=lambda *_: None, stop_engine=lambda: None, finish=lambda *_: None,
     )  # fmt: skip
     trainer = Trainer(
@@ -107,6 +114,7 @@ def train(model_folder: Path, out: Path, scores: list[float | None], *, lag: int
     trainer.callback_handler.callbacks.insert(0, trainer.callback_handler.callbacks.pop())
     trainer.add_callback(Steering(callback, trainer))
     trainer.train()
+    trainer.asked = evaluator.asked
     return trainer
 
 
@@ -177,3 +185,23 @@ def test_a_late_failure_neither_stops_training_nor_counts_as_a_score(model_folde
     trainer = train(model_folder, tmp_path, [0.2, None, 0.6, 0.5], lag=1, **EVERY_SECOND_STEP)
     assert [row["step"] for row in trainer.state.log_history if KEY in row] == [2, 6, 8]
     assert trainer.state.best_global_step == 6
+
+
+def test_streamed_weights_leave_a_snapshot_of_the_best_alone_and_go_by_disk_when_the_stream_fails(
+    model_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def send(model: Any, sync: Any, *, step: int, **how: Any) -> SyncResult:
+        if step == 6:
+            raise EngineError("the stream broke off")
+        return SyncResult(model_name="base", path_used="ipc", why="a test", seconds=0.0)
+
+    monkeypatch.setattr(callback_module, "send", send)
+    trainer = train(model_folder, tmp_path, [0.2, 0.6, 0.4, 0.5], streams=True, **EVERY_SECOND_STEP)
+    by_path = {asked.step: "disk" if asked.snapshot else asked.sent.path_used for asked in trainer.asked}
+    assert by_path == {2: "ipc", 4: "ipc", 6: "disk", 8: "ipc"}
+    assert "step 6: the weights go to vLLM by disk: the stream broke off" in capfd.readouterr().err
+    best = json.loads((tmp_path / "snapshots" / "best.json").read_text(encoding="utf-8"))
+    assert (best["step"], best["score"]) == (4, 0.6)
+    assert sorted(folder.name for folder in (tmp_path / "snapshots").glob("step-*")) == ["step-4"]
+    best_weights = weights_of(tmp_path / "snapshots" / "step-4")
+    assert all(torch.equal(tensor, best_weights[name]) for name, tensor in trainer.model.state_dict().items())

@@ -49,7 +49,7 @@ def main() -> None:
     if (CONTROL / "bad-arguments").exists():
         sys.exit("api_server.py: error: unrecognized arguments: --nonsense 1")
     if (CONTROL / "out-of-memory").exists():
-        sys.exit("ValueError: No available memory for the cache blocks. Try increasing `gpu_memory_utilization`.")
+        sys.exit("ValueError: Available memory on node 0 is less than requested memory for kv (32768.0 GiB).")
     WEIGHTS["base"] = digest(Path(options["--model"]))
     fork_core()
     at("start")

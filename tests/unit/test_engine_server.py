@@ -237,6 +237,11 @@ pydantic_core._pydantic_core.ValidationError: 1 validation error for ModelConfig
             "Free memory",
             "too little memory",
         ),
+        (
+            "ValueError: Available memory on node 0 is less than requested memory for kv (32768.0 GiB).\n",
+            "32768.0 GiB",
+            "too little memory",
+        ),
         ("RuntimeError: operator torchvision::nms does not exist\n", "torchvision::nms", "uninstall it"),
         (
             "ValueError: Model architectures ['NewForCausalLM'] are not supported for now.\n",

@@ -125,6 +125,17 @@ def test_a_failed_reload_restarts_from_the_folder_and_counts_a_generation() -> N
         assert sync.server.restarts == [FOLDER]  # type: ignore[union-attr]
 
 
+def test_a_restart_by_somebody_else_is_noticed_by_its_new_socket() -> None:
+    asleep, fresh = FakeVllm(), FakeVllm(release="0.26.0")
+    with syncing(asleep) as sync, served(fresh) as other:
+        assert sync.rest() is None
+        sync.server.uds = other  # type: ignore[union-attr, misc]
+        assert sync.capabilities().version == "0.26.0"
+        sync.wake_for_answers()
+        assert sync.push(FOLDER, "full", 1).generation == 1
+    assert "/wake_up?tags=weights" not in fresh.asked
+
+
 # -- what is started ---------------------------------------------------------------------------------------------------
 
 

@@ -26,6 +26,7 @@ FROZEN = (
     "gen_eval_late",
     "gen_eval_server",
     "gen_eval_tensor_parallel",
+    "gen_eval_weights",
     "vllm_python",
     "vllm_args",
     "export_to",
@@ -50,4 +51,5 @@ def test_the_mixin_adds_nothing_unless_asked() -> None:
         "gen_eval_timeout",
         "gen_eval_samples",
         "gen_eval_placement",
+        "gen_eval_weights",
     }

@@ -17,6 +17,7 @@ def asked(**given: Any) -> Any:
         "gen_eval_placement": "auto",
         "gen_eval_server": None,
         "gen_eval_late": None,
+        "gen_eval_weights": "disk",
         "metric_for_best_model": None,
         "save_strategy": "steps",
     }
@@ -80,6 +81,15 @@ def test_training_waits_where_the_best_checkpoint_is_saved_at_the_score() -> Non
     assert choose_place(asked(**best | {"metric_for_best_model": "loss"}), "cuda", launch(1), ["0", "1"]).late
 
 
+def test_weights_are_streamed_where_a_snapshot_of_the_best_is_not_missed() -> None:
+    stream = {"gen_eval_weights": "stream"}
+    assert choose_place(asked(**stream), "cuda", launch(1), ["0"]).stream
+    assert choose_place(asked(**stream), "cuda", launch(1), ["0", "1"]).stream
+    late_best = stream | {"metric_for_best_model": "gen_a_b"}
+    assert not choose_place(asked(**late_best), "cuda", launch(1), ["0", "1"]).stream
+    assert not choose_place(asked(), "cuda", launch(1), ["0"]).stream
+
+
 @pytest.mark.parametrize(
     ("given", "device", "training", "visible", "named"),
     [
@@ -90,6 +100,9 @@ def test_training_waits_where_the_best_checkpoint_is_saved_at_the_score() -> Non
         ({"gen_eval_placement": "spare"}, "cpu", 1, [], "trains on CPUs"),
         ({"gen_eval_placement": "spare"}, "cuda", 2, ["0", "1"], "uses all 2 visible GPUs"),
         ({"gen_eval_late": True}, "cuda", 1, ["0"], "both would need its memory"),
+        ({"gen_eval_weights": "ipc"}, "cuda", 1, ["0"], "neither disk nor stream"),
+        ({"gen_eval_weights": "stream"}, "cpu", 1, [], "from GPU to GPU"),
+        ({"gen_eval_weights": "stream", "gen_eval_server": "http://a:1"}, "cuda", 1, ["0"], "from GPU to GPU"),
         (
             {"gen_eval_late": True, "save_strategy": "best", "metric_for_best_model": "gen_a_b"},
             "cuda", 1, ["0", "1"], "its weights have moved on",

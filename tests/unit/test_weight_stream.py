@@ -142,6 +142,27 @@ def test_a_server_that_has_to_start_anew_takes_no_stream_and_no_sleep_before_tha
             send(tiny_model(), sync)
 
 
+def test_after_two_failures_in_a_row_files_are_used(nccl: FakeNccl, tmp_path: Path) -> None:
+    fake = FakeVllm()
+    with syncing(fake) as sync:
+        for step in (1, 2):
+            assert sync.stream_path()[0] == "ipc"
+            fake.failing["/update_weights"] = "refuse"
+            with pytest.raises(EngineError, match="was told to fail"):
+                send(tiny_model(), sync)
+            sync.push(tmp_path, "full", step)
+        assert sync.stream_path() == (None, "2 streams in a row failed")
+        assert sync.push(tmp_path, "full", 3).path_used == "reload"
+
+
+def test_an_engine_on_more_gpus_than_the_trainer_takes_no_handles(nccl: FakeNccl) -> None:
+    fake = FakeVllm()
+    fake.workers = 4
+    with syncing(fake) as sync, pytest.raises(EngineError, match="vLLM has 4 GPUs and the trainer 1"):
+        send(tiny_model(), sync)
+    assert fake.whole
+
+
 def test_a_broadcast_that_hangs_is_cut_off_at_the_deadline(nccl: FakeNccl) -> None:
     nccl.fails = "hang"
     fake = FakeVllm("nccl")

@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 import os
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -14,10 +13,8 @@ from peft import IA3Config, LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from hf_dsvllm.adapter_format import servable_adapter, serving_problems, will_it_serve
-from hf_dsvllm.engine import EngineSpec
+from hf_dsvllm.adapter_format import servable_adapter, serving_problems, why_merge_live, will_it_serve
 from hf_dsvllm.merged_copy import merged_copy, same_shape
-from hf_dsvllm.session import Session
 from tests.tiny import write_tiny_model
 
 
@@ -125,16 +122,9 @@ def test_weights_that_a_running_engine_would_leave_out_are_known_by_their_config
 
 
 def test_a_scripts_own_adapters_are_merged_where_the_engine_was_not_started_for_them(base: Path) -> None:
-    def merge_base(model: Any, *, max_lora_rank: int | None) -> Path | None:
-        session: Any = SimpleNamespace(_merge_base=None)
-        spec = EngineSpec(model=base, python=Path("python"), device="cpu", max_lora_rank=max_lora_rank)
-        Session._follow_adapters(session, model, spec)
-        found: Path | None = session._merge_base
-        return found
-
-    assert merge_base(adapted(base), max_lora_rank=4) is None
-    assert merge_base(adapted(base, rank_pattern={"q_proj": 8}), max_lora_rank=5) is None, "5 is rounded up to 8"
-    assert merge_base(adapted(base, rank_pattern={"q_proj": 9}), max_lora_rank=5) == base
-    assert merge_base(adapted(base), max_lora_rank=None) == base
-    assert merge_base(adapted(base, bias="all"), max_lora_rank=4) == base
-    assert merge_base(AutoModelForCausalLM.from_pretrained(base), max_lora_rank=None) is None
+    assert why_merge_live(adapted(base), 4) is None
+    assert why_merge_live(adapted(base, rank_pattern={"q_proj": 8}), 5) is None, "5 is rounded up to 8"
+    assert "rank 9" in str(why_merge_live(adapted(base, rank_pattern={"q_proj": 9}), 5))
+    assert "rank 4" in str(why_merge_live(adapted(base), None))
+    assert "bias='all'" in str(why_merge_live(adapted(base, bias="all"), 4))
+    assert why_merge_live(AutoModelForCausalLM.from_pretrained(base), None) is None
