@@ -46,7 +46,7 @@ class EvalResult:
     """One evaluation: `scores` by metric key, and where the seconds went (`publish`: live weights to disk).
 
     `samples` counts prompts.  `proof`: the canary's sentence, None where it could not be asked.  `comparisons`: by
-    metric key, against step 0 and the best step before this one.
+    metric key, against step 0 and the best step before this one.  `harness_seconds`: those of lm-eval.
     """
 
     step: int
@@ -63,6 +63,7 @@ class EvalResult:
     generate_seconds: float
     total_seconds: float
     comparisons: Mapping[str, Comparison] = dataclasses.field(default_factory=dict)
+    harness_seconds: float = 0.0
 
     @property
     def tokens_per_second(self) -> float:

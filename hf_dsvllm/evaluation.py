@@ -104,8 +104,9 @@ class Evaluator:
             self.door.resume(sync.model_name, self.delivery.server.uds)
         asked = time.monotonic()
         answers = {task.name: self._ask(task, sync.model_name, deadline) for task in self.tasks}
-        harness = self._ask_harness(step, sync.model_name, deadline)
         generated = time.monotonic() - asked
+        harness = self._ask_harness(step, sync.model_name, deadline)
+        harnessed = time.monotonic() - asked - generated
         scores, errors, columns = self._score_and_write(step, answers, sync)
         self._add_harness(step, harness, sync, scores, errors, columns)
         comparisons = self.history.compare(step, columns)
@@ -125,6 +126,7 @@ class Evaluator:
             wait_seconds=waited,
             sync_seconds=sync.seconds,
             generate_seconds=generated,
+            harness_seconds=harnessed if self.harness else 0.0,
             total_seconds=weights.publish_seconds + time.monotonic() - started,
         )
 

@@ -122,17 +122,20 @@ def compare(
         pairs = paired(base, now)
         over_base = difference(pairs, seed)
         parts.append(against_base(over_base, base.step, pairs))
-        brief += [brief_base(over_base, base.step)] if over_base else []
+        brief += [brief_base(over_base, base.step, pairs)] if over_base else []
     if best is not None and (base is None or best.step != base.step):
         pairs = paired(best, now)
         over_best = difference(pairs, seed)
         parts.append(against_best(over_best, best.step, sign, pairs))
-        brief += [f"{verdict(over_best, sign)} step {best.step}"] if over_best else []
+        same = "the same as" if unchanged(pairs) else None
+        brief += [f"{same or verdict(over_best, sign)} step {best.step}"] if over_best else []
     return Comparison(over_base=over_base, over_best=over_best, sentence="; ".join(parts), brief=", ".join(brief))
 
 
-def brief_base(interval: Interval, step: int) -> str:
+def brief_base(interval: Interval, step: int, pairs: Sequence[tuple[float, float]]) -> str:
     """+12.5 [+6.0, +19.0] over step 0."""
+    if unchanged(pairs):
+        return f"the same as step {step}"
     return f"{points(interval.mean)} [{points(interval.low)}, {points(interval.high)}] over step {step}"
 
 

@@ -183,6 +183,8 @@ def read_evaluations(path: Path) -> tuple[tuple[Evaluation, ...], tuple[str, ...
 
 def evaluation_of(step: int, row: Mapping[str, Any]) -> Evaluation:
     seconds = {name: number(row.get(f"{name}_seconds")) or 0.0 for name in EVALUATION_PHASES}
+    if harness := number(row.get("harness_seconds")):
+        seconds["lm-eval"] = harness
     total = number(row.get("total_seconds"))
     if total is not None:
         seconds["scoring and writing"] = max(0.0, total - sum(seconds.values()))

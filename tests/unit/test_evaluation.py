@@ -115,7 +115,7 @@ def test_each_score_is_held_against_the_first_and_the_best_on_the_console_and_on
     result = made.evaluate(Asked(step=10, snapshot=snapshot(tmp_path, 10)))
     assert f"{KEY} 100.0% ± 0.0% (+100.0 [+100.0, +100.0] over step 0)" in result.line()
     resumed = evaluator(tmp_path, engine).evaluate(Asked(step=20, snapshot=snapshot(tmp_path, 20)))
-    assert "within noise of step 10" in resumed.line()
+    assert "over step 0, the same as step 10)" in resumed.line()
     told = score_rows(tmp_path)[-1]["comparisons"][KEY]
     assert told["over_base"] == {"low": 1.0, "high": 1.0, "mean": 1.0}
     assert "as good as the best so far (step 10)" in told["sentence"]

@@ -235,3 +235,11 @@ def test_a_late_score_stands_at_its_own_step(run_folder: Path) -> None:
     found = read_run(run_folder).evaluations
     assert [(one.step, one.late, one.came_at) for one in found] == [(0, False, None), (10, True, 24), (20, False, None)]
     assert "10 (came late, at step 24)" in text_of(run_folder)
+
+
+def test_the_time_of_lm_eval_is_a_phase_of_its_own(run_folder: Path) -> None:
+    assert "lm-eval" not in read_run(run_folder).times.phases
+    rows = [score_row(20, 0.5, harness_seconds=0.75)]
+    put(run_folder / "evals/scores.jsonl", jsonl(*rows))
+    phases = read_run(run_folder).times.phases
+    assert (phases["lm-eval"], phases["scoring and writing"]) == (0.75, 0.25)
