@@ -205,8 +205,11 @@ class SessionCallback(TrainerCallback):
             if done.error is not None:
                 self._failures += 1
                 self._published = None  # on every rank, whichever failed: publishing again takes all of them
-                given_up = "; giving up on it" if self._failures >= FAILURES_BEFORE_GIVING_UP else ""
-                say(f"step {done.step}: generation evaluation failed and is skipped{given_up}. {done.error}")
+                given_up = self._failures >= FAILURES_BEFORE_GIVING_UP
+                what = "failed and is skipped; giving up on it" if given_up else "failed and is skipped"
+                say(f"step {done.step}: generation evaluation {what}. {done.error}")
+                if given_up:
+                    self.session.stop_engine()  # it would hold its memory to the end of the run for nothing
                 continue
             self._failures = 0
             scores = dict(done.scores)

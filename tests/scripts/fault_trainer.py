@@ -70,12 +70,15 @@ def run(place: Place, file: Path, metrics: list[str]) -> None:
     from transformers import Trainer, default_data_collator
     from trl import ModelConfig
 
-    import hf_dsvllm.placement
+    import hf_dsvllm.engine_size
+    import hf_dsvllm.session
     from hf_dsvllm import DsvllmTrainingArguments, prepare
 
     fault = place.fault
     if fault.adapter:
-        hf_dsvllm.placement.why_merge_for_engine = lambda *_: None  # as on a GPU: vLLM loads the adapter itself
+        hf_dsvllm.engine_size.why_merge_for_engine = lambda *_: None  # as on a GPU: vLLM loads the adapter itself
+    # The stand-in computes no log-probabilities; its answers tell which weights gave them, which the tests compare.
+    hf_dsvllm.session.canary_of = lambda *_, **__: None
     args = DsvllmTrainingArguments(
         output_dir=str(place.run), ds_preset="lora" if fault.adapter else "ddp" if fault.ranks > 1 else "none",
         max_steps=STEPS, per_device_train_batch_size=2, learning_rate=1e-3, logging_steps=1, save_strategy="no",

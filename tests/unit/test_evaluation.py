@@ -69,7 +69,7 @@ def task(**settings: Any) -> EvalTask:
 
 
 def evaluator(run: Path, engine: Engine, **more: Any) -> Evaluator:
-    spec = SimpleNamespace(served_name="base", tokenizer=None, model="model", max_model_len=64)
+    spec = SimpleNamespace(served_name="base", tokenizer=None, model="model", max_model_len=64, sleep_mode=False)
     server: Any = SimpleNamespace(
         uds=run / "socket", alive=True, spec=spec, wait_ready=lambda _: None, stop=lambda: None
     )
