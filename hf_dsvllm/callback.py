@@ -174,6 +174,7 @@ class SessionCallback(TrainerCallback):
         if is_main_process():
             try:
                 self.session.evaluator.delivery.wait_ready()
+                self.session.evaluator.shut_door(step)
                 sync = self.session.evaluator.delivery.sync
             except EngineError as problem:
                 error = str(problem)

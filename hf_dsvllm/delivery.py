@@ -102,9 +102,14 @@ class Delivery:
             with contextlib.suppress(EngineError):  # the next evaluation tries once more, and says why it cannot
                 self._restart()
 
+    @property
+    def sleeps(self) -> bool:
+        """Whether the engine was started to sleep between evaluations."""
+        return not isinstance(self.server, RemoteServer) and self.server.spec.sleep_mode
+
     def rest(self) -> None:
         """After an evaluation: give the GPU's memory back to training, where the engine was started to do so."""
-        if isinstance(self.server, RemoteServer) or not self.server.spec.sleep_mode:
+        if not self.sleeps:
             return
         try:
             awake = self.sync.rest()

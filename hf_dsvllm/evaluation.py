@@ -88,6 +88,8 @@ class Evaluator:
         except EngineError:
             self.delivery.revive()
             raise
+        if self.door is not None and self.delivery.sleeps:
+            self.door.pause("the engine sleeps between evaluations, and training has its memory")
         self.delivery.rest()
         self._append(result)
         return result
@@ -97,8 +99,7 @@ class Evaluator:
         deadline = started + self.sampling.timeout_s
         self.delivery.wait_ready()
         waited = time.monotonic() - started
-        if self.door is not None:
-            self.door.pause(f"the weights of step {step} are on their way into the engine")
+        self.shut_door(step)
         sync, proof = self.delivery.deliver(weights)
         if self.door is not None:
             self.door.resume(sync.model_name, self.delivery.server.uds)
@@ -129,6 +130,11 @@ class Evaluator:
             harness_seconds=harnessed if self.harness else 0.0,
             total_seconds=weights.publish_seconds + time.monotonic() - started,
         )
+
+    def shut_door(self, step: int) -> None:
+        """Nobody asks while weights are on their way: before an evaluation, and before live weights are sent."""
+        if self.door is not None:
+            self.door.pause(f"the weights of step {step} are on their way into the engine")
 
     def close(self) -> None:
         """Stop the engine."""

@@ -194,6 +194,26 @@ def test_a_port_that_is_taken_is_no_reason_not_to_evaluate(
     first.close()
 
 
+def test_an_engine_that_sleeps_between_evaluations_is_not_asked(tmp_path: Path) -> None:
+    import httpx
+
+    made = evaluator(tmp_path, Engine(), expose_port=0)
+    assert made.door is not None
+    made.delivery.server.spec.sleep_mode = True  # type: ignore[misc]
+    slept: list[int] = []
+
+    def sleep() -> None:
+        answer = httpx.post(f"{made.door.url}/completions", json={}, headers={"Authorization": f"Bearer {key}"})  # type: ignore[union-attr]
+        slept.append(answer.status_code)
+        assert "sleeps between evaluations" in answer.text
+
+    key = (tmp_path / "engine" / "expose.key").read_text()
+    made.delivery.sync.rest = sleep  # type: ignore[method-assign, assignment]
+    made.evaluate(Asked(step=0))
+    assert slept == [503]
+    made.close()
+
+
 def test_weights_that_did_not_arrive_leave_the_door_shut(tmp_path: Path) -> None:
     import httpx
 
