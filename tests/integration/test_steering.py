@@ -52,6 +52,7 @@ class PresetScores:
         self.trainer: Any = None
         self.asked: list[Any] = []
         self.delivery = SimpleNamespace(wait_ready=lambda: None, sync=None)
+        self.shut_door = lambda step: None
 
     def evaluate(self, asked: Any) -> Any:
         step = asked.step
