@@ -19,7 +19,7 @@ from typing import Any
 
 import torch
 
-from hf_dsvllm import adapters
+from hf_dsvllm import adapters, speedups
 from hf_dsvllm._compat import keep_4bit_weights_packed
 from hf_dsvllm.arguments import full_dtype, resolve_preset, training_device
 from hf_dsvllm.callback import SessionCallback
@@ -31,6 +31,7 @@ from hf_dsvllm.engine_size import largest_parameter
 from hf_dsvllm.engine_start import start_engine
 from hf_dsvllm.errors import ConfigError, DsvllmError, ExportError, GpuMemoryError, Problem, WiringError
 from hf_dsvllm.evaluation import EVALS, Evaluator, Sampling
+from hf_dsvllm.features import choose
 from hf_dsvllm.files import write_json
 from hf_dsvllm.fingerprint import fingerprint_of
 from hf_dsvllm.forecast import comparison, forecast, learn_from, out_of_memory_advice
@@ -98,6 +99,11 @@ class Session:
     def evaluates(self) -> bool:
         """Whether this run evaluates by generation."""
         return bool(self.tasks)
+
+    @property
+    def features(self) -> frozenset[str]:
+        """The speed features in force; without a preset nothing is changed."""
+        return choose(self.args.ds_speed) if self.preset is not None else frozenset()
 
     @property
     def late(self) -> bool:
@@ -178,6 +184,8 @@ class Session:
         touched = keep_4bit_weights_packed(trainer.model)
         if touched:
             say(f"{touched} 4-bit layers: repacking in evaluation disabled (it corrupts training on AVX512-BF16 CPUs)")
+        for line in speedups.apply(trainer, self.features):
+            say(line)
         if self.server is not None:
             self._evaluator = Evaluator(
                 server=self.server,
@@ -202,7 +210,8 @@ class Session:
         @functools.wraps(train)
         def explained(*args: Any, **kwargs: Any) -> Any:
             try:
-                return train(*args, **kwargs)
+                with speedups.attention_order(self.features):
+                    return train(*args, **kwargs)
             except torch.OutOfMemoryError as error:
                 self.stop_engine()
                 raise GpuMemoryError(out_of_memory_advice(self.forecast, str(error))) from error
