@@ -69,7 +69,7 @@ class OutsideAutocast:
 
 
 def lean_adapters(trainer: Any) -> list[str]:
-    """Under autocast a layer's input stays bf16 instead of being copied to the adapter's fp32 and, by autocast, back."""
+    """Under autocast a layer's input stays bf16: PEFT copies it to the adapter's fp32, and autocast copies it back."""
     from peft.tuners.tuners_utils import BaseTunerLayer
 
     layers = [module for module in trainer.model.modules() if isinstance(module, BaseTunerLayer)]
