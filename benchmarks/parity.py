@@ -92,8 +92,8 @@ def page(rows: Sequence[Mapping[str, Any]], options: argparse.Namespace) -> str:
     lines = [
         "# Loss parity",
         "",
-        f"{options.steps} steps of {options.micro_batch_size * options.world} sequences, {options.device}; final loss: "
-        "mean of the last quarter of the steps, over the seeds. Written by `python benchmarks/parity.py`.",
+        f"{options.steps} steps of {options.micro_batch_size * options.world} sequences, {options.device}. Final loss: "
+        "the mean of the last quarter of the steps, over the seeds. Written by `python benchmarks/parity.py`.",
         "",
         "| run | seeds | final loss | less plain TRL | spread of plain TRL's seeds | within |",
         "| --- | --- | --- | --- | --- | --- |",

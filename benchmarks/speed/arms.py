@@ -91,6 +91,10 @@ class Arm:
     def offloads(self) -> bool:
         return "offload" in self.preset or "nvme" in self.preset or self.preset in ("z2o", "z3o")
 
+    def steps(self, wanted: int) -> int:
+        """Steps to run: one tells whether a length fits, and long steps need no more than two after the warm-up."""
+        return 1 if self.ladder else min(wanted, 4) if self.accumulation >= 8 else wanted
+
     @property
     def rung(self) -> tuple[str, str, str, tuple[str, ...]]:
         """Arms of a ladder that differ in length alone."""
@@ -161,6 +165,7 @@ qlora8 8b 1 4096 b4      | plain:qlora; qlora no; qlora no +lean_adapters +fused
 mix4 4b 1 4096 b8 mix    | plain:z2; zero2 rc group +unmasked; zero2 rc pack +varlen; zero2 b2 no pack +varlen +fused; zero2 b3 no pack +varlen +fused
 lora14 14b 1 4096 b2     | plain:lora; lora b1x2 no; lora no +lean_adapters +fused; lora b4 sel +lean_adapters +fused
 lora32 32b 1 4096 b1     | plain:lora; lora rc +lean_adapters +fused; lora sel +lean_adapters +fused; lora no +lean_adapters +fused s2048
+full8x2 8b 2 4096 b2     | plain:z2; plain:z3; zero2 b1x2 no; zero2 b1x2 no +fused; zero2 no +fused; zero3 no; zero3 no +fused; zero3 sel +fused; zero2 b4 sel +fused; zero2 b1x2 no +fused zero_optimization.reduce_bucket_size=500000000; zero3 no +fused zero_optimization.stage3_prefetch_bucket_size=500000000
 full8 8b 4 4096 b2       | plain:z3; plain:z2; zero2 no; zero2 no +fused; zero2 b3 no +fused; zero3 no +fused; zero2 no +fused zero_optimization.reduce_bucket_size=500000000; zero3 no +fused zero_optimization.stage3_prefetch_bucket_size=500000000; zero2 no -cudnn; zero2 b4 sel +fused; zero2 no +fused zero_optimization.round_robin_gradients=true; zero2 no compile
 full14 14b 4 4096 b2     | plain:z3; zero3 b1x2 no; zero3 b1x2 no +fused; zero3 no +fused; zero3 sel +fused; zero2 b1x2 no +fused
 scale 4b 1 4096 b2       | zero2 no +fused; zero3 no +fused
@@ -170,10 +175,11 @@ scale8 8b 2 4096 b2      | zero2 rc +fused; zero3 rc +fused
 scale8 8b 4 4096 b2      | zero2 rc +fused; zero3 rc +fused
 off8 8b 2 4096 b2x8      | plain:z2o; zero3 b1x16 no +fused; zero3_offload_optimizer no +fused; zero3_offload_optimizer no +fused zero_optimization.offload_optimizer.super_offload=true; zero3_offload_optimizer no +fused zero_optimization.offload_optimizer.ratio=0.5; zero2_offload no +fused; plain:z3o
 off14 14b 4 4096 b1x8    | plain:z3o; zero3 no +fused; zero3_offload_optimizer no +fused; zero3_offload_optimizer no +fused zero_optimization.offload_optimizer.super_offload=true
+sp8 8b 2 65536 b1 ladder | long_context rc +fused; long_context rc s131072 +fused
 long8 8b 1 16384 b1 ladder | plain:lora s32768; lora rc s32768 +fused +lean_adapters; plain:lora s65536; lora rc s65536 +fused +lean_adapters; plain:lora s131072; lora rc s131072 +fused +lean_adapters; lora rc s262144 +fused +lean_adapters
 longf 8b 1 16384 b1 ladder | plain:z3o s32768; zero3_offload rc s32768 +fused; zero3_offload rc s65536 +fused; zero3_offload rc s131072 +fused
 long32 32b 1 8192 b1 ladder | plain:qlora s16384; qlora rc s16384 +fused; qlora rc s32768 +fused; qlora rc s65536 +fused
-sp8 8b 4 65536 b1 ladder | long_context rc +fused; long_context rc s131072 +fused
+sp8x4 8b 4 131072 b1 ladder | long_context rc +fused; long_context rc s262144 +fused
 nvme 1.7b 1 4096 b2      | zero3_nvme rc
 onebit 1.7b 2 4096 b2    | ddp no; onebit_adam no optimizer.params.freeze_step=3; onebit_lamb no optimizer.params.freeze_step=3; zero_one_adam no optimizer.params.var_freeze_step=3
 """  # noqa: E501 - a table

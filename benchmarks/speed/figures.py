@@ -14,7 +14,7 @@ from hf_dsvllm.errors import DsvllmError
 from hf_dsvllm.model_shape import ModelShape, shape_from_config
 from hf_dsvllm.planner.cards import Rates, from_record, rates_of
 from hf_dsvllm.planner.footprint import Setup, gpu_footprint
-from hf_dsvllm.planner.speed import OVERHEADS, between_bytes, step_time
+from hf_dsvllm.planner.speed import OVERHEADS, adapter_traffic, between_bytes, step_time
 from hf_dsvllm.presets import get_preset
 
 __all__ = ["Figures", "figures", "flops_per_token", "rates_from", "shape_of"]
@@ -102,7 +102,7 @@ def figures(record: Mapping[str, Any], rates: Rates) -> Figures:
         predicted_seconds=predicted,
         predicted_gib=memory,
     )
-    skip = WARM_UP_COMPILED if arm.compile else WARM_UP
+    skip = 0 if arm.ladder else WARM_UP_COMPILED if arm.compile else WARM_UP
     if record["status"] != "ok" or not ranks or len(ranks[0]["steps"]) <= skip:
         return base
     steps = [[step for step in rank["steps"][skip:] if "real" in step] for rank in ranks]
@@ -142,8 +142,8 @@ def peak(ranks: Sequence[Mapping[str, Any]], name: str) -> float | None:
 def prediction(arm: Arm, rates: Rates) -> tuple[float | None, float | None]:
     """Seconds of a step and GiB of a GPU by the planner's formulas; None for a mix, compiled code and what they lack.
 
-    The formulas know neither fused kernels nor adapters without casts.  For those the memory traffic between products
-    is scaled by `fused_share`; memory is then that of the run without them, an upper bound.
+    The formulas know neither fused kernels nor adapters without casts: for those the memory traffic between products
+    is scaled by `traffic_share`.  Memory is then that of the run without them, an upper bound.
     """
     if arm.mix or arm.compile or arm.recompute == "selective":
         return None, None
@@ -163,10 +163,20 @@ def prediction(arm: Arm, rates: Rates) -> tuple[float | None, float | None]:
         lora_dropout=False,
         device="cuda",
     )
-    overheads = OVERHEADS
-    if "fused" in arm.features:
-        overheads = dataclasses.replace(overheads, traffic=overheads.traffic * fused_share(shape))
+    overheads = dataclasses.replace(OVERHEADS, traffic=OVERHEADS.traffic * traffic_share(arm, setup))
     return step_time(setup, rates, overheads).seconds, gpu_footprint(setup).peak / GIB
+
+
+def traffic_share(arm: Arm, setup: Setup) -> float:
+    """Bytes between products with the arm's features / without: fused kernels, and inputs that adapters do not cast.
+
+    An fp32 adapter reads its bf16 input as fp32: 10 bytes an element (planner/speed.py).
+    """
+    layers, adapters = between_bytes(setup.shape) * setup.shape.layers, adapter_traffic(setup)
+    casts = 10.0 * sum(linear.count * linear.inputs for linear in setup.shape.linears if linear.kind != "lm_head")
+    lean = "lean_adapters" in arm.features and setup.method != "full" and setup.numerics.adapter_bytes == 4
+    fused = fused_share(setup.shape) if "fused" in arm.features else 1.0
+    return (layers * fused + adapters - lean * casts) / (layers + adapters)
 
 
 def fused_share(shape: ModelShape) -> float:

@@ -36,6 +36,7 @@ def train(arm: Arm, task: dict[str, Any], gauge: Gauge, steps: list[dict[str, fl
         torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.init()
     transformers.set_seed(0)
+    task = task | {"steps": arm.steps(task["steps"])}
     args = arguments(arm, task)
     gauge.begin("load")
     model, peft = model_of(arm, args, gauge.device)
