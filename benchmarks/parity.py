@@ -89,15 +89,12 @@ def verdicts(results: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
 
 
 def page(rows: Sequence[Mapping[str, Any]], options: argparse.Namespace) -> str:
-    lines = [
-        "# Loss parity",
-        "",
+    how = (
         f"{options.steps} steps of {options.micro_batch_size * options.world} sequences, {options.device}. Final loss: "
-        "the mean of the last quarter of the steps, over the seeds. Written by `python benchmarks/parity.py`.",
-        "",
-        "| run | seeds | final loss | less plain TRL | spread of plain TRL's seeds | within |",
-        "| --- | --- | --- | --- | --- | --- |",
-    ]
+        "the mean of the last quarter of the steps, over the seeds. Written by `python benchmarks/parity.py`."
+    )
+    heading = "| run | seeds | final loss | less plain TRL | spread of plain TRL's seeds | within |"
+    lines = ["# Loss parity", "", how, "", heading, "|" + " --- |" * 6]
     for row in rows:
         lines.append(
             f"| {row['title']} | {row['seeds']} | {row['loss']:.5f} | {row['difference']:+.5f} | {row['spread']:.5f} | "
