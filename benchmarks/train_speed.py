@@ -36,6 +36,12 @@ class SpeedMeasurement(Measurement):
         super().__init__(options)
         self.grid = dry_arms() if self.device == "cpu" else arms()
 
+    def run(self) -> None:
+        if self.pending():
+            super().run()
+        else:
+            print("every arm asked for is there already", flush=True)
+
     def pending(self) -> list[Any]:
         wanted = [arm for arm in self.grid if arm.world <= self.options.gpus and chosen(arm, self.options.only)]
         again = {"timeout"} | ({"failed"} if self.options.again else set())

@@ -101,6 +101,9 @@ def varlen_forward(
     starts = kwargs.get("cu_seq_lens_q")
     if starts is None or query.shape[0] != 1:
         raise ValueError("packed sequences reached attention without their boundaries; --ds_speed no_varlen")
+    if torch.is_autocast_enabled(query.device.type):  # as autocast does for scaled_dot_product_attention
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = (part.to(dtype) for part in (query, key, value))
     attend = on_gpu if query.is_cuda and query.dtype != torch.float32 and dropout == 0.0 else one_by_one
     return attend(query, key, value, starts, int(kwargs["max_length_q"]), dropout, scaling), None
 

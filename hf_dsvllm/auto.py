@@ -119,7 +119,9 @@ def keep_activations(
     sft = any(parent.__name__ == "SFTConfig" for parent in type(args).__mro__)
     if not (sft and model and device == "cuda" and args.gradient_checkpointing):
         return []
-    if args.gradient_checkpointing_kwargs or "keep_activations" not in features.choose(args.ds_speed):
+    if not args.max_length or args.gradient_checkpointing_kwargs or args.activation_offloading:
+        return []  # no bound to plan for, or a choice of the user's
+    if "keep_activations" not in features.choose(args.ds_speed):
         return []
     try:
         job = job_of(args, launch, device, model, preset.adapter or "full", argv)

@@ -156,17 +156,17 @@ def changed(arm: Arm, word: str) -> Arm:
     raise ValueError(f"{word!r} changes nothing known:{ARM_WORDS}")
 
 
-# `all` leaves out what does not concern the case; -cudnn on presets shows what that default brings.
+# A preset starts from the default features; each arm after it changes one thing, then those that help together.
 GRID = """
-lora8 8b 1 4096 b4       | plain:lora; lora rc; lora b2x2 no -cudnn; lora b2x2 no; lora b2x2 no +lean_adapters; lora b2x2 no +fused; lora b2x2 no +lean_adapters +fused; lora b4 no +lean_adapters +fused; lora_zero2 b2x2 no +fused; lora b2x2 no +lean_adapters +fused segments; lora b2x2 no +lean_adapters compile; lora b4 sel +lean_adapters +fused
-full4 4b 1 4096 b2       | plain:z2; zero2 rc; zero2 no; zero2 no -cudnn; zero2 no +fused; zero2 b3 no +fused; zero2 b4 sel +fused; zero2 no compile; none no +fused
-mix8 8b 1 4096 b8 mix    | plain:lora; lora rc group +unmasked; lora rc +padding_free; lora rc pack; lora rc pack +varlen; lora b2 no pack +varlen +lean_adapters +fused; lora b4 no pack +varlen +lean_adapters +fused
+lora8 8b 1 4096 b4       | plain:lora; lora rc; lora b2x2 no; lora b2x2 no +cudnn; lora b2x2 no +lean_adapters; lora b2x2 no +fused; lora b2x2 no +lean_adapters +fused; lora b4 no +lean_adapters +fused; lora_zero2 b2x2 no +fused; lora b2x2 no +lean_adapters +fused segments; lora b2x2 no compile; lora b4 sel +lean_adapters +fused
+full4 4b 1 4096 b2       | plain:z2; zero2 rc; zero2 no; zero2 no +cudnn; zero2 no +fused; zero2 b3 no +fused; zero2 b4 sel +fused; zero2 no compile; none no +fused
+mix8 8b 1 4096 b8 mix    | plain:lora; lora rc +unmasked; lora rc group +unmasked; lora rc +unmasked +cudnn; lora rc +padding_free; lora rc pack; lora rc pack +varlen; lora b2 no pack +varlen +lean_adapters +fused; lora b4 no pack +varlen +lean_adapters +fused
 qlora8 8b 1 4096 b4      | plain:qlora; qlora no; qlora no +lean_adapters +fused; lora no +lean_adapters +fused
 mix4 4b 1 4096 b8 mix    | plain:z2; zero2 rc group +unmasked; zero2 rc pack +varlen; zero2 b2 no pack +varlen +fused; zero2 b3 no pack +varlen +fused
 lora14 14b 1 4096 b2     | plain:lora; lora b1x2 no; lora no +lean_adapters +fused; lora b4 sel +lean_adapters +fused
 lora32 32b 1 4096 b1     | plain:lora; lora rc +lean_adapters +fused; lora sel +lean_adapters +fused; lora no +lean_adapters +fused s2048
 full8x2 8b 2 4096 b2     | plain:z2; plain:z3; zero2 b1x2 no; zero2 b1x2 no +fused; zero2 no +fused; zero3 no; zero3 no +fused; zero3 sel +fused; zero2 b4 sel +fused; zero2 b1x2 no +fused zero_optimization.reduce_bucket_size=500000000; zero3 no +fused zero_optimization.stage3_prefetch_bucket_size=500000000
-full8 8b 4 4096 b2       | plain:z3; plain:z2; zero2 no; zero2 no +fused; zero2 b3 no +fused; zero3 no +fused; zero2 no +fused zero_optimization.reduce_bucket_size=500000000; zero3 no +fused zero_optimization.stage3_prefetch_bucket_size=500000000; zero2 no -cudnn; zero2 b4 sel +fused; zero2 no +fused zero_optimization.round_robin_gradients=true; zero2 no compile
+full8 8b 4 4096 b2       | plain:z3; plain:z2; zero2 no; zero2 no +fused; zero2 b3 no +fused; zero3 no +fused; zero2 no +fused zero_optimization.reduce_bucket_size=500000000; zero3 no +fused zero_optimization.stage3_prefetch_bucket_size=500000000; zero2 no +fused +cudnn; zero2 b4 sel +fused; zero2 no +fused zero_optimization.round_robin_gradients=true; zero2 no compile
 full14 14b 4 4096 b2     | plain:z3; zero3 b1x2 no; zero3 b1x2 no +fused; zero3 no +fused; zero3 sel +fused; zero2 b1x2 no +fused
 scale 4b 1 4096 b2       | zero2 no +fused; zero3 no +fused
 scale 4b 2 4096 b2       | zero2 no +fused; zero3 no +fused

@@ -16,7 +16,7 @@ TOLERANCE = 2e-6  # of a loss in float32: another order of additions
 
 
 def test_the_features_that_are_on_by_default_are_reviewed_ones() -> None:
-    assert set(DEFAULTS) == {"keep_activations", "cudnn"}
+    assert set(DEFAULTS) == {"keep_activations"}
 
 
 @pytest.mark.parametrize(
@@ -24,7 +24,7 @@ def test_the_features_that_are_on_by_default_are_reviewed_ones() -> None:
     [
         (None, DEFAULTS),
         (["unmasked"], DEFAULTS | {"unmasked"}),
-        (["no_cudnn"], DEFAULTS - {"cudnn"}),
+        (["no_keep_activations", "cudnn"], {"cudnn"}),
         (["none", "fused"], {"fused"}),
         (["none", "padding_free"], {"padding_free", "varlen"}),
         (["all", "no_fused"], {feature.name for feature in FEATURES} - {"fused"}),
@@ -180,3 +180,56 @@ def test_lean_adapters_compute_the_same_under_autocast(model_path: str) -> None:
     assert torch.equal(loss, before[0])
     assert torch.equal(gradient, before[1])
     model(input_ids=tokens)  # outside autocast inputs are cast as ever: no error
+
+
+def keep(monkeypatch: pytest.MonkeyPatch, *, card: str = "1xH200", device: str = "cuda", **changed: Any) -> Any:
+    """`auto.keep_activations` for a full fine-tune of a 1.7B shape on a named machine, and the arguments after it."""
+    from hf_dsvllm import auto
+    from hf_dsvllm.hardware import parse_machine
+    from hf_dsvllm.launch import Launch
+    from hf_dsvllm.model_shape import shape_from_config
+    from hf_dsvllm.planner.cards import rates_of
+    from hf_dsvllm.presets import get_preset
+
+    config = {"model_type": "qwen3", "hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 28}
+    config |= {"num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936}
+    monkeypatch.setattr(auto, "detect", lambda: parse_machine(card))
+    monkeypatch.setattr(auto, "machine_rates", lambda _: rates_of("H200"))
+    monkeypatch.setattr(auto, "load_shape", lambda _: shape_from_config(config | {"tie_word_embeddings": True}))
+
+    class SFTConfig(SimpleNamespace):
+        """By the name that tells supervised fine-tuning from other losses."""
+
+    base = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1, "max_length": 2048, "ds_speed": None}
+    base |= {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": None, "activation_offloading": False}
+    args = SFTConfig(**(base | {"gen_eval_file": None, "gen_eval_max_new_tokens": 256} | changed))
+    launch = Launch(rank=0, local_rank=0, world_size=1, local_world_size=1, launched=True, asked_processes=1)
+    fixes = auto.keep_activations(args, get_preset("zero2"), launch, device, ["--model_name_or_path", "model"])
+    return args, fixes
+
+
+def test_activations_are_kept_where_they_fit_and_the_reason_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    args, (fix,) = keep(monkeypatch)
+    assert args.gradient_checkpointing is False
+    assert "51.1 GiB" in str(fix)  # 51.5 were measured (benchmarks/planner/results)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"card": "1xA100-40GB"},
+        {"device": "cpu"},
+        {"max_length": None},
+        {"ds_speed": ["no_keep_activations"]},
+        {"gradient_checkpointing_kwargs": {"selective": True}},
+        {"activation_offloading": True},
+        {"per_device_train_batch_size": 32},
+    ],
+    ids=lambda changed: next(iter(changed)),
+)
+def test_recompute_stays_where_memory_the_user_or_the_formulas_ask_for_it(
+    monkeypatch: pytest.MonkeyPatch, changed: dict[str, Any]
+) -> None:
+    args, fixes = keep(monkeypatch, **changed)
+    assert args.gradient_checkpointing is True
+    assert fixes == []

@@ -47,12 +47,13 @@ def test_every_arm_has_a_name_of_its_own_and_a_plain_run_beside_it(speed: Any) -
 
 def test_the_words_of_an_arm_change_what_they_name(speed: Any) -> None:
     plain, ours = speed.arms.parse(
-        "c 8b 2 4096 b2x4 mix | plain:z2; zero2 b4 sel +fused -cudnn pack s8192 zero_optimization.round_robin=true"
+        "c 8b 2 4096 b2x4 mix | plain:z2; zero2 b4 sel +fused -keep_activations pack s8192 "
+        "zero_optimization.round_robin=true"
     )
     assert (plain.kind, plain.micro, plain.accumulation, plain.recompute, plain.mix) == ("plain", 2, 4, "full", True)
     assert (ours.micro, ours.accumulation, ours.recompute, ours.length) == (4, 1, "selective", 8192)
     assert "fused" in ours.features
-    assert "cudnn" not in ours.features
+    assert "keep_activations" not in ours.features
     assert ours.batching == "packed"
     assert ours.deepspeed == (("zero_optimization.round_robin", True),)
     assert ours.tokens == 2 * 4 * 8192
