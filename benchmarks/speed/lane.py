@@ -68,7 +68,9 @@ def arguments(arm: Arm, task: dict[str, Any]) -> Any:
 
     from hf_dsvllm import arguments as ours
     from hf_dsvllm import with_presets
+    from hf_dsvllm._compat import join_deepspeed_on_cpu
     from hf_dsvllm.ds_config import build, set_key
+    from hf_dsvllm.launch import become_single_process
 
     common: dict[str, Any] = {
         "output_dir": tempfile.mkdtemp(prefix="speed-arm-"),
@@ -90,8 +92,13 @@ def arguments(arm: Arm, task: dict[str, Any]) -> Any:
         common["gradient_checkpointing_kwargs"] = {"selective": True}
     on_cpu = task["device"] == "cpu"
     if arm.kind == "plain":
-        zero = copy.deepcopy(PLAIN[arm.preset])
-        return SFTConfig(deepspeed=hand_written(zero, arm, on_cpu), bf16=not on_cpu, use_cpu=on_cpu, **common)
+        config = hand_written(copy.deepcopy(PLAIN[arm.preset]), arm, on_cpu)
+        if config is not None:
+            become_single_process()  # as torchrun does
+        made = SFTConfig(deepspeed=config, bf16=not on_cpu, use_cpu=on_cpu, **common)
+        if config is not None and on_cpu:
+            join_deepspeed_on_cpu()
+        return made
 
     def overridden(preset: Any, shape: Any) -> dict[str, Any] | None:
         config = build(preset, shape)

@@ -12,4 +12,4 @@ def chat_lengths(count: int, longest: int, *, seed: int = 0) -> list[int]:
     rng = random.Random(seed)
     scale = min(1.0, longest / 4096)
     drawn = (round(scale * rng.lognormvariate(0, SIGMA) * MEDIAN) for _ in range(count))
-    return [max(min(SHORTEST, longest // 4), min(longest, length)) for length in drawn]
+    return [max(round(scale * SHORTEST), 2, min(longest, length)) for length in drawn]

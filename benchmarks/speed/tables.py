@@ -9,6 +9,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from arms import arms, dry_arms
 from figures import Figures, figures, rates_from
 
 __all__ = ["write_report"]
@@ -26,7 +27,8 @@ def write_report(out: Path) -> None:
     rates_path = out / "rates.json"
     measured = json.loads(rates_path.read_text(encoding="utf-8")) if rates_path.exists() else {}
     rates = rates_from(measured)
-    found = [figures(record, rates) for record in cells.values()]
+    order = {arm.name: position for position, arm in enumerate((*arms(), *dry_arms()))}
+    found = [figures(cells[name], rates) for name in sorted(cells, key=lambda name: order.get(name, len(order)))]
     (out / "README.md").write_text(page(found, measured), encoding="utf-8")
     record = [dataclasses.asdict(row) | {"name": row.arm.name, "title": row.arm.title} for row in found]
     (out / "figures.json").write_text(json.dumps(record, indent=1) + "\n", encoding="utf-8")

@@ -81,6 +81,7 @@ def test_chat_like_lengths_repeat_and_stay_within_bounds(speed: Any) -> None:
     assert min(drawn) >= 16
     assert max(drawn) == 4096
     assert 450 < sum(drawn) / len(drawn) < 750
+    assert len(set(speed.lengths.chat_lengths(50, 64))) > 5
 
 
 def record_of(arm: Any, *, seconds: float = 2.0, real: int = 3000, padded: int = 4000, **more: Any) -> dict[str, Any]:
