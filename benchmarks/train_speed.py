@@ -46,8 +46,8 @@ class SpeedMeasurement(Measurement):
 
     def pending(self) -> list[Any]:
         wanted = [arm for arm in self.grid if arm.world <= self.options.gpus and chosen(arm, self.options.only)]
-        again = {"timeout"} | ({"failed"} if self.options.again else set())
-        return [arm for arm in wanted if self.results.get(arm.name, {"status": "timeout"})["status"] in again]
+        again = {"timeout", "failed"} if self.options.again else set()
+        return [arm for arm in wanted if self.results.get(arm.name, {}).get("status") in (None, *again)]
 
     def next_cell(self, waiting: list[Any]) -> Any:
         """As ever, but nothing longer than what did not fit."""
@@ -110,7 +110,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=7)
     parser.add_argument("--grow_gib", type=int, default=0, help="host memory to touch in the background at the start")
     parser.add_argument("--only", nargs="*", help="cases (lora8), or parts of names that hold a dash")
-    parser.add_argument("--again", action="store_true", help="run arms that failed once more")
+    parser.add_argument("--again", action="store_true", help="run arms that failed or took too long once more")
     parser.add_argument("--list", action="store_true", help="print the arms and end")
     parser.add_argument("--report", action="store_true", help="write the tables and the plot, and end")
     options = parser.parse_args()

@@ -30,8 +30,8 @@ speed() {
 
 case $STEP in
   one) speed --gpus 1 --only lora8 full4 mix8 qlora8 mix4 lora14 lora32 "$@" ;;
-  two) speed --gpus 2 --grow_gib 200 --only full8x2 off8 scale scale8 sp8 mix8 lora8 full4 qlora8 mix4 "$@" ;;
-  four) speed --gpus 4 --grow_gib 320 --only full8 full14 off14 scale scale8 sp8x4 "$@" ;;
+  two) speed --gpus 2 --only full8x2 off8 scale scale8 sp8 mix8 lora8 full4 qlora8 mix4 "$@" ;;
+  four) speed --gpus 4 --only full8 full14 off14 scale scale8 sp8x4 "$@" ;;
   long) speed --gpus 1 --cell_s 200 --only long8 long32 longf "$@" ;;
   nvme) speed --gpus 1 --cell_s 200 --only nvme "$@" ;;
   onebit) speed --gpus 2 --only onebit "$@" ;;

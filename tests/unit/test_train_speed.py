@@ -119,15 +119,15 @@ def options(out: Path, **changed: Any) -> Any:
 
 def test_a_measurement_goes_on_where_it_stopped(speed: Any, tmp_path: Path) -> None:
     every = speed.train_speed.SpeedMeasurement(options(tmp_path)).pending()
-    done, failed, cut = every[0], every[1], every[2]
+    done, failed, slow = every[0], every[1], every[2]
     results = {
         done.name: record_of(done),
         failed.name: record_of(failed, status="failed"),
-        cut.name: record_of(cut, status="timeout"),
+        slow.name: record_of(slow, status="timeout"),
     }
     (tmp_path / "cells.json").write_text(json.dumps(results), encoding="utf-8")
     left = speed.train_speed.SpeedMeasurement(options(tmp_path)).pending()
-    assert [arm.name for arm in left] == [arm.name for arm in every[2:]]
+    assert [arm.name for arm in left] == [arm.name for arm in every[3:]]
     again = speed.train_speed.SpeedMeasurement(options(tmp_path, again=True)).pending()
     assert [arm.name for arm in again] == [arm.name for arm in every[1:]]
     alone = speed.train_speed.SpeedMeasurement(options(tmp_path, gpus=1, only=["long"])).pending()
