@@ -188,6 +188,7 @@ DRY = """
 one tiny 1 64 b2        | plain:lora; lora no +lean_adapters; plain:z2; zero2 rc; zero2 sel; none no; qlora no
 mix tiny 1 64 b4 mix    | plain:lora; lora no group +unmasked; lora no +padding_free; lora b2 no pack +varlen
 two tiny 2 64 b2        | plain:z3; zero2 no zero_optimization.reduce_bucket_size=1000000; zero3 rc; lora b1x2 no
+twomix tiny 2 64 b4 mix | zero3 no +padding_free; zero2 rc +unmasked
 off tiny 1 64 b1x2      | plain:z3o; zero3_offload_optimizer no; zero2_offload no
 long tiny 1 64 b1 ladder | lora rc s64; lora rc s128
 """
