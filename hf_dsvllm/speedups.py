@@ -34,7 +34,7 @@ def without_masks(trainer: Any, features: Collection[str]) -> list[str]:
     if reason is not None:
         return [f"speed: {', '.join(sorted(features))} left out, because {reason}"]
     lines = []
-    if "varlen" in features:
+    if {"varlen", "padding_free"} & set(features):
         use_varlen(model)
         lines.append("speed: packed sequences attend without a mask (varlen)")
     drop_masks(model)
