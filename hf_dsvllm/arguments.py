@@ -10,6 +10,7 @@ are raised as one `ConfigError`, and every value changed is printed with its rea
 from __future__ import annotations
 
 import dataclasses
+import importlib.util
 import os
 import sys
 from pathlib import Path
@@ -23,6 +24,7 @@ from hf_dsvllm.adapters import full_dtype
 from hf_dsvllm.console import say
 from hf_dsvllm.ds_config import RunShape, build, get_key
 from hf_dsvllm.errors import ConfigError, DsvllmError, Problem
+from hf_dsvllm.features import choose, feature_problems
 from hf_dsvllm.fields import PresetFields
 from hf_dsvllm.launch import Launch, become_single_process, read_launch
 from hf_dsvllm.preflight import (
@@ -107,7 +109,7 @@ def _before(args: Any) -> None:
     """Everything that must be settled before TrainingArguments derives state from its fields."""
     launch = read_launch()
     device = training_device(args)
-    problems = [*launch.problems(), *evaluation_problems(args, launch, device)]
+    problems = [*launch.problems(), *evaluation_problems(args, launch, device), *feature_problems(args.ds_speed)]
     user_config, unreadable = read_user_config(args)
     problems += unreadable
     preset: Preset | None = None
@@ -136,6 +138,9 @@ def _before(args: Any) -> None:
     if problems:
         raise ConfigError(problems)
     fixes += _saving(args, config)
+    if preset is not None and planned is None:
+        fixes += auto.keep_activations(args, preset, launch, device)
+    fixes += _fused(args, device)
     if config is not None:
         if become_single_process():
             say("started by plain python: running as a one-process group (torchrun or accelerate launch start several)")
@@ -178,6 +183,20 @@ def _precision(args: Any, preset: Preset | None, user_config: dict[str, Any] | N
         if before is False:
             return [Fix("bf16", False, True, "presets train in bf16; --fp16 true for cards older than Ampere")]
     return []
+
+
+def _fused(args: Any, device: str) -> list[Fix]:
+    """The feature `fused`, where its kernels are: liger-kernel, on GPUs."""
+    if args.ds_preset is None or "fused" not in choose(args.ds_speed) or args.use_liger_kernel or device == "cpu":
+        return []
+    parents = type(args).__mro__
+    if any(p.__module__.startswith("trl.") for p in parents) and "SFTConfig" not in {p.__name__ for p in parents}:
+        return []  # TRL's other trainers take the same flag for another loss
+    if importlib.util.find_spec("liger_kernel") is None:
+        say("speed: fused left out, because liger-kernel is not installed: pip install liger-kernel")
+        return []
+    args.use_liger_kernel = True
+    return [Fix("use_liger_kernel", False, True, "norms, rotation and activation as one kernel each (fused)")]
 
 
 def _accelerator_problems(device: str) -> list[Problem]:

@@ -14,6 +14,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
+from hf_dsvllm import features
 from hf_dsvllm.errors import DsvllmError, Problem
 from hf_dsvllm.fields import asks_for_answers
 from hf_dsvllm.hardware import Machine, detect
@@ -21,10 +22,11 @@ from hf_dsvllm.launch import Launch
 from hf_dsvllm.model_shape import load_shape
 from hf_dsvllm.planner.cards import machine_rates
 from hf_dsvllm.planner.explain import sentences, suggestions
-from hf_dsvllm.planner.search import Job, Plan, make_plan
+from hf_dsvllm.planner.search import Job, Plan, gib, judge, make_plan, placements
+from hf_dsvllm.presets import Preset
 from hf_dsvllm.traps import Fix
 
-__all__ = ["AutoChoice", "choose", "is_auto", "planned_length"]
+__all__ = ["AutoChoice", "choose", "is_auto", "keep_activations", "planned_length"]
 
 METHODS = ("full", "lora", "qlora", "any")
 DEFAULT_LENGTH = 1024  # TRL's SFTConfig.max_length
@@ -104,6 +106,35 @@ def job_of(args: Any, launch: Launch, device: str, model: str, method: str, argv
         processes=world,
         local_processes=local,
     )
+
+
+def keep_activations(
+    args: Any, preset: Preset, launch: Launch, device: str, argv: Sequence[str] | None = None
+) -> list[Fix]:
+    """Recompute off where a named preset leaves room for all activations; only what TRL's SFT left at its default.
+
+    Its formulas cover supervised fine-tuning of a model named on the command line: elsewhere nothing changes.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    model = flag(argv, "--model_name_or_path") or flag(argv, "--model")
+    sft = any(parent.__name__ == "SFTConfig" for parent in type(args).__mro__)
+    if not (sft and model and device == "cuda" and args.gradient_checkpointing):
+        return []
+    if not args.max_length or args.gradient_checkpointing_kwargs or args.activation_offloading:
+        return []  # no bound to plan for, or a choice of the user's
+    if "keep_activations" not in features.choose(args.ds_speed):
+        return []
+    try:
+        job = job_of(args, launch, device, model, preset.adapter or "full", argv)
+        world, placement = next(iter(placements(job)))
+        found = judge(job, preset, world, args.per_device_train_batch_size, False, placement)
+    except (DsvllmError, StopIteration):
+        return []
+    if not found.fits:
+        return []
+    args.gradient_checkpointing = False
+    why = f"the planner predicts {gib(found.gpu_bytes)} without it, which fits (--ds_speed no_keep_activations)"
+    return [Fix("gradient_checkpointing", True, False, why)]
 
 
 def planned_length(args: Any, argv: Sequence[str]) -> int:

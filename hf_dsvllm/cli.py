@@ -139,6 +139,7 @@ def show_preset(
 
 def _explain(preset: Preset, processes: int, device: str) -> None:
     from hf_dsvllm.adapters import trl_flags
+    from hf_dsvllm.features import FEATURES
 
     console = Console(stderr=True, highlight=False, soft_wrap=True)
 
@@ -157,6 +158,9 @@ def _explain(preset: Preset, processes: int, device: str) -> None:
          + ("CPUs train in float32" if device == "cpu" else "unless --fp16 is set"))  # fmt: skip
     for setting in preset.arguments:
         line(f"  --{setting.key} {setting.value}: {setting.why}")
+    line("\nSpeed features (--ds_speed NAME adds one, no_NAME leaves one out)")
+    for feature in FEATURES:
+        line(f"  {feature.name} ({'on' if feature.default else 'off'}): {feature.why}")
     if preset.sequence_parallel:
         line(
             "  parallelism_config=ParallelismConfig(sp_size="

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Mapping
+from typing import Any
 
+from hf_dsvllm.fields import metric_key
+from hf_dsvllm.harness import names_of
 from hf_dsvllm.statistics import Comparison
 from hf_dsvllm.tasks import EvalTask
 
-__all__ = ["EvalResult", "HarnessTasks", "Sampling", "sampling_of"]
+__all__ = ["EvalResult", "HarnessTasks", "Sampling", "harness_tasks", "lower_is_better", "sampling_of"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -88,3 +91,14 @@ class EvalResult:
             f"{self.tokens_per_second:.0f} tok/s, weights by {self.weights_path} in {self.sync_seconds:.2f} s, "
             f"{self.total_seconds:.1f} s in all)"
         )
+
+
+def harness_tasks(args: Any) -> HarnessTasks | None:
+    """What --gen_eval_lm_eval asks for."""
+    names = names_of(args.gen_eval_lm_eval)
+    return HarnessTasks(names=names, limit=args.gen_eval_limit) if names else None
+
+
+def lower_is_better(args: Any) -> tuple[str, ...]:
+    """The metric that steers, where its user says that less is better."""
+    return (metric_key(args),) if args.greater_is_better is False else ()

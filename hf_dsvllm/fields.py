@@ -17,6 +17,11 @@ class PresetFields:
         metadata={"help": "Preset of DeepSpeed, LoRA or QLoRA settings, e.g. zero3_offload, qlora or zero3+lora, or "
                   "auto for the planner's choice. `hf-dsvllm presets` lists them."},
     )  # fmt: skip
+    ds_speed: list[str] | None = dataclasses.field(
+        default=None,
+        metadata={"help": "Speed features of the preset: a NAME adds one, no_NAME leaves one out, none leaves out all. "
+                  "`hf-dsvllm presets show` lists them with what is on by default."},
+    )  # fmt: skip
     nvme_path: str | None = dataclasses.field(
         default=None,
         metadata={"help": "Folder on a local NVMe disk for presets that offload to NVMe."},

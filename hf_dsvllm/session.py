@@ -17,7 +17,7 @@ from typing import Any
 
 import torch
 
-from hf_dsvllm import adapters
+from hf_dsvllm import adapters, speedups
 from hf_dsvllm._compat import keep_4bit_weights_packed
 from hf_dsvllm.adapter_format import serving_problems
 from hf_dsvllm.arguments import full_dtype, resolve_preset, training_device
@@ -31,12 +31,13 @@ from hf_dsvllm.engine.server import EngineServer
 from hf_dsvllm.engine_size import largest_parameter
 from hf_dsvllm.engine_start import follow_adapters, start_engine
 from hf_dsvllm.errors import ConfigError, DsvllmError, ExportError, GpuMemoryError, Problem, WiringError
-from hf_dsvllm.evaluation import EVALS, Evaluator, HarnessTasks, Sampling
-from hf_dsvllm.fields import asks_for_answers, metric_key
+from hf_dsvllm.eval_result import Sampling, harness_tasks, lower_is_better
+from hf_dsvllm.evaluation import EVALS, Evaluator
+from hf_dsvllm.features import choose
+from hf_dsvllm.fields import asks_for_answers
 from hf_dsvllm.files import write_json
 from hf_dsvllm.fingerprint import fingerprint_of
 from hf_dsvllm.forecast import comparison, forecast, learn_from, out_of_memory_advice
-from hf_dsvllm.harness import names_of
 from hf_dsvllm.launch import read_launch
 from hf_dsvllm.measure import RunMeasure
 from hf_dsvllm.model_shape import load_shape
@@ -106,6 +107,11 @@ class Session:
     def evaluates(self) -> bool:
         """Whether this run evaluates by generation."""
         return asks_for_answers(self.args)
+
+    @property
+    def features(self) -> frozenset[str]:
+        """The speed features in force; without a preset nothing is changed."""
+        return choose(self.args.ds_speed) if self.preset is not None else frozenset()
 
     @property
     def late(self) -> bool:
@@ -191,6 +197,8 @@ class Session:
         touched = keep_4bit_weights_packed(trainer.model)
         if touched:
             say(f"{touched} 4-bit layers: repacking in evaluation disabled (it corrupts training on AVX512-BF16 CPUs)")
+        for line in speedups.apply(trainer, self.features):
+            say(line)
         if self.evaluates and (problems := serving_problems(trainer.model)):
             raise ConfigError(problems)
         if self.evaluates:
@@ -207,9 +215,9 @@ class Session:
                 run_dir=self.run_dir,
                 merge_base=self._merge_base,
                 canary=self.canary,
-                harness=_harness_tasks(self.args),
+                harness=harness_tasks(self.args),
                 expose_port=self.args.gen_eval_expose,
-                lower_is_better=_lower_is_better(self.args),
+                lower_is_better=lower_is_better(self.args),
             )
         scores = SessionCallback(self, trainer)
         trainer.add_callback(scores)
@@ -225,7 +233,8 @@ class Session:
         @functools.wraps(train)
         def explained(*args: Any, **kwargs: Any) -> Any:
             try:
-                return train(*args, **kwargs)
+                with speedups.attention_order(self.features):
+                    return train(*args, **kwargs)
             except torch.OutOfMemoryError as error:
                 self.stop_engine()
                 raise GpuMemoryError(out_of_memory_advice(self.forecast, str(error))) from error
@@ -344,16 +353,6 @@ def stop_tokens(model: Any, tokenizer: Any) -> tuple[int, ...]:
     listed = getattr(model.generation_config, "eos_token_id", None)
     tokens = listed if isinstance(listed, list) else [listed]
     return tuple(dict.fromkeys(t for t in [*tokens, tokenizer.eos_token_id] if t is not None))
-
-
-def _harness_tasks(args: Any) -> HarnessTasks | None:
-    names = names_of(args.gen_eval_lm_eval)
-    return HarnessTasks(names=names, limit=args.gen_eval_limit) if names else None
-
-
-def _lower_is_better(args: Any) -> tuple[str, ...]:
-    """The metric that steers, where its user says that less is better."""
-    return (metric_key(args),) if args.greater_is_better is False else ()
 
 
 def _load_tasks(args: Any) -> tuple[EvalTask, ...]:

@@ -56,6 +56,8 @@ class Job:
 
 
 class Measurement:
+    script = HERE / "worker.py"
+
     def __init__(self, options: argparse.Namespace) -> None:
         self.options = options
         self.device: str = options.device
@@ -140,7 +142,7 @@ class Measurement:
         for index in range(self.options.gpus):
             log = (self.work / f"lane{index}.log").open("ab")
             process = subprocess.Popen(
-                [sys.executable, str(HERE / "worker.py"), "--preload", preload],
+                [sys.executable, str(self.script), "--preload", preload],
                 stdin=subprocess.PIPE,
                 stdout=subprocess.PIPE,
                 stderr=log,
@@ -245,6 +247,7 @@ class Measurement:
                 "cell": dataclasses.asdict(cell) if cell else None,
                 "steps": self.options.steps,
                 "stop_after_s": limit_s * 0.75,
+                "work": str(self.work),
             }
             lane.job = job
             lane.process.stdin.write(json.dumps(task) + "\n")

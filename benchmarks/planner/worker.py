@@ -17,6 +17,7 @@ import sys
 import tempfile
 import time
 import traceback
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -81,10 +82,7 @@ def child(task: dict[str, Any]) -> None:
         os.dup2(log, 1)
         os.dup2(log, 2)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)
-        result = {"cell": run_cell, "calibrate": calibrate, "collectives": collectives, "probe": probe}[task["task"]](
-            task
-        )
-        write(Path(task["result"]), result)
+        write(Path(task["result"]), TASKS[task["task"]](task))
         code = 0
     except BaseException:
         traceback.print_exc()
@@ -124,14 +122,17 @@ def collectives(task: dict[str, Any]) -> dict[str, Any]:
 # -- one training run
 
 
-def run_cell(task: dict[str, Any]) -> dict[str, Any]:
+def run_cell(
+    task: dict[str, Any], cell: Any = None, run: Callable[..., dict[str, Any]] | None = None
+) -> dict[str, Any]:
+    """The record of one rank: what `run` (here `train`) returns, or how it failed, and what it took."""
     began = time.monotonic()
-    cell = Cell(**task["cell"])
+    cell = cell or Cell(**task["cell"])
     gauge = Gauge(task["device"])
     record: dict[str, Any] = {"status": "ok", "rank": int(os.environ.get("RANK", "0"))}
     steps: list[dict[str, float]] = []
     try:
-        record |= train(cell, task, gauge, steps, began)
+        record |= (run or train)(cell, task, gauge, steps, began)
     except BaseException as error:
         memory = "out of memory" in str(error).lower() or isinstance(error, MemoryError)
         record |= {"status": "oom" if memory else "failed", "message": f"{type(error).__name__}: {error}"[:1500]}
@@ -312,6 +313,13 @@ def tokenizer() -> Any:
     made.chat_template = "{% for m in messages %}{{ m['content'] }}{% endfor %}"
     return made
 
+
+TASKS: dict[str, Callable[[dict[str, Any]], dict[str, Any]]] = {
+    "cell": run_cell,
+    "calibrate": calibrate,
+    "collectives": collectives,
+    "probe": probe,
+}
 
 if __name__ == "__main__":
     main()

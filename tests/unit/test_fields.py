@@ -10,6 +10,7 @@ from hf_dsvllm.fields import PresetFields, added_fields
 
 FROZEN = (
     "ds_preset",
+    "ds_speed",
     "nvme_path",
     "gen_eval_file",
     "gen_eval_metrics",

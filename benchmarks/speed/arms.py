@@ -1,0 +1,212 @@
+"""The grid of `train_speed.py`: what is run beside what.
+
+Arms of one case do the same work: model, method, cards, length.  Order matters: a measurement may be cut off at any
+moment, so what tells most comes first.  An arm is `plain` (TRL's defaults and a DeepSpeed file written by hand, or
+nothing) or one of our presets; the words after it change one thing each, so that every gain is measured alone.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any, Literal
+
+from hf_dsvllm.features import FEATURES
+
+__all__ = ["PLAIN", "Arm", "arms", "dry_arms", "parse"]
+
+ARM_WORDS = """
+word            what it changes
+rc, sel, no     recompute all activations (TRL's default), all but attention (TRL's selective), none
+bMxA            M sequences in a micro-batch, A micro-batches in a step
++FEATURE, -FEATURE   a speed feature of `--ds_speed` on or off; +all, -all
+pack, group     TRL's packing (bfd); batches of similar lengths (transformers' group_by_length)
+compile         --torch_compile
+segments        PYTORCH_ALLOC_CONF=expandable_segments:True
+KEY=VALUE       a key of the DeepSpeed configuration, dotted
+sN              sequences of N tokens
+"""
+Z = {"overlap_comm": True, "contiguous_gradients": True}
+PLAIN: dict[str, dict[str, Any] | None] = {  # as DeepSpeed's and transformers' documentation write them
+    "lora": None,
+    "qlora": None,
+    "z2": {"stage": 2, **Z, "reduce_bucket_size": 2e8, "allgather_bucket_size": 2e8},
+    "z3": {
+        "stage": 3,
+        **Z,
+        "reduce_bucket_size": "auto",
+        "stage3_prefetch_bucket_size": "auto",
+        "stage3_param_persistence_threshold": "auto",
+        "stage3_gather_16bit_weights_on_model_save": True,
+    },
+}
+CPU = {"device": "cpu", "pin_memory": True}
+PLAIN["z2o"] = {**(PLAIN["z2"] or {}), "offload_optimizer": CPU}
+PLAIN["z3o"] = {**(PLAIN["z3"] or {}), "offload_optimizer": CPU, "offload_param": CPU}
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Arm:
+    """One run; `words` are the changes as written, `ladder` names a search for the longest sequence."""
+
+    case: str
+    kind: Literal["plain", "preset"]
+    preset: str
+    words: tuple[str, ...] = ()
+    shape: str
+    world: int
+    length: int
+    micro: int
+    accumulation: int = 1
+    recompute: Literal["full", "selective", "none"] = "full"
+    features: tuple[str, ...] = ()
+    mix: bool = False
+    ladder: bool = False
+    batching: Literal["padded", "packed", "grouped"] = "padded"
+    compile: bool = False
+    segments: bool = False
+    deepspeed: tuple[tuple[str, Any], ...] = ()
+
+    @property
+    def name(self) -> str:
+        """Unique within the grid; results are kept under it."""
+        words = "_".join(word.replace("=", "-").replace("+", "with-") for word in self.words)
+        batch = f"b{self.micro}x{self.accumulation}-s{self.length}"
+        return "-".join(filter(None, (self.case, self.kind, self.preset, f"w{self.world}", batch, words)))
+
+    @property
+    def title(self) -> str:
+        return " ".join((f"plain TRL {self.preset}" if self.kind == "plain" else self.preset, *self.words))
+
+    @property
+    def adapter(self) -> str | None:
+        return next((kind for kind in ("qlora", "lora") if kind in self.preset), None)
+
+    @property
+    def tokens(self) -> int:
+        """Tokens of all GPUs in one optimizer step, padding included where there is some; at most."""
+        return self.world * self.micro * self.accumulation * self.length
+
+    @property
+    def offloads(self) -> bool:
+        return "offload" in self.preset or "nvme" in self.preset or self.preset in ("z2o", "z3o")
+
+    def steps(self, wanted: int) -> int:
+        """Steps to run: one tells whether a length fits, and long steps need no more than two after the warm-up."""
+        return 1 if self.ladder else min(wanted, 4) if self.accumulation >= 8 else wanted
+
+    @property
+    def rung(self) -> tuple[str, str, str, tuple[str, ...]]:
+        """Arms of a ladder that differ in length alone."""
+        return self.case, self.kind, self.preset, tuple(w for w in self.words if not w[1:].isdigit())
+
+
+def parse(line: str) -> Iterator[Arm]:
+    """`CASE SHAPE WORLD LENGTH BATCH [mix] [ladder] | ARM; …` → arms; a preset starts from the default features."""
+    head, _, rest = line.partition("|")
+    case, shape, world, length, batch, *marks = head.split()
+    for item in rest.split(";"):
+        preset, *words = item.split()
+        kind: Literal["plain", "preset"] = "plain" if preset.startswith("plain:") else "preset"
+        arm = Arm(
+            case=case,
+            kind=kind,
+            preset=preset.removeprefix("plain:"),
+            shape=shape,
+            world=int(world),
+            length=int(length),
+            micro=1,
+            mix="mix" in marks,
+            ladder="ladder" in marks,
+            words=tuple(words),
+            features=() if kind == "plain" else tuple(f.name for f in FEATURES if f.default),
+        )
+        for word in (batch, *words):
+            arm = changed(arm, word)
+        yield arm
+
+
+def changed(arm: Arm, word: str) -> Arm:
+    """`arm` with what one word changes; ValueError for a word that is none of `ARM_WORDS`."""
+    recompute = {"rc": "full", "sel": "selective", "no": "none"}
+    names = {feature.name for feature in FEATURES}
+    if word in recompute:
+        return dataclasses.replace(arm, recompute=recompute[word])
+    if word[0] in "+-":
+        chosen, wanted = set(arm.features), names if word[1:] == "all" else {word[1:]}
+        if not wanted <= names:
+            raise ValueError(f"{word!r} names no speed feature; {sorted(names)}")
+        return dataclasses.replace(arm, features=tuple(sorted(chosen | wanted if word[0] == "+" else chosen - wanted)))
+    if word in ("pack", "group"):
+        return dataclasses.replace(arm, batching="packed" if word == "pack" else "grouped")
+    if word in ("compile", "segments"):
+        return dataclasses.replace(arm, **{word: True})
+    if "=" in word:
+        key, _, value = word.partition("=")
+        known = {"true": True, "false": False}
+        number = known.get(value, float(value) if value.replace(".", "").replace("e", "").isdigit() else value)
+        if isinstance(number, float) and number.is_integer() and "." not in value:
+            number = int(number)
+        return dataclasses.replace(arm, deepspeed=(*arm.deepspeed, (key, number)))
+    if word[0] == "b" and word[1:].replace("x", "").isdigit():
+        micro, _, accumulation = word[1:].partition("x")
+        return dataclasses.replace(arm, micro=int(micro), accumulation=int(accumulation or 1))
+    if word[0] == "s" and word[1:].isdigit():
+        return dataclasses.replace(arm, length=int(word[1:]))
+    raise ValueError(f"{word!r} changes nothing known:{ARM_WORDS}")
+
+
+# A preset starts from the default features; each arm after it changes one thing, then those that help together.
+GRID = """
+lora8 8b 1 4096 b4       | plain:lora; lora rc; lora b2x2 no; lora b2x2 no +cudnn; lora b2x2 no +lean_adapters; lora b2x2 no +fused; lora b2x2 no +lean_adapters +fused; lora b4 no +lean_adapters +fused; lora_zero2 b2x2 no +fused; lora b2x2 no +lean_adapters +fused segments; lora b2x2 no compile; lora b4 sel +lean_adapters +fused
+full4 4b 1 4096 b2       | plain:z2; zero2 rc; zero2 no; zero2 no +cudnn; zero2 no +fused; zero2 b3 no +fused; zero2 b4 sel +fused; zero2 no compile; none no +fused
+mix8 8b 1 4096 b8 mix    | plain:lora; lora rc +unmasked; lora rc group +unmasked; lora rc +unmasked +cudnn; lora rc +padding_free; lora rc pack; lora rc pack +varlen; lora b2 no pack +varlen +lean_adapters +fused; lora b4 no pack +varlen +lean_adapters +fused
+qlora8 8b 1 4096 b4      | plain:qlora; qlora no; qlora no +lean_adapters +fused; lora no +lean_adapters +fused
+mix4 4b 1 4096 b8 mix    | plain:z2; zero2 rc group +unmasked; zero2 rc pack +varlen; zero2 b2 no pack +varlen +fused; zero2 b3 no pack +varlen +fused
+lora14 14b 1 4096 b2     | plain:lora; lora b1x2 no; lora no +lean_adapters +fused; lora b4 sel +lean_adapters +fused
+lora32 32b 1 4096 b1     | plain:lora; lora rc +lean_adapters +fused; lora sel +lean_adapters +fused; lora no +lean_adapters +fused s2048
+full8x2 8b 2 4096 b2     | plain:z2; plain:z3; zero2 b1x2 no; zero2 b1x2 no +fused; zero2 no +fused; zero3 no; zero3 no +fused; zero3 sel +fused; zero2 b4 sel +fused; zero2 b1x2 no +fused zero_optimization.reduce_bucket_size=500000000; zero3 no +fused zero_optimization.stage3_prefetch_bucket_size=500000000
+full8 8b 4 4096 b2       | plain:z3; plain:z2; zero2 no; zero2 no +fused; zero2 b3 no +fused; zero3 no +fused; zero2 no +fused zero_optimization.reduce_bucket_size=500000000; zero3 no +fused zero_optimization.stage3_prefetch_bucket_size=500000000; zero2 no +fused +cudnn; zero2 b4 sel +fused; zero2 no +fused zero_optimization.round_robin_gradients=true; zero2 no compile
+full14 14b 4 4096 b2     | plain:z3; zero3 b1x2 no; zero3 b1x2 no +fused; zero3 no +fused; zero3 sel +fused; zero2 b1x2 no +fused
+scale 4b 1 4096 b2       | zero2 no +fused; zero3 no +fused
+scale 4b 2 4096 b2       | zero2 no +fused; zero3 no +fused
+scale 4b 4 4096 b2       | zero2 no +fused; zero3 no +fused
+scale8 8b 2 4096 b2      | zero2 rc +fused; zero3 rc +fused
+scale8 8b 4 4096 b2      | zero2 rc +fused; zero3 rc +fused
+off8 8b 2 4096 b2x8      | plain:z2o; zero3 b1x16 no +fused; zero3_offload_optimizer no +fused; zero3_offload_optimizer no +fused zero_optimization.offload_optimizer.super_offload=true; zero3_offload_optimizer no +fused zero_optimization.offload_optimizer.ratio=0.5; zero2_offload no +fused; plain:z3o
+off14 14b 4 4096 b1x8    | plain:z3o; zero3 no +fused; zero3_offload_optimizer no +fused; zero3_offload_optimizer no +fused zero_optimization.offload_optimizer.super_offload=true
+sp8 8b 2 65536 b1 ladder | long_context rc +fused; long_context rc s131072 +fused
+long8 8b 1 16384 b1 ladder | plain:lora s32768; lora rc s32768 +fused +lean_adapters; plain:lora s65536; lora rc s65536 +fused +lean_adapters; plain:lora s131072; lora rc s131072 +fused +lean_adapters; lora rc s262144 +fused +lean_adapters
+longf 8b 1 16384 b1 ladder | plain:z3o s32768; zero3_offload rc s32768 +fused; zero3_offload rc s65536 +fused; zero3_offload rc s131072 +fused
+long32 32b 1 8192 b1 ladder | plain:qlora s16384; qlora rc s16384 +fused; qlora rc s32768 +fused; qlora rc s65536 +fused
+sp8x4 8b 4 131072 b1 ladder | long_context rc +fused; long_context rc s262144 +fused
+nvme 1.7b 1 4096 b2      | zero3_nvme rc
+onebit 1.7b 2 4096 b2    | ddp no; onebit_adam no optimizer.params.freeze_step=3; onebit_lamb no optimizer.params.freeze_step=3; zero_one_adam no optimizer.params.var_freeze_step=3
+"""  # noqa: E501 - a table
+
+DRY = """
+one tiny 1 64 b2        | plain:lora; lora no +lean_adapters; plain:z2; zero2 rc; zero2 sel; none no; qlora no
+mix tiny 1 64 b4 mix    | plain:lora; lora no group +unmasked; lora no +padding_free; lora b2 no pack +varlen
+two tiny 2 64 b2        | plain:z3; zero2 no zero_optimization.reduce_bucket_size=1000000; zero3 rc; lora b1x2 no
+twomix tiny 2 64 b4 mix | zero3 no +padding_free; zero2 rc +unmasked
+off tiny 1 64 b1x2      | plain:z3o; zero3_offload_optimizer no; zero2_offload no
+long tiny 1 64 b1 ladder | lora rc s64; lora rc s128
+"""
+
+
+def arms(lines: str = GRID) -> tuple[Arm, ...]:
+    """All arms of a grid, most informative first."""
+    return tuple(arm for line in lines.strip().splitlines() for arm in parse(line))
+
+
+def dry_arms() -> tuple[Arm, ...]:
+    """A few on a tiny shape, for trying the measurement on a CPU."""
+    return arms(DRY)
+
+
+def shadowed(arm: Arm, results: dict[str, Any], every: Sequence[Arm]) -> bool:
+    """Whether a shorter rung of the arm's ladder did not fit: the longer one need not be tried."""
+    if not arm.ladder:
+        return False
+    shorter = [other for other in every if other.rung == arm.rung and other.length < arm.length]
+    return any(results.get(other.name, {}).get("status") == "oom" for other in shorter)

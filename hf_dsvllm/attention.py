@@ -1,0 +1,159 @@
+"""Attention without masks where none is needed: packed sequences, and batches padded on the right.
+
+transformers' `sdpa` describes packed sequences and padding by a mask of tokens x tokens, which keeps PyTorch from its
+fast kernels and is computed over the whole square.  Here
+
+* packed sequences (`cu_seq_lens_q`, as TRL's padding-free collator gives it) go through `torch.nn.attention.varlen`,
+  on CPUs sequence by sequence;
+* a padding mask that only hides the end of each row is dropped: a causal token never looks to the right, and what
+  padding itself computes is seen by no token and has no label.
+
+Both are registered by transformers' public interface and a forward hook on the decoder.
+"""
+
+from __future__ import annotations
+
+import inspect
+from typing import Any
+
+import torch
+
+__all__ = ["NAME", "drop_masks", "use_varlen", "why_not"]
+
+NAME = "dsvllm_varlen"
+CAUSAL = (-1, 0)  # window of varlen_attn: everything before, nothing after
+
+
+def why_not(model: Any) -> str | None:
+    """Why this model keeps transformers' masks, None if it does not need them.
+
+    Only text models whose every layer attends to all earlier tokens; a mixture of experts reads the padding mask for
+    its balance loss.
+    """
+    config = model.config
+    if config.get_text_config() is not config:
+        return "the model is not a text model alone"
+    kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
+    if kinds != {"full_attention"} or (not hasattr(config, "layer_types") and getattr(config, "sliding_window", None)):
+        return "not every layer attends to all earlier tokens"
+    if any(getattr(config, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts")):
+        return "a mixture of experts needs the padding mask for its balance loss"
+    if getattr(config, "attn_logit_softcapping", None):
+        return "its attention scores are capped"
+    if config._attn_implementation not in ("sdpa", NAME):
+        return f"its attention is {config._attn_implementation}, not sdpa"
+    return None
+
+
+def drop_masks(model: Any) -> None:
+    """Hook the decoder so that a padding mask on the right, or a mask of packed sequences, is not built.
+
+    `model` is a causal language model for which `why_not` is None.
+    """
+    model.get_decoder().register_forward_pre_hook(without_mask, with_kwargs=True)
+
+
+def without_mask(decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """The hook: kwargs of the decoder's forward with the mask it needs."""
+    if kwargs.get("past_key_values") is not None or not decoder.training:
+        return args, kwargs
+    mask = kwargs.get("attention_mask")
+    if kwargs.get("cu_seq_lens_q") is not None and decoder.config._attn_implementation == NAME and mask is None:
+        # transformers hands a mask of four dimensions on as it is; `varlen_forward` knows this one.
+        return args, kwargs | {"attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool)}
+    if mask is not None and mask.dim() == 2 and bool((mask[:, 1:] <= mask[:, :-1]).all()) and bool(mask[:, 0].all()):
+        return args, kwargs | {"attention_mask": None}
+    return args, kwargs
+
+
+def use_varlen(model: Any) -> None:
+    """Let `model` attend through `varlen_forward`; it is `sdpa` for everything that is not packed."""
+    from transformers import AttentionInterface, AttentionMaskInterface
+    from transformers.masking_utils import sdpa_mask
+
+    AttentionInterface.register(NAME, varlen_forward)
+    AttentionMaskInterface.register(NAME, sdpa_mask)
+    model.set_attn_implementation(NAME)
+
+
+def varlen_forward(
+    module: Any,
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    attention_mask: torch.Tensor | None,
+    dropout: float = 0.0,
+    scaling: float | None = None,
+    **kwargs: Any,
+) -> tuple[torch.Tensor, None]:
+    """Attention as transformers calls it: (1, heads, tokens, head_dim) in, (1, tokens, heads, head_dim) out.
+
+    Packed sequences have a one-element mask (`without_mask`) and `cu_seq_lens_q`, the sequences' first tokens and the
+    end; anything else goes to transformers' `sdpa`.  Raises ValueError if the boundaries got lost on the way.
+    """
+    if attention_mask is None or attention_mask.numel() != 1:
+        from transformers.integrations.sdpa_attention import sdpa_attention_forward
+
+        result: tuple[torch.Tensor, None] = sdpa_attention_forward(
+            module, query, key, value, attention_mask, dropout=dropout, scaling=scaling, **kwargs
+        )
+        return result
+    starts = kwargs.get("cu_seq_lens_q")
+    if starts is None or query.shape[0] != 1:
+        raise ValueError("packed sequences reached attention without their boundaries; --ds_speed no_varlen")
+    if torch.is_autocast_enabled(query.device.type):  # as autocast does for scaled_dot_product_attention
+        dtype = torch.get_autocast_dtype(query.device.type)
+        query, key, value = (part.to(dtype) for part in (query, key, value))
+    attend = on_gpu if query.is_cuda and query.dtype != torch.float32 and dropout == 0.0 else one_by_one
+    return attend(query, key, value, starts, int(kwargs["max_length_q"]), dropout, scaling), None
+
+
+def on_gpu(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    starts: torch.Tensor,
+    longest: int,
+    dropout: float,
+    scaling: float | None,
+) -> torch.Tensor:
+    """`torch.nn.attention.varlen.varlen_attn`, whose arguments changed between torch 2.10 and 2.13."""
+    from torch.nn.attention.varlen import varlen_attn
+
+    del dropout
+    known = inspect.signature(varlen_attn).parameters
+    options: dict[str, Any] = {"window_size": CAUSAL} if "window_size" in known else {"is_causal": True}
+    if "scale" in known:
+        options["scale"] = scaling
+    elif scaling is not None:
+        query = query * (scaling * query.shape[-1] ** 0.5)  # it multiplies by 1 / sqrt(head_dim) itself
+    if "enable_gqa" in known:
+        options["enable_gqa"] = True
+    else:
+        groups = query.shape[1] // key.shape[1]
+        key, value = (part.repeat_interleave(groups, dim=1) for part in (key, value))
+    flat = [part[0].transpose(0, 1) for part in (query, key, value)]
+    starts = starts.to(query.device, torch.int32)
+    out: torch.Tensor = varlen_attn(*flat, starts, starts, longest, longest, **options)
+    return out.unsqueeze(0)
+
+
+def one_by_one(
+    query: torch.Tensor,
+    key: torch.Tensor,
+    value: torch.Tensor,
+    starts: torch.Tensor,
+    longest: int,
+    dropout: float,
+    scaling: float | None,
+) -> torch.Tensor:
+    """The same by `scaled_dot_product_attention`, one sequence after the other: CPUs, float32, dropout."""
+    del longest
+    lengths = starts.diff().tolist()
+    parts = [
+        torch.nn.functional.scaled_dot_product_attention(
+            q, k, v, dropout_p=dropout, scale=scaling, is_causal=True, enable_gqa=True
+        )
+        for q, k, v in zip(*(part.split(lengths, dim=2) for part in (query, key, value)), strict=True)
+    ]
+    return torch.cat(parts, dim=2).transpose(1, 2).contiguous()

@@ -1,0 +1,99 @@
+"""The speed features of `features`, put into a live Trainer; each says what it did, or why it did nothing."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+from collections.abc import Collection, Iterator
+from typing import Any
+
+import torch
+
+from hf_dsvllm.attention import drop_masks, use_varlen, why_not
+
+__all__ = ["OutsideAutocast", "apply", "attention_order"]
+
+
+def apply(trainer: Any, features: Collection[str]) -> list[str]:
+    """Put the features that belong to model and collator into `trainer`, which has not trained yet; a line for each."""
+    lines = []
+    masks = {"unmasked", "varlen", "padding_free"} & set(features)
+    if masks:
+        lines += without_masks(trainer, masks)
+    if "lean_adapters" in features:
+        lines += lean_adapters(trainer)
+    return lines
+
+
+def without_masks(trainer: Any, features: Collection[str]) -> list[str]:
+    """`unmasked`, `varlen` and `padding_free`, where the model allows it."""
+    model = trainer.model.get_base_model() if hasattr(trainer.model, "get_base_model") else trainer.model
+    reason = why_not(model)
+    if reason is None and trainer.args.parallelism_config is not None:
+        reason = "sequences are spread over processes"
+    if reason is not None:
+        return [f"speed: {', '.join(sorted(features))} left out, because {reason}"]
+    lines = []
+    if {"varlen", "padding_free"} & set(features):
+        use_varlen(model)
+        lines.append("speed: packed sequences attend without a mask (varlen)")
+    drop_masks(model)
+    if "padding_free" in features:
+        lines.append(padding_free(trainer))
+    elif "unmasked" in features:
+        lines.append("speed: padding on the right needs no mask (unmasked)")
+    return lines
+
+
+def padding_free(trainer: Any) -> str:
+    """TRL's own collator lays sequences end to end; its flag is refused beside `max_length`, which was applied by now.
+
+    TRL enforces `max_length` while it prepares the dataset, before this is called.
+    """
+    collator = trainer.data_collator
+    fields = {field.name for field in dataclasses.fields(collator)} if dataclasses.is_dataclass(collator) else set()
+    if "padding_free" not in fields:
+        return f"speed: padding_free left out, because {type(collator).__name__} cannot lay sequences end to end"
+    collator.padding_free = True
+    return "speed: the sequences of a micro-batch are laid end to end, none is padded (padding_free)"
+
+
+class OutsideAutocast:
+    """False while autocast is on: PEFT's `cast_input_dtype_enabled`, read at every forward pass."""
+
+    def __init__(self, device: str) -> None:
+        self.device = device
+
+    def __bool__(self) -> bool:
+        return not torch.is_autocast_enabled(self.device)
+
+
+def lean_adapters(trainer: Any) -> list[str]:
+    """Under autocast a layer's input stays bf16: PEFT copies it to the adapter's fp32, and autocast copies it back."""
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    layers = [module for module in trainer.model.modules() if isinstance(module, BaseTunerLayer)]
+    device = "cuda" if torch.cuda.is_available() and not trainer.args.use_cpu else "cpu"
+    for layer in layers:
+        layer.cast_input_dtype_enabled = OutsideAutocast(device)
+    if not layers or trainer.is_deepspeed_enabled:  # the engine holds adapters in bf16: there is nothing to cast
+        return []
+    return [f"speed: {len(layers)} adapted layers take their input as it is under autocast (lean_adapters)"]
+
+
+@contextlib.contextmanager
+def attention_order(features: Collection[str]) -> Iterator[None]:
+    """cuDNN's attention first, then PyTorch's order; nothing on CPUs or without the feature."""
+    if "cudnn" not in features or not torch.cuda.is_available():
+        yield
+        return
+    from torch.nn.attention import SDPBackend, sdpa_kernel
+
+    order = [
+        SDPBackend.CUDNN_ATTENTION,
+        SDPBackend.FLASH_ATTENTION,
+        SDPBackend.EFFICIENT_ATTENTION,
+        SDPBackend.MATH,
+    ]
+    with sdpa_kernel(order, set_priority=True):
+        yield

@@ -1,0 +1,236 @@
+"""Speed features: how they are chosen, and that they change no number that training depends on."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from hf_dsvllm.features import FEATURES, choose, feature_problems
+from tests.tiny import write_tiny_model
+
+DEFAULTS = frozenset(feature.name for feature in FEATURES if feature.default)
+TOLERANCE = 2e-6  # of a loss in float32: another order of additions
+
+
+def test_the_features_that_are_on_by_default_are_reviewed_ones() -> None:
+    assert set(DEFAULTS) == {"keep_activations"}
+
+
+@pytest.mark.parametrize(
+    ("words", "expected"),
+    [
+        (None, DEFAULTS),
+        (["unmasked"], DEFAULTS | {"unmasked"}),
+        (["no_keep_activations", "cudnn"], {"cudnn"}),
+        (["none", "fused"], {"fused"}),
+        (["none", "padding_free"], {"padding_free", "varlen"}),
+        (["all", "no_fused"], {feature.name for feature in FEATURES} - {"fused"}),
+    ],
+)
+def test_words_add_to_the_defaults_or_take_from_them(words: list[str] | None, expected: set[str]) -> None:
+    assert choose(words) == expected
+
+
+def test_a_misspelt_feature_is_answered_with_the_nearest() -> None:
+    (problem,) = feature_problems(["no_cudn", "fused", "none"])
+    assert "no_cudnn" in str(problem)
+
+
+LENGTHS = (5, 17, 9, 12, 3, 20, 8, 11)
+
+
+@pytest.fixture(scope="module")
+def model_path(tmp_path_factory: pytest.TempPathFactory) -> str:
+    return str(write_tiny_model(tmp_path_factory.mktemp("features") / "model"))
+
+
+def losses(model_path: str, folder: Path, *, features: set[str], **arguments: Any) -> list[float]:
+    """Losses of three steps of SFT in float32 on sequences of different lengths."""
+    import torch
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    from hf_dsvllm.speedups import apply
+
+    rows = [[4 + (7 * i + 3 * j) % 300 for j in range(length)] for i, length in enumerate(LENGTHS * 2)]
+    args = SFTConfig(
+        output_dir=str(folder),
+        per_device_train_batch_size=4,
+        max_steps=3,
+        learning_rate=1e-3,
+        logging_steps=1,
+        logging_nan_inf_filter=False,
+        save_strategy="no",
+        report_to=[],
+        use_cpu=True,
+        bf16=False,
+        disable_tqdm=True,
+        gradient_checkpointing=False,
+        max_length=32,
+        model_init_kwargs={"dtype": "float32", "attn_implementation": "sdpa"},
+        seed=0,
+        **arguments,
+    )
+    torch.manual_seed(0)
+    trainer = SFTTrainer(model=model_path, args=args, train_dataset=Dataset.from_dict({"input_ids": rows}))
+    apply(trainer, features)
+    trainer.train()
+    return [row["loss"] for row in trainer.state.log_history if "loss" in row]
+
+
+@pytest.fixture(scope="module")
+def plain(model_path: str, tmp_path_factory: pytest.TempPathFactory) -> list[float]:
+    return losses(model_path, tmp_path_factory.mktemp("plain"), features=set())
+
+
+def test_a_batch_padded_on_the_right_needs_no_mask(model_path: str, plain: list[float], tmp_path: Path) -> None:
+    assert losses(model_path, tmp_path, features={"unmasked"}) == pytest.approx(plain, abs=TOLERANCE)
+
+
+def test_sequences_laid_end_to_end_learn_what_padded_ones_learn(
+    model_path: str, plain: list[float], tmp_path: Path
+) -> None:
+    assert losses(model_path, tmp_path, features={"padding_free"}) == pytest.approx(plain, abs=TOLERANCE)
+
+
+def test_packed_sequences_attend_to_themselves_only(model_path: str, tmp_path: Path) -> None:
+    masked = losses(model_path, tmp_path / "masked", features=set(), packing=True)
+    free = losses(model_path, tmp_path / "free", features={"varlen"}, packing=True)
+    assert free == pytest.approx(masked, abs=TOLERANCE)
+
+
+def test_the_losses_move_far_more_than_the_tolerance(plain: list[float]) -> None:
+    assert max(plain) - min(plain) > 1000 * TOLERANCE
+
+
+def test_packed_sequences_without_boundaries_are_refused_not_mixed() -> None:
+    import torch
+
+    from hf_dsvllm.attention import varlen_forward
+
+    part = torch.zeros(1, 2, 6, 32)
+    with pytest.raises(ValueError, match="boundaries"):
+        varlen_forward(None, part, part, part, torch.ones(1, 1, 1, 1, dtype=torch.bool))
+
+
+def test_padding_on_the_left_keeps_its_mask(model_path: str) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from hf_dsvllm.attention import without_mask
+
+    decoder = AutoModelForCausalLM.from_pretrained(model_path).get_decoder().train()
+    left, right = torch.tensor([[0, 0, 1, 1]]), torch.tensor([[1, 1, 0, 0]])
+    assert without_mask(decoder, (), {"attention_mask": left})[1]["attention_mask"] is left
+    assert without_mask(decoder, (), {"attention_mask": right})[1]["attention_mask"] is None
+    decoder.eval()
+    assert without_mask(decoder, (), {"attention_mask": right})[1]["attention_mask"] is right
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"layer_types": ["full_attention", "sliding_attention"]},
+        {"sliding_window": 64},
+        {"num_experts": 8},
+        {"attn_logit_softcapping": 50.0},
+        {"_attn_implementation": "eager"},
+    ],
+    ids=lambda changed: next(iter(changed)),
+)
+def test_other_kinds_of_attention_keep_their_masks(changed: dict[str, Any]) -> None:
+    from hf_dsvllm.attention import why_not
+
+    config = SimpleNamespace(_attn_implementation="sdpa")
+    config.get_text_config = lambda: config
+    assert why_not(SimpleNamespace(config=config)) is None
+    vars(config).update(changed)
+    assert why_not(SimpleNamespace(config=config)) is not None
+
+
+def test_lean_adapters_compute_the_same_under_autocast(model_path: str) -> None:
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    from hf_dsvllm.speedups import lean_adapters
+
+    torch.manual_seed(0)
+    base = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.bfloat16)
+    config = LoraConfig(r=4, target_modules="all-linear", init_lora_weights=False)
+    model = get_peft_model(base, config).train()
+    tokens = torch.arange(4, 36)[None]
+
+    def run() -> tuple[torch.Tensor, torch.Tensor]:
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16):
+            loss = model(input_ids=tokens, labels=tokens).loss
+        loss.backward()
+        gradient = next(p.grad.clone() for p in model.parameters() if p.requires_grad)
+        return loss.detach(), gradient
+
+    before = run()
+    arguments = SimpleNamespace(use_cpu=True)
+    (line,) = lean_adapters(SimpleNamespace(model=model, args=arguments, is_deepspeed_enabled=False))
+    assert "lean_adapters" in line
+    loss, gradient = run()
+    assert torch.equal(loss, before[0])
+    assert torch.equal(gradient, before[1])
+    model(input_ids=tokens)  # outside autocast inputs are cast as ever: no error
+
+
+def keep(monkeypatch: pytest.MonkeyPatch, *, card: str = "1xH200", device: str = "cuda", **changed: Any) -> Any:
+    """`auto.keep_activations` for a full fine-tune of a 1.7B shape on a named machine, and the arguments after it."""
+    from hf_dsvllm import auto
+    from hf_dsvllm.hardware import parse_machine
+    from hf_dsvllm.launch import Launch
+    from hf_dsvllm.model_shape import shape_from_config
+    from hf_dsvllm.planner.cards import rates_of
+    from hf_dsvllm.presets import get_preset
+
+    config = {"model_type": "qwen3", "hidden_size": 2048, "intermediate_size": 6144, "num_hidden_layers": 28}
+    config |= {"num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936}
+    monkeypatch.setattr(auto, "detect", lambda: parse_machine(card))
+    monkeypatch.setattr(auto, "machine_rates", lambda _: rates_of("H200"))
+    monkeypatch.setattr(auto, "load_shape", lambda _: shape_from_config(config | {"tie_word_embeddings": True}))
+
+    class SFTConfig(SimpleNamespace):
+        """By the name that tells supervised fine-tuning from other losses."""
+
+    base = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1, "max_length": 2048, "ds_speed": None}
+    base |= {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": None, "activation_offloading": False}
+    asked = {"gen_eval_file": None, "gen_eval_lm_eval": None, "gen_eval_max_new_tokens": 256}
+    args = SFTConfig(**(base | asked | changed))
+    launch = Launch(rank=0, local_rank=0, world_size=1, local_world_size=1, launched=True, asked_processes=1)
+    fixes = auto.keep_activations(args, get_preset("zero2"), launch, device, ["--model_name_or_path", "model"])
+    return args, fixes
+
+
+def test_activations_are_kept_where_they_fit_and_the_reason_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
+    args, (fix,) = keep(monkeypatch)
+    assert args.gradient_checkpointing is False
+    assert "51.1 GiB" in str(fix)  # 51.5 were measured (benchmarks/planner/results)
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"card": "1xA100-40GB"},
+        {"device": "cpu"},
+        {"max_length": None},
+        {"ds_speed": ["no_keep_activations"]},
+        {"gradient_checkpointing_kwargs": {"selective": True}},
+        {"activation_offloading": True},
+        {"per_device_train_batch_size": 32},
+    ],
+    ids=lambda changed: next(iter(changed)),
+)
+def test_recompute_stays_where_memory_the_user_or_the_formulas_ask_for_it(
+    monkeypatch: pytest.MonkeyPatch, changed: dict[str, Any]
+) -> None:
+    args, fixes = keep(monkeypatch, **changed)
+    assert args.gradient_checkpointing is True
+    assert fixes == []

@@ -1,0 +1,169 @@
+"""The benchmark of training speed: its grid, its formulas, and that a measurement goes on where it stopped."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
+pytestmark = pytest.mark.skipif(not BENCHMARKS.is_dir(), reason="the benchmarks are in the repository only")
+OURS = ("arms", "figures", "tables", "lengths", "matrix", "train_speed", "measure", "rows", "parity")
+
+
+@pytest.fixture(scope="module")
+def speed() -> Iterator[SimpleNamespace]:
+    """The benchmark's modules, whose folder is no package."""
+    before = list(sys.path)
+    sys.path[:0] = [str(BENCHMARKS), str(BENCHMARKS / "speed"), str(BENCHMARKS / "planner")]
+    import arms
+    import figures
+    import lengths
+    import parity
+    import tables
+    import train_speed
+
+    found = {"arms": arms, "figures": figures, "lengths": lengths, "tables": tables}
+    yield SimpleNamespace(**found, train_speed=train_speed, parity=parity)
+    sys.path[:] = before
+    for name in OURS:
+        sys.modules.pop(name, None)
+
+
+def test_every_arm_has_a_name_of_its_own_and_a_plain_run_beside_it(speed: Any) -> None:
+    every = speed.arms.arms()
+    assert len({arm.name for arm in every}) == len(every)
+    with_plain = {arm.case for arm in every if arm.kind == "plain"}
+    own = {"scale", "scale8", "sp8", "sp8x4", "nvme", "onebit"}  # compared with themselves
+    assert {arm.case for arm in every} - with_plain == own
+    assert all(not arm.features for arm in every if arm.kind == "plain")
+
+
+def test_the_words_of_an_arm_change_what_they_name(speed: Any) -> None:
+    plain, ours = speed.arms.parse(
+        "c 8b 2 4096 b2x4 mix | plain:z2; zero2 b4 sel +fused -keep_activations pack s8192 "
+        "zero_optimization.round_robin=true"
+    )
+    assert (plain.kind, plain.micro, plain.accumulation, plain.recompute, plain.mix) == ("plain", 2, 4, "full", True)
+    assert (ours.micro, ours.accumulation, ours.recompute, ours.length) == (4, 1, "selective", 8192)
+    assert "fused" in ours.features
+    assert "keep_activations" not in ours.features
+    assert ours.batching == "packed"
+    assert ours.deepspeed == (("zero_optimization.round_robin", True),)
+    assert ours.tokens == 2 * 4 * 8192
+
+
+@pytest.mark.parametrize("word", ["fast", "+unheard_of", "bx"])
+def test_a_word_that_changes_nothing_is_refused(speed: Any, word: str) -> None:
+    with pytest.raises(ValueError, match=r"nothing|no speed feature"):
+        list(speed.arms.parse(f"c 8b 1 64 b1 | zero2 {word}"))
+
+
+def test_a_token_costs_six_operations_per_weight_and_attention(speed: Any) -> None:
+    shape = speed.figures.shape_of("8b")
+    matmul = shape.parameters - shape.embedding_parameters
+    attention = 6 * 36 * 4096 * 4096
+    assert speed.figures.flops_per_token(shape, 4096, None) == 6 * matmul + attention
+    assert speed.figures.flops_per_token(shape, 4096, "lora") == 4 * matmul + attention
+    # 16.1 thousand tokens a second at 790 TFLOP/s is the arithmetic ceiling of a full 8B step
+    assert 790e12 / speed.figures.flops_per_token(shape, 4096, None) == pytest.approx(16_100, rel=0.01)
+
+
+def test_chat_like_lengths_repeat_and_stay_within_bounds(speed: Any) -> None:
+    drawn = speed.lengths.chat_lengths(4000, 4096)
+    assert drawn == speed.lengths.chat_lengths(4000, 4096)
+    assert min(drawn) >= 16
+    assert max(drawn) == 4096
+    assert 450 < sum(drawn) / len(drawn) < 750
+    assert len(set(speed.lengths.chat_lengths(50, 64))) > 5
+
+
+def record_of(arm: Any, *, seconds: float = 2.0, real: int = 3000, padded: int = 4000, **more: Any) -> dict[str, Any]:
+    step = {"seconds": seconds, "real": real, "padded": padded, "squares": real * 500}
+    first = step | {"seconds": 60.0}
+    phase = {"allocated_peak": 3 * 2**30, "reserved_peak": 4 * 2**30, "rss_peak": 2**30}
+    rank = {"steps": [first, first, step, step], "phases": {"load": {"rss_peak": 1}, "forward": phase}, "losses": [1.0]}
+    cell = json.loads(json.dumps(dataclasses.asdict(arm)))
+    return {"status": "ok", "cell": cell, "ranks": [rank] * arm.world} | more
+
+
+def test_speed_counts_real_tokens_of_one_gpu_after_the_warm_up(speed: Any) -> None:
+    arm = next(arm for arm in speed.arms.arms() if arm.world == 2)
+    rates = speed.figures.rates_of("H200")
+    row = speed.figures.figures(record_of(arm), rates)
+    assert row.real_tokens_per_second == 1500
+    assert row.padded_tokens_per_second == 2000
+    assert row.real_share == 0.75
+    flops = speed.figures.flops_per_token(speed.figures.shape_of(arm.shape), 500, arm.adapter)
+    assert row.mfu == pytest.approx(1500 * flops / rates.product_flops)
+    assert (row.allocated_gib, row.reserved_gib, row.host_gib) == (3, 4, 2)
+
+
+def test_fused_kernels_are_predicted_to_be_faster_but_not_miraculous(speed: Any) -> None:
+    plain, fused = speed.arms.parse("c 8b 4 4096 b2 | zero2 no; zero2 no +fused")
+    rates = speed.figures.rates_of("H200")
+    before, after = (speed.figures.prediction(arm, rates)[0] for arm in (plain, fused))
+    assert 0.6 * before < after < 0.95 * before
+
+
+def options(out: Path, **changed: Any) -> Any:
+    base = {"out": out, "device": "cpu", "only": None, "again": False, "gpus": 2, "copy_to": None, "threads": 1}
+    return SimpleNamespace(**(base | changed))
+
+
+def test_a_measurement_goes_on_where_it_stopped(speed: Any, tmp_path: Path) -> None:
+    every = speed.train_speed.SpeedMeasurement(options(tmp_path)).pending()
+    done, failed, slow = every[0], every[1], every[2]
+    results = {
+        done.name: record_of(done),
+        failed.name: record_of(failed, status="failed"),
+        slow.name: record_of(slow, status="timeout"),
+    }
+    (tmp_path / "cells.json").write_text(json.dumps(results), encoding="utf-8")
+    left = speed.train_speed.SpeedMeasurement(options(tmp_path)).pending()
+    assert [arm.name for arm in left] == [arm.name for arm in every[3:]]
+    again = speed.train_speed.SpeedMeasurement(options(tmp_path, again=True)).pending()
+    assert [arm.name for arm in again] == [arm.name for arm in every[1:]]
+    alone = speed.train_speed.SpeedMeasurement(options(tmp_path, gpus=1, only=["long"])).pending()
+    assert [arm.case for arm in alone] == ["long", "long"]
+
+
+def test_nothing_longer_is_tried_than_what_did_not_fit(speed: Any) -> None:
+    short, long = (arm for arm in speed.arms.dry_arms() if arm.case == "long")
+    every = speed.arms.dry_arms()
+    assert not speed.arms.shadowed(long, {}, every)
+    assert not speed.arms.shadowed(short, {long.name: {"status": "oom"}}, every)
+    assert speed.arms.shadowed(long, {short.name: {"status": "oom"}}, every)
+
+
+def test_the_page_keeps_rows_that_ran_out_of_memory(speed: Any, tmp_path: Path) -> None:
+    plain, ours, *_ = speed.arms.dry_arms()
+    cells = {plain.name: record_of(plain), ours.name: record_of(ours, status="oom", message="out of memory")}
+    (tmp_path / "cells.json").write_text(json.dumps(cells), encoding="utf-8")
+    speed.tables.write_report(tmp_path)
+    text = (tmp_path / "README.md").read_text(encoding="utf-8")
+    assert "| plain TRL lora | 2 x 1 | 1,500 | x 1.00 |" in text
+    assert "oom: out of memory" in text
+    assert json.loads((tmp_path / "figures.json").read_text(encoding="utf-8"))[1]["status"] == "oom"
+
+
+def test_parity_compares_with_the_spread_between_seeds(speed: Any) -> None:
+    def record(kind: str, preset: str, loss: float) -> dict[str, Any]:
+        cell = {"kind": kind, "preset": preset, "words": []}
+        return {"status": "ok", "cell": cell, "ranks": [{"losses": [9.0, 9.0, 9.0, loss]}]}
+
+    results = {
+        **{f"p{i}": record("plain", "z2", loss) for i, loss in enumerate((1.0, 1.1, 1.2))},
+        **{f"a{i}": record("preset", "zero2", loss) for i, loss in enumerate((1.1, 1.2, 1.3))},
+        **{f"b{i}": record("preset", "zero3", loss) for i, loss in enumerate((1.5, 1.5, 1.5))},
+    }
+    rows = {row["title"]: row for row in speed.parity.verdicts(results)}
+    assert rows["zero2"]["within"]
+    assert rows["zero2"]["difference"] == pytest.approx(0.1)
+    assert not rows["zero3"]["within"]
