@@ -162,7 +162,15 @@ class SessionCallback(TrainerCallback):
             self._take([Round(step=step, scores={}, error=error)])
             return
         spent = time.monotonic() - started
-        self._rounds.begin(Asked(step=step, snapshot=snapshot, sent=sent, ours=ours, publish_seconds=spent))
+        asked = Asked(
+            step=step,
+            snapshot=snapshot,
+            sent=sent,
+            ours=ours,
+            publish_seconds=spent,
+            now=lambda: int(self.trainer.state.global_step),
+        )
+        self._rounds.begin(asked)
         if wait or not self.late:
             self._take(self._rounds.collect(leave=0))
 

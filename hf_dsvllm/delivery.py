@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import time
+from collections.abc import Callable
 from pathlib import Path
 
 import torch
@@ -30,7 +31,7 @@ class Asked:
 
     They are in `snapshot`, or in the engine already (`sent`), or those the engine started from (neither).  `ours` are
     the trainer's log-probabilities of the canary's prompts at that step, None where it cannot be asked.
-    `publish_seconds`: what training has spent on it.
+    `publish_seconds`: what training has spent on it.  `now` tells the step training has reached meanwhile.
     """
 
     step: int
@@ -38,6 +39,7 @@ class Asked:
     sent: SyncResult | None = None
     ours: LogProbs | None = None
     publish_seconds: float = 0.0
+    now: Callable[[], int] | None = None
 
 
 class Delivery:

@@ -91,7 +91,7 @@ class Evaluator:
         if self.door is not None and self.delivery.sleeps:
             self.door.pause("the engine sleeps between evaluations, and training has its memory")
         self.delivery.rest()
-        self._append(result)
+        self._append(result, asked.step if asked.now is None else asked.now())
         return result
 
     def _evaluate(self, weights: Asked, started: float) -> EvalResult:
@@ -264,10 +264,15 @@ class Evaluator:
             self._told_few = True
             say(f"scores {next(iter(comparisons.values())).sentence}")
 
-    def _append(self, result: EvalResult) -> None:
-        """One line per evaluation in evals/scores.jsonl; a repeated step (after a resume) replaces its line."""
+    def _append(self, result: EvalResult, known_at: int) -> None:
+        """One line per evaluation in evals/scores.jsonl; a repeated step (after a resume) replaces its line.
+
+        `known_at`: the step training has reached by now, written where the scores are late.
+        """
         path = self.run_dir / EVALS / "scores.jsonl"
         rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines()] if path.exists() else []
         row = dataclasses.asdict(result) | {"tokens_per_second": round(result.tokens_per_second, 1)}
+        if known_at != result.step:
+            row |= {"late": True, "evaluated_at_step": known_at}
         rows = sorted([*(r for r in rows if r["step"] != result.step), row], key=lambda r: r["step"])
         write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))

@@ -236,3 +236,11 @@ def test_weights_that_did_not_arrive_leave_the_door_shut(tmp_path: Path) -> None
         made.evaluate(Asked(step=10, snapshot=snapshot(tmp_path, 10)))
     assert "the weights of step 10 are on their way" in ask().text
     made.close()
+
+
+def test_scores_that_came_late_say_at_which_step_they_were_known(tmp_path: Path) -> None:
+    made = evaluator(tmp_path, Engine())
+    made.evaluate(Asked(step=0, now=lambda: 0))
+    made.evaluate(Asked(step=10, snapshot=snapshot(tmp_path, 10), now=lambda: 13))
+    known = [(row["step"], row.get("late"), row.get("evaluated_at_step")) for row in score_rows(tmp_path)]
+    assert known == [(0, None, None), (10, True, 13)]
