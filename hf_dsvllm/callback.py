@@ -117,7 +117,8 @@ class SessionCallback(TrainerCallback):
         snapshot = self._published
         if snapshot is None or snapshot.step != step:
             snapshot = self._publish(step)
-        prune(self.session.run_dir, keep=[])
+        if self.session.evaluates:
+            prune(self.session.run_dir, keep=[])
         self._rounds.close()
         self.session.stop_engine()
         self.session.finish(self.measure, snapshot)
