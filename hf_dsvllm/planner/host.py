@@ -16,7 +16,7 @@ PLAIN_BYTES = int(1.44 * GIB)
 DEEPSPEED_BYTES = int(1.86 * GIB)
 TRL_BYTES = int(0.12 * GIB)
 STARTED_BYTES = int(1.2 * GIB)
-CPU_BYTES = int(0.62 * GIB)
+CPU_BYTES = int(0.75 * GIB)
 SMALL_PINNED_BYTES = int(1.28 * GIB)  # ZeRO-3's offload: small buffers beside those of the formula
 # vLLM 0.26 on an H200, 8B: left on the card at sleep level 2, and what it takes beside weights and KV cache when awake.
 ENGINE_ASLEEP_BYTES = int(2.0 * GIB)

@@ -242,7 +242,7 @@ def test_an_interrupted_write_leaves_nothing_finished(
 def test_an_export_killed_at_any_moment_never_looks_finished(run: Path, tmp_path: Path) -> None:
     script = Path(__file__).parents[1] / "scripts" / "kill_exports.py"
     command = [sys.executable, str(script), str(run), str(tmp_path / "out"), "20", "6"]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, check=False)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=550, check=False)
     assert done.returncode == 0, done.stderr[-3000:]
     told = json.loads(done.stdout.splitlines()[-1])
     assert told["before"] + told["after"] == 20
