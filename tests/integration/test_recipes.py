@@ -6,7 +6,6 @@ import importlib.util
 import json
 import runpy
 import shutil
-import signal
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -291,17 +290,15 @@ def test_sft_with_vllm_scores_before_between_and_after(
     assert_exported(out, preset=preset, adapter=preset != "zero2")
 
 
-@pytest.mark.parametrize("victim", [pytest.param("torchrun", marks=with_vllm), pytest.param("rank 0", marks=with_vllm)])
-def test_no_engine_outlives_a_killed_run(victim: str, place: Path, tmp_path: Path) -> None:
+@pytest.mark.parametrize("preset", [pytest.param("lora_zero2", marks=with_vllm)])
+def test_no_engine_outlives_a_killed_run(preset: str, place: Path, tmp_path: Path) -> None:
+    """With a real vLLM; what else can be killed is in test_faults.py and test_run_command_line.py."""
     out = tmp_path / "run"
-    run = evaluated(place, out, "lora_zero2", "--max_steps", "100000", "--gen_eval_steps", "100000")
+    run = evaluated(place, out, preset, "--max_steps", "100000", "--gen_eval_steps", "100000")
     try:
         wait_for((out / "evals" / "scores.jsonl").exists, run.ended, timeout_s=READY_S)
         assert len([process for process in run.left() if "VLLM" in name_of(process)]) >= 1
-        if victim == "torchrun":
-            run.process.send_signal(signal.SIGTERM)
-        else:
-            rank_zero(run.left()).kill()
+        rank_zero(run.left()).kill()
         assert run.wait(90) != 0
         # The supervisor gives vLLM ten seconds to leave by itself before it kills.
         _, alive = psutil.wait_procs(run.left(), timeout=40)
