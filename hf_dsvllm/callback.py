@@ -14,7 +14,7 @@ from transformers import TrainerCallback
 from hf_dsvllm._compat import log_through_trainer, note_best
 from hf_dsvllm.console import is_main_process, say
 from hf_dsvllm.delivery import Asked
-from hf_dsvllm.errors import DsvllmError, EngineError
+from hf_dsvllm.errors import DsvllmError, EngineError, WiringError
 from hf_dsvllm.fields import steers
 from hf_dsvllm.live_weights import send
 from hf_dsvllm.measure import RunMeasure
@@ -185,8 +185,8 @@ class SessionCallback(TrainerCallback):
                 self.session.evaluator.delivery.wait_ready()
                 self.session.evaluator.shut_door(step)
                 sync = self.session.evaluator.delivery.sync
-            except EngineError as problem:
-                error = str(problem)
+            except Exception as problem:  # whatever it is, the other ranks wait in the broadcast
+                error = str(problem) or type(problem).__name__
         error = self.session.ranks.broadcast(error)
         try:
             if error is not None:
@@ -221,7 +221,8 @@ class SessionCallback(TrainerCallback):
                 if given_up:
                     self.session.stop_engine()  # it would hold its memory to the end of the run for nothing
                 continue
-            self._failures = 0
+            if self._failures < FAILURES_BEFORE_GIVING_UP:  # after that the engine is gone, whatever was under way
+                self._failures = 0
             scores = dict(done.scores)
             self._evaluated[done.step] = scores
             self.fresh.append((done.step, scores))
@@ -270,6 +271,10 @@ class SessionCallback(TrainerCallback):
         if best is None or best["step"] == loaded:
             return loaded
         folder = self.session.run_dir / "snapshots" / best["path"]
-        restore(self.trainer.model, folder, best["kind"])
+        try:
+            restore(self.trainer.model, folder, best["kind"])
+        except WiringError as error:
+            say(f"the best weights, of step {best['step']}, stay in {folder}; those of step {loaded} are kept: {error}")
+            return loaded
         say(f"the weights of step {best['step']} ({best['metric']} {best['score']:.4g}) are loaded from its snapshot")
         return int(best["step"])

@@ -89,12 +89,11 @@ class Delivery:
         try:
             return pushed, self.canary.prove(self.client, pushed.model_name, asked.ours)
         except EngineError as refused:
-            if asked.snapshot is None:
+            if asked.snapshot is None or isinstance(self.server, RemoteServer):
                 raise
             say(f"step {asked.step}: {refused} The engine is started anew.")
             self._restart()
             self.server.wait_ready(self.timeout_s)
-            self.sync.forget()
             pushed = self._push(asked.snapshot)
             return pushed, self.canary.prove(self.client, pushed.model_name, asked.ours)
 

@@ -18,6 +18,7 @@ from hf_dsvllm.engine.bodies import TransferBackend
 from hf_dsvllm.engine.sync import SyncResult, WeightSync
 from hf_dsvllm.errors import DsvllmError, EngineError
 from hf_dsvllm.live_sources import Source, conversions, sources, why_no_stream
+from hf_dsvllm.ranks import from_all, from_main, is_distributed
 from hf_dsvllm.transfer import IpcTransfer, NcclTransfer
 from hf_dsvllm.transfer.ipc import Handles, Parcel, merged_handles
 
@@ -143,10 +144,10 @@ def send(
     staged = not _lies_ready(model, dtype, merge_adapters)
     sender = _Sender(sync, staged=staged, deadline=deadline) if is_main_process() and sync is not None else None
     nobody = _Plan(error="the main process has no engine")
-    plan = _together(sender.plan(model, merge_adapters) if sender is not None else nobody)
+    plan = from_main(sender.plan(model, merge_adapters) if sender is not None else nobody)
     if plan.error is None:
         _make_room(plan)
-        plan = _together(sender.begin(plan) if sender is not None else plan)
+        plan = from_main(sender.begin(plan) if sender is not None else plan)
     if plan.error is not None:
         raise EngineError(f"step {step}: the weights could not be streamed to vLLM: {plan.error}")
     error: str | None = None
@@ -161,10 +162,10 @@ def send(
     outcome: SyncResult | str | None = None
     if sender is not None:
         outcome = sender.end(plan, error, started)
-    errors = [said for said in [*_from_all(error), _together(outcome if isinstance(outcome, str) else None)] if said]
+    errors = [said for said in [*from_all(error), from_main(outcome if isinstance(outcome, str) else None)] if said]
     if errors:
         raise EngineError(f"step {step}: the weights could not be streamed to vLLM: {errors[0]}")
-    return _together(outcome)
+    return from_main(outcome)
 
 
 def _hand_over(
@@ -185,11 +186,11 @@ def _hand_over(
         parcel = Parcel(_made(batch, dtype, revert), staged=staged)
     except Exception as problem:
         said = _said(problem)
-    offered = _from_all((parcel.handles if parcel is not None else None, said))
+    offered = from_all((parcel.handles if parcel is not None else None, said))
     if sender is not None:
         sender.deliver(parcel, [handles for handles, _ in offered], next((why for _, why in offered if why), None))
     # The memory behind the handles stays until rank 0 has its answer.
-    _together(None)
+    from_main(None)
     del parcel
 
 
@@ -302,7 +303,7 @@ def _make_room(plan: _Plan) -> None:
         torch.cuda.ipc_collect()
         torch.cuda.empty_cache()
     if plan.every_gpu:
-        _from_all(None)  # rank 0 wakes the workers of all GPUs
+        from_all(None)  # rank 0 wakes the workers of all GPUs
 
 
 def _lies_ready(model: Any, dtype: torch.dtype, merge_adapters: bool) -> bool:
@@ -318,27 +319,5 @@ def _said(problem: Exception) -> str:
     return str(problem) if isinstance(problem, DsvllmError) else f"{type(problem).__name__}: {problem}"
 
 
-def _distributed() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()
-
-
 def _processes() -> int:
-    return torch.distributed.get_world_size() if _distributed() else 1
-
-
-def _together(value: Any) -> Any:
-    """Rank 0's `value` on every rank."""
-    if not _distributed():
-        return value
-    box = [value]
-    torch.distributed.broadcast_object_list(box, src=0)
-    return box[0]
-
-
-def _from_all(value: Any) -> list[Any]:
-    """Every rank's `value`, in the order of the ranks."""
-    if not _distributed():
-        return [value]
-    box: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(box, value)
-    return box
+    return torch.distributed.get_world_size() if is_distributed() else 1

@@ -10,6 +10,8 @@ from typing import Any
 
 import torch
 
+from hf_dsvllm.ranks import from_all
+
 __all__ = ["RunMeasure"]
 
 GIB = 1 << 30
@@ -61,7 +63,7 @@ class RunMeasure:
         TRL logs the tokens, the plain Trainer counts them if told to (include_num_input_tokens_seen).
         """
         self.mark("end")
-        self.host_peaks = gather(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)  # KiB on Linux
+        self.host_peaks = from_all(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)  # KiB on Linux
         logged = [row["num_tokens"] for row in state.log_history if "num_tokens" in row]
         self.tokens = int(logged[-1]) if logged else int(state.num_input_tokens_seen or 0)
 
@@ -105,12 +107,3 @@ class RunMeasure:
     def highest(self, name: str) -> float:
         """The peak of a figure from the beginning of training on."""
         return max((self.phases[phase][name] for phase in TRAINING if phase in self.phases), default=0.0)
-
-
-def gather(value: float) -> list[float]:
-    """`value` of every rank, in rank order."""
-    if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-        return [value]
-    values: list[Any] = [None] * torch.distributed.get_world_size()
-    torch.distributed.all_gather_object(values, value)
-    return values

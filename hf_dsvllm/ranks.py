@@ -1,4 +1,4 @@
-"""What rank 0 found out, on every rank, however long rank 0 took."""
+"""What one rank knows, on every rank; also where rank 0 takes longer than the Trainer's group would wait."""
 
 from __future__ import annotations
 
@@ -7,7 +7,33 @@ from typing import Any
 
 import torch
 
-__all__ = ["Ranks"]
+__all__ = ["Ranks", "from_all", "from_main", "is_distributed"]
+
+
+def is_distributed() -> bool:
+    """Whether this process belongs to a process group."""
+    return torch.distributed.is_available() and torch.distributed.is_initialized()
+
+
+def from_main(value: Any, **how: Any) -> Any:
+    """Rank 0's `value` on every rank; collective.  Without a process group the value itself.
+
+    `how`: group and device of `broadcast_object_list`.
+    """
+    if not is_distributed():
+        return value
+    box = [value]
+    torch.distributed.broadcast_object_list(box, src=0, **how)
+    return box[0]
+
+
+def from_all(value: Any) -> list[Any]:
+    """Every rank's `value`, in the order of the ranks; collective."""
+    if not is_distributed():
+        return [value]
+    box: list[Any] = [None] * torch.distributed.get_world_size()
+    torch.distributed.all_gather_object(box, value)
+    return box
 
 
 class Ranks:
@@ -24,11 +50,9 @@ class Ranks:
 
     def broadcast(self, value: Any) -> Any:
         """Rank 0's `value` on every rank; collective.  Without a process group the value itself."""
-        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
+        if not is_distributed():
             return value
         if self._group is None:
             patience = datetime.timedelta(seconds=self.patience_s)
             self._group = torch.distributed.new_group(backend="gloo", timeout=patience)
-        box = [value]
-        torch.distributed.broadcast_object_list(box, src=0, group=self._group, device=torch.device("cpu"))
-        return box[0]
+        return from_main(value, group=self._group, device=torch.device("cpu"))

@@ -11,6 +11,7 @@ import torch
 from hf_dsvllm._compat import outside_zero3
 from hf_dsvllm.console import is_main_process
 from hf_dsvllm.errors import WiringError
+from hf_dsvllm.ranks import from_main, is_distributed
 
 __all__ = ["restore"]
 
@@ -19,11 +20,20 @@ def restore(model: Any, folder: Path, kind: Literal["adapter", "full"]) -> None:
     """Copy the weights in `folder` (as `snapshot.publish` wrote it) into `model`; collective, only rank 0 reads.
 
     For the end of training: DeepSpeed's fp32 master weights and moments stay as they were, and a further step would go
-    on from those.  Raises WiringError on every rank when the snapshot has other tensors than the model.
+    on from those.  Raises WiringError on every rank, with the model untouched, when the
+    snapshot cannot be read or has other tensors than the model.
     """
     parameters = dict(model.named_parameters())
-    values = _read(model, folder, kind) if is_main_process() else {}
-    names = _from_main(sorted(values))
+    values: dict[str, torch.Tensor] = {}
+    error: str | None = None
+    if is_main_process():
+        try:
+            values = _read(model, folder, kind)
+        except Exception as problem:  # whatever it is, the other ranks wait for the names
+            error = f"{type(problem).__name__}: {problem}"
+    names, error = from_main((sorted(values), error))
+    if error is not None:
+        raise WiringError(f"{folder} cannot be read ({error}).")
     strange = [name for name in names if name not in parameters]
     if strange or not names:
         raise WiringError(f"{folder} does not belong to this model: it has {strange[:3] or 'no tensors at all'}.")
@@ -58,7 +68,7 @@ def _set(parameter: torch.nn.Parameter, value: torch.Tensor | None) -> None:
     with _whole(parameter) if sharded else contextlib.nullcontext(), torch.no_grad():
         if value is not None:
             parameter.data.copy_(value)  # casts to the live dtype and device
-        if not sharded and _distributed():
+        if not sharded and is_distributed():
             torch.distributed.broadcast(parameter.data, src=0)
 
 
@@ -66,15 +76,3 @@ def _whole(parameter: torch.nn.Parameter) -> contextlib.AbstractContextManager[A
     import deepspeed
 
     return deepspeed.zero.GatheredParameters([parameter], modifier_rank=0)
-
-
-def _from_main(value: Any) -> Any:
-    if not _distributed():
-        return value
-    box = [value]
-    torch.distributed.broadcast_object_list(box, src=0)
-    return box[0]
-
-
-def _distributed() -> bool:
-    return torch.distributed.is_available() and torch.distributed.is_initialized()

@@ -71,8 +71,11 @@ class Rounds:
         return found if is_main_process() else told
 
     def close(self) -> None:
-        """Let the thread end after the round it is in."""
-        self._asked.put(None)
+        """End the thread, all of whose rounds are collected; a later `begin` starts another."""
+        if self._thread is not None:
+            self._asked.put(None)
+            self._thread.join()
+            self._thread = None
 
     def _finished(self, leave: int | None) -> list[Round]:
         found = []

@@ -196,11 +196,6 @@ class WeightSync:
         except EngineError:
             return None  # stopped
 
-    def forget(self) -> None:
-        """The server was started anew by someone else: nothing that was known of it holds."""
-        self._forget_server()
-        self._address = self._where()
-
     def _forget_server(self) -> None:
         if self.connection is not None:
             self.connection.close()

@@ -139,4 +139,7 @@ def run_all(folder: Path, cases: Sequence[Case]) -> dict[str, Outcome]:
 def outcome(folder: Path, name: str) -> Outcome:
     logs = [(folder / f"{name}.{rank}.log").read_text(encoding="utf-8", errors="replace") for rank in (0, 1)]
     codes = tuple(int(re.findall(r"^exit code (-?\d+)$", log, re.MULTILINE)[-1]) for log in logs)
+    for code, log in zip(codes[1:], logs[1:], strict=True):
+        if code != codes[0]:
+            print(f"{name}: rank 1 ended with {code}:\n{log[:6000]}")  # shown when the test fails
     return Outcome(codes=codes, log=logs[0], out=folder / "out" / name)

@@ -132,9 +132,28 @@ def one(case: dict[str, Any], port: int) -> int:
         from hf_dsvllm.run.rank import main as run
 
         return run(case["argv"])
+    keep_groups()
     sys.argv = case["argv"]
     runpy.run_path(sys.argv[0], run_name="__main__")
     return 0
+
+
+def keep_groups() -> None:
+    """Let no DDP reducer be the last to hold its process group, as it is after TRL's `end_training`.
+
+    torch 2.13 then joins gloo's threads with the GIL held, which one of them may wait for in order to free a tensor:
+    6 of 60 plain runs of trl/scripts/sft.py stood still for ever in that place, beside a busy core.
+    """
+    import torch
+
+    destroy = torch.distributed.destroy_process_group
+
+    def destroy_and_keep(group: Any = None) -> None:
+        kept.append(group or torch.distributed.group.WORLD)
+        destroy(group)
+
+    kept: list[Any] = []
+    torch.distributed.destroy_process_group = destroy_and_keep
 
 
 if __name__ == "__main__":
