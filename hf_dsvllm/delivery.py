@@ -68,13 +68,16 @@ class Delivery:
         self._first_model: Path | str | None = None if isinstance(server, RemoteServer) else server.spec.model
 
     def wait_ready(self) -> None:
-        """Wait for the engine; one that died is started once more (beside a loading trainer a start can fail)."""
+        """Wait for the engine; one that died is started once more, eager: beside a loading trainer a start can fail."""
         try:
             self.server.wait_ready(self.timeout_s)
-        except EngineError:
-            if self.server.alive:
+        except EngineError as failed:
+            if self.server.alive or isinstance(self.server, RemoteServer):
                 raise
-            self._restart()
+            if not self.server.spec.enforce_eager:
+                say(f"vLLM is started once more, without compiled code: {failed}")
+            self.server.restart(model=self._first_model, eager=True)
+            self.client.connect(self.server.uds)
             self.server.wait_ready(self.timeout_s)
 
     def deliver(self, asked: Asked) -> tuple[SyncResult, str | None]:

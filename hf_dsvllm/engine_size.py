@@ -1,8 +1,9 @@
-"""How much the engine needs for the tasks of a run: sequence length, KV cache, GPUs."""
+"""How much the engine needs for the tasks of a run: sequence length, KV cache, GPUs, compiled code."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,7 +12,7 @@ from hf_dsvllm.errors import ConfigError, Problem
 from hf_dsvllm.placement import Place
 from hf_dsvllm.tasks import EvalTask, render_prompt
 
-__all__ = ["EngineSize", "gpus_needed", "kv_bytes_per_token", "largest_parameter", "size_engine"]
+__all__ = ["EngineSize", "decode_steps", "gpus_needed", "kv_bytes_per_token", "largest_parameter", "size_engine"]
 
 GIB = 1 << 30
 # Sequences the cache should hold at once: enough to keep a GPU busy, small beside a trainer.
@@ -22,15 +23,25 @@ TEMPLATE_SLACK_TOKENS = 64
 FOREIGN_PROMPT_TOKENS = 4096  # prompts that are not ours: few-shot tasks of lm-eval, a chat
 # Of a GPU's memory, what the weights may take: all but cache and workspace on its own, less beside a trainer.
 WEIGHTS_SHARE = {"spare": 0.8, "shared": 0.4}
+# An engine with compiled code is ready later: 8B on one H200, cold, 132 s instead of 67 s (vLLM 0.26).
+COMPILE_S = 65.0
+# Launching a layer's kernels in a decode step, which a compiled engine's graphs save: without them 28 layers took 33 ms
+# a step (Qwen3-1.7B shape, 128 sequences, one H200, vLLM 0.26), where reading their weights takes 1 ms.
+LAUNCH_S = 1.1e-3
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class EngineSize:
-    """Lengths in tokens, sizes in bytes.  `merge_adapters`: they reach the engine merged into a copy of the base."""
+    """Lengths in tokens, sizes in bytes.
+
+    `merge_adapters`: they reach the engine merged into a copy of the base.  `compiled`: its code and CUDA graphs, which
+    start later and answer faster, instead of eager execution.
+    """
 
     max_model_len: int
     kv_cache_bytes: int
     merge_adapters: bool
+    compiled: bool
     reason: str
 
 
@@ -45,12 +56,45 @@ def size_engine(place: Place, args: Any, model_args: Any, tasks: Sequence[EvalTa
         streamed = "they are merged on their way from GPU to GPU" if place.stream else None
         merging = why_merge_for_engine(model_args, place.device) or streamed
     copied = f"; adapters are merged into a copy for it ({merging})" if merging else ""
+    steps = decode_steps(args, tasks)
+    saved = steps * config.get_text_config().num_hidden_layers * LAUNCH_S
+    # On a shared GPU its graphs would hold memory that training wants; on CPUs a C++ compiler would have to be there.
+    compiled = place.kind == "spare" and saved > COMPILE_S
+    if place.kind == "spare":
+        how = "compiled" if compiled else "eager"
+        copied += f"; {how}, for up to {steps:,} decoding steps in the run (compiling costs {COMPILE_S:.0f} s, saves "
+        copied += f"about {saved:.0f} s)"
     return EngineSize(
         max_model_len=length,
         kv_cache_bytes=cache,
         merge_adapters=merging is not None,
+        compiled=compiled,
         reason=f"sequences up to {length} tokens, {cache / GIB:.1f} GiB of KV cache{copied}",
     )
+
+
+def decode_steps(args: Any, tasks: Sequence[EvalTask]) -> int:
+    """The most decoding steps the evaluations of a run take, CONCURRENT_SEQUENCES answers at a time.
+
+    steps = evaluations * sum over tasks of ceil(prompts * answers / CONCURRENT_SEQUENCES) * max_new_tokens
+
+    `evaluations` from max_steps; a run that counts epochs is taken to be evaluated at its start, its end and after each
+    epoch, for its steps are not known before its data is.
+    """
+    every = args.gen_eval_steps or (args.eval_steps if args.eval_strategy == "steps" else None)
+    if every is not None and every < 1:  # a share of the run
+        between = int(1 / every)
+    elif args.max_steps > 0:
+        between = int(args.max_steps / every) if every else 0
+    else:
+        between = math.ceil(args.num_train_epochs)
+    evaluations = between + 1 + int(args.gen_eval_on_start)
+    one = 0
+    for task in tasks:
+        answers = len(task.samples) * (task.settings.samples or args.gen_eval_samples)
+        tokens = task.settings.max_new_tokens or args.gen_eval_max_new_tokens
+        one += math.ceil(answers / CONCURRENT_SEQUENCES) * tokens
+    return evaluations * one
 
 
 def context_tokens(args: Any, config: Any, tasks: Sequence[EvalTask], tokenizer: Any) -> int:

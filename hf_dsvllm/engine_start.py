@@ -76,6 +76,7 @@ def engine_spec(model: Path | str, place: Place, size: EngineSize, args: Any, mo
         tensor_parallel_size=max(1, len(gpus)),
         weight_transfer=("ipc" if place.kind == "shared" else "nccl") if place.stream else None,
         sleep_mode=place.stream and place.kind == "shared",
+        enforce_eager=not size.compiled,
         seed=args.seed,
         extra_args=tuple(shlex.split(args.vllm_args or "")),
         visible_devices=",".join(gpus) or None,

@@ -304,12 +304,14 @@ class EngineServer:
                     )
                 time.sleep(0.2)
 
-    def restart(self, *, model: Path | str | None = None) -> None:
+    def restart(self, *, model: Path | str | None = None, eager: bool = False) -> None:
         """Stop, and start again on a new socket, with the weights in the folder `model` if given; returns at once.
 
-        A folder without a tokenizer is served with the tokenizer of the first model.
+        A folder without a tokenizer is served with the tokenizer of the first model.  `eager`: without compiled code.
         """
         self.stop()
+        if eager:
+            self.spec = dataclasses.replace(self.spec, enforce_eager=True)
         if model is not None:
             tokenizer = self.spec.tokenizer
             if tokenizer is None and not (Path(model) / "tokenizer_config.json").exists():

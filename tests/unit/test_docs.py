@@ -43,6 +43,7 @@ FOREIGN = {".", "apt-get", "bash", "cd", "curl", "export", "git", "pip", "printf
 FOREIGN_FLAGS = {
     *("--config_file", "--config", "--help", "--max-num-seqs", "--gpu-memory-utilization", "--no-deps"),
     *("--override", "--torch-backend", "--attention-backend", "--max-lora-rank"),
+    *("--enforce-eager", "--no-enforce-eager"),
 }
 
 

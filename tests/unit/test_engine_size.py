@@ -11,7 +11,7 @@ import pytest
 from transformers import LlamaConfig, Qwen3Config
 
 from hf_dsvllm import engine_size
-from hf_dsvllm.engine_size import gpus_needed, kv_bytes_per_token, size_engine
+from hf_dsvllm.engine_size import decode_steps, gpus_needed, kv_bytes_per_token, size_engine
 from hf_dsvllm.errors import ConfigError
 from hf_dsvllm.placement import Place
 from hf_dsvllm.task_settings import TaskSettings
@@ -44,7 +44,18 @@ def case(tmp_path: Path) -> tuple[Any, Any, Any, Any]:
     folder = write_tiny_model(tmp_path / "model")
     file = tmp_path / "eval.jsonl"
     file.write_text('{"prompt": "short", "reference": "x"}\n{"prompt": "rather longer", "reference": "y"}\n')
-    args = SimpleNamespace(gen_eval_max_new_tokens=50, gen_eval_lm_eval=None, gen_eval_expose=None)
+    args = SimpleNamespace(
+        gen_eval_max_new_tokens=50,
+        gen_eval_samples=1,
+        gen_eval_lm_eval=None,
+        gen_eval_expose=None,
+        gen_eval_steps=10,
+        gen_eval_on_start=True,
+        max_steps=100,
+        num_train_epochs=1.0,
+        eval_strategy="no",
+        eval_steps=None,
+    )
     model_args = SimpleNamespace(model_name_or_path=str(folder), model_revision=None, use_peft=False)
     return args, model_args, load_task(file), AutoTokenizer.from_pretrained(folder)
 
@@ -73,6 +84,36 @@ def test_the_cache_of_a_large_model_is_bounded(
     monkeypatch.setattr(engine_size, "kv_bytes_per_token", lambda config, element_bytes: GIB)
     size = size_engine(ON_CPU, case[0], case[1], [case[2]], case[3])
     assert size.kv_cache_bytes == engine_size.MAX_KV_CACHE_BYTES
+
+
+@pytest.mark.parametrize(
+    ("more", "evaluations"),
+    [
+        ({}, 12),  # before, 10 between, after
+        ({"gen_eval_steps": None}, 2),
+        ({"gen_eval_on_start": False}, 11),
+        ({"gen_eval_steps": None, "eval_strategy": "steps", "eval_steps": 0.25}, 6),
+        ({"max_steps": -1, "num_train_epochs": 2.5}, 5),
+    ],
+)
+def test_the_decoding_steps_of_a_run_are_counted(
+    more: dict[str, Any], evaluations: int, case: tuple[Any, Any, Any, Any]
+) -> None:
+    args = SimpleNamespace(**vars(case[0]) | more)
+    many = dataclasses.replace(case[2], samples=case[2].samples * 65, settings=TaskSettings(max_new_tokens=7))
+    assert decode_steps(args, [case[2], many]) == evaluations * (50 + 3 * 7)  # 130 answers, 64 at a time
+
+
+@pytest.mark.parametrize(
+    ("kind", "steps", "compiled"), [("spare", 1, False), ("spare", 10**5, True), ("shared", 10**5, False)]
+)
+def test_an_engine_is_compiled_where_the_run_is_long_enough_to_pay_for_it(
+    kind: Any, steps: int, compiled: bool, case: tuple[Any, Any, Any, Any]
+) -> None:
+    case[0].gen_eval_max_new_tokens = steps
+    size = size_engine(Place(kind=kind, gpus=("0",), reason=""), case[0], case[1], [case[2]], case[3])
+    assert size.compiled == compiled
+    assert ("decoding steps" in size.reason) == (kind == "spare"), "the choice is told where there is one"
 
 
 CONFIG = Qwen3Config(num_attention_heads=32)

@@ -82,3 +82,24 @@ def test_a_snapshot_that_cannot_be_read_leaves_the_model_as_it_is(broken: bool, 
         restore(model, other, "full")
     same = [torch.equal(parameter, before[name]) for name, parameter in model.named_parameters()]
     assert all(same) == broken
+
+
+def test_an_engine_that_does_not_start_compiled_is_started_eager(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    restarts: list[dict[str, Any]] = []
+
+    def wait_ready(_: float) -> None:
+        if not restarts:
+            raise EngineError("vLLM did not start (exit code 1).")
+
+    server: Any = SimpleNamespace(
+        spec=SimpleNamespace(model="base", enforce_eager=False),
+        uds=tmp_path / "socket",
+        alive=False,
+        wait_ready=wait_ready,
+        restart=lambda **how: restarts.append(how),
+    )
+    Delivery(server, run_dir=tmp_path, timeout_s=5.0).wait_ready()
+    assert restarts == [{"model": "base", "eager": True}]
+    assert "without compiled code: vLLM did not start" in capsys.readouterr().err
