@@ -30,7 +30,7 @@ pytestmark = pytest.mark.slow
 
 ROOT = Path(__file__).resolve().parents[2]
 SCRIPT = ROOT / "tests" / "scripts" / "faults.py"
-FAKE = SCRIPT.with_name("fake_vllm.py")
+FAKE = SCRIPT.with_name("killable_vllm.py")
 LIMIT_S = 900.0
 
 

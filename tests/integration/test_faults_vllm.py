@@ -7,8 +7,7 @@ import importlib.util
 import os
 import signal
 import sys
-import time
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from pathlib import Path
 
 import psutil
@@ -19,6 +18,7 @@ from hf_dsvllm.engine.supervisor import birth
 from hf_dsvllm.errors import EngineError
 from tests.integration.test_engine_vllm import write_adapter
 from tests.tiny import write_tiny_model
+from tests.waiting import wait_for
 
 pytestmark = [
     pytest.mark.vllm,
@@ -62,15 +62,6 @@ def ask(client: EngineClient, tokens: int = 4, timeout_s: float = 60.0) -> list[
         prompts, model="base", max_new_tokens=tokens, temperature=1.0, seed=1, stop_token_ids=[], timeout_s=timeout_s
     )
     return [completion.token_ids for completion in completions]
-
-
-def wait_for(condition: Callable[[], bool]) -> None:
-    """Poll a condition; the bound only ends a test that fails."""
-    for _ in range(600):
-        if condition():
-            return
-        time.sleep(0.05)
-    pytest.fail("the condition did not come true")
 
 
 def cut(file: Path) -> None:

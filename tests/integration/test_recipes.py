@@ -17,8 +17,9 @@ import torch
 from safetensors.torch import load_file
 
 from tests.conftest import ROOT, RunDistributed
-from tests.scripts.launch import Launched, launch, wait_for
+from tests.scripts.launch import Launched, launch
 from tests.tiny import write_tiny_model
+from tests.waiting import wait_for
 
 RECIPES = ROOT / "recipes"
 SHORT = ("--max_steps", "4", "--per_device_train_batch_size", "2", "--logging_steps", "1", "--save_strategy", "no")

@@ -12,8 +12,9 @@ import pytest
 
 from hf_dsvllm.engine.server import EngineSpec, command, environment
 from tests.conftest import ROOT
-from tests.scripts.launch import Launched, launch, wait_for
+from tests.scripts.launch import Launched, launch
 from tests.tiny import write_tiny_model
+from tests.waiting import wait_for
 
 pytestmark = [pytest.mark.vllm, pytest.mark.slow, pytest.mark.timeout(600)]
 

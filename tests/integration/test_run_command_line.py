@@ -13,7 +13,8 @@ from pathlib import Path
 import pytest
 
 from tests.scripts.any.cases import HERE, SHORT, write_place
-from tests.scripts.launch import launch, wait_for
+from tests.scripts.launch import launch
+from tests.waiting import wait_for
 
 pytestmark = [pytest.mark.slow, pytest.mark.distributed]
 RUN = (sys.executable, "-m", "hf_dsvllm", "run")
@@ -114,10 +115,6 @@ def test_a_signal_leaves_no_rank_and_no_engine(
         assert any("supervisor" in " ".join(process.cmdline()) for process in run.left()), "no engine was started"
         run.process.send_signal(number)
         assert run.wait(120) == expected, run.output()[-6000:]
-        wait_for(lambda: run.left() == [], never, timeout_s=60)
+        wait_for(lambda: run.left() == [], timeout_s=60)
     finally:
         run.kill()
-
-
-def never() -> bool:
-    return False

@@ -18,7 +18,7 @@ from typing import Any
 
 from tests.scripts.fault_cases import STEPS, Fault
 
-FAKE = Path(__file__).with_name("fake_vllm.py")
+FAKE = Path(__file__).with_name("killable_vllm.py")
 QUESTIONS = "".join(json.dumps({"prompt": f"Number {n}?", "reference": str(n)}) + "\n" for n in range(3))
 METRIC = "def broken(completion, reference):\n    raise ValueError('no such thing')\n"
 POLL_S = 0.01

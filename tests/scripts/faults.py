@@ -31,9 +31,9 @@ from tests.scripts.fault_cases import FAULTS, STEPS, Fault
 from tests.scripts.fault_trainer import Place, import_everything, train
 
 SIDE_BY_SIDE = 2
-POINT_S = 90.0  # until a point is reached
-END_S = 120.0  # until the trainer has ended
-GONE_S = 20.0  # until everything it started has ended: the supervisor's grace of 10 s and a margin
+POINT_S = 240.0  # until a point is reached
+END_S = 300.0  # until the trainer has ended
+GONE_S = 60.0  # until everything it started has ended: the supervisor's grace of 10 s and a margin
 POLL_S = 0.02
 MARK = "HF_DSVLLM_FAULT"
 SMALL_DISK_BYTES = 8 << 20

@@ -5,16 +5,13 @@ from __future__ import annotations
 import contextlib
 import os
 import subprocess
-import time
 import uuid
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 
 import psutil
 
 from tests.conftest import RUN_MARK, kill_marked
-
-POLL_S = 0.5
 
 
 class Launched:
@@ -66,12 +63,3 @@ class Launched:
 def launch(folder: Path, command: Sequence[str]) -> Launched:
     """Start `command` in a session of its own; its output goes to `folder`/output.log."""
     return Launched(folder, command)
-
-
-def wait_for(condition: Callable[[], bool], ended: Callable[[], bool], *, timeout_s: float) -> None:
-    """Until `condition` holds; AssertionError when the command `ended` before, or after `timeout_s`."""
-    deadline = time.monotonic() + timeout_s
-    while not condition():
-        assert not ended(), "the command ended before"
-        assert time.monotonic() < deadline, f"not within {timeout_s} s"
-        time.sleep(POLL_S)

@@ -17,8 +17,8 @@ import torch
 from hf_dsvllm.engine import EngineClient, WeightSync
 from hf_dsvllm.errors import EngineError
 from hf_dsvllm.live_weights import send, stream
-from tests import fake_vllm
-from tests.fake_vllm import FakeServer, FakeVllm, gpu_spec, served
+from tests import weight_taker
+from tests.weight_taker import FakeServer, FakeVllm, gpu_spec, served
 
 BUCKET_BYTES = 1 << 14
 TIMEOUT_S = 60.0
@@ -46,8 +46,8 @@ def try_sends(model: Any, out: Path, name: str) -> None:
     rank = int(os.environ["RANK"])
     found: dict[str, Any] = {}
     with pytest.MonkeyPatch.context() as patch:
-        fake_vllm.stand_in(patch)
-        patch.setattr("hf_dsvllm.transfer.ipc.gpu_uuid", lambda: fake_vllm.GPU if rank == 0 else f"GPU-{rank}")
+        weight_taker.stand_in(patch)
+        patch.setattr("hf_dsvllm.transfer.ipc.gpu_uuid", lambda: weight_taker.GPU if rank == 0 else f"GPU-{rank}")
         for backend in ("ipc", "nccl"):
             found[backend] = one_send(model, FakeVllm(backend))
             for path in FAILING:

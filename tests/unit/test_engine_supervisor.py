@@ -6,7 +6,6 @@ import os
 import signal
 import subprocess
 import sys
-import time
 import uuid
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -14,6 +13,7 @@ from pathlib import Path
 import pytest
 
 from hf_dsvllm.engine import registry, supervisor
+from tests.waiting import wait_for
 
 # Like vLLM's, its EngineCore does not notice when the API server is killed, and its API server leaves when EngineCore
 # dies.  "stubborn" processes ignore SIGTERM.
@@ -97,15 +97,6 @@ class FakeRun:
         """No process of the engine, no watcher, no socket folder, no record."""
         engine = [pid for pid in (self.api, self.core) if supervisor.birth(pid)]
         return not (engine or self.watchers() or self.sockets.exists() or self.record.exists())
-
-
-def wait_for(condition: Callable[[], bool], tries: int = 600) -> None:
-    """Poll a condition; the bound only ends a test that fails."""
-    for _ in range(tries):
-        if condition():
-            return
-        time.sleep(0.05)
-    pytest.fail("the condition did not come true")
 
 
 def kill(*pids: int) -> None:

@@ -12,7 +12,7 @@ import pytest
 
 from hf_dsvllm.engine import EngineClient, EngineSpec, RemoteServer, WeightSync, command, environment, why_no_transfer
 from hf_dsvllm.errors import EngineError
-from tests.fake_vllm import FakeServer, FakeVllm, gpu_spec, served
+from tests.weight_taker import FakeServer, FakeVllm, gpu_spec, served
 
 FOLDER = Path("/snapshots/step-1")
 

@@ -18,7 +18,8 @@ from hf_dsvllm.run import parent
 from hf_dsvllm.run.command import AdapterOptions, Command, read_command
 from hf_dsvllm.run.dry import as_text
 from hf_dsvllm.run.parent import LaunchOptions, Plan, make_plan, start
-from tests.scripts.launch import launch, wait_for
+from tests.scripts.launch import launch
+from tests.waiting import wait_for
 
 PARSING = "from transformers import HfArgumentParser\n"
 

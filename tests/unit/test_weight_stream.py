@@ -17,10 +17,10 @@ from hf_dsvllm.engine import EngineClient, EngineRefusal, WeightSync
 from hf_dsvllm.errors import EngineError
 from hf_dsvllm.transfer.base import packed
 from hf_dsvllm.transfer.ipc import IpcTransfer, Parcel, merged_handles
-from tests import fake_vllm
-from tests.fake_vllm import FakeNccl, FakeServer, FakeVllm, gpu_spec, served
+from tests import weight_taker
+from tests.weight_taker import FakeNccl, FakeServer, FakeVllm, gpu_spec, served
 
-FORMS = sorted(fake_vllm.KEYS)
+FORMS = sorted(weight_taker.KEYS)
 BUCKET_BYTES = 1 << 16  # the tiny model comes in four
 
 
@@ -35,7 +35,7 @@ def tiny_model(**changes: Any) -> Any:
 
 @pytest.fixture
 def nccl(monkeypatch: pytest.MonkeyPatch) -> FakeNccl:
-    return fake_vllm.stand_in(monkeypatch)
+    return weight_taker.stand_in(monkeypatch)
 
 
 @contextlib.contextmanager
@@ -251,7 +251,7 @@ def test_tensors_that_lie_ready_are_offered_where_they_are_and_others_as_a_copy_
             transfer.send(bucket, deadline=time.monotonic() + 30)
             assert same(fake.weights, dict(bucket))
         client.close()
-    assert all(reference() is None for reference in fake_vllm.EXPORTS[-1:]), "copies are let go"
+    assert all(reference() is None for reference in weight_taker.EXPORTS[-1:]), "copies are let go"
 
 
 def test_packed_tensors_begin_where_their_dtype_can() -> None:

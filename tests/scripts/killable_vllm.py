@@ -1,6 +1,6 @@
 """Stands for vLLM in the fault tests: its processes, its routes, its way to die; ready in a tenth of a second.
 
-    python -I -S fake_vllm.py --model FOLDER --uds SOCKET [--enable-lora …]
+    python -I -S killable_vllm.py --model FOLDER --uds SOCKET [--enable-lora …]
 
 API server → engine core → worker are processes of one session, as vLLM's are: the core does not notice that its API
 server was killed, and the API server leaves when its core has died.  Answers tell which weights they come from.
