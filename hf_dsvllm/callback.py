@@ -20,7 +20,7 @@ from hf_dsvllm.live_weights import send
 from hf_dsvllm.measure import RunMeasure
 from hf_dsvllm.restore import restore
 from hf_dsvllm.rounds import Round, Rounds
-from hf_dsvllm.sample_tables import log_samples, read_samples
+from hf_dsvllm.sample_tables import log_samples
 from hf_dsvllm.snapshot import Snapshot, prune, publish
 from hf_dsvllm.steering import best_snapshot, is_best, keep_best
 from hf_dsvllm.wiring import check_wiring, read_wiring
@@ -215,7 +215,7 @@ class SessionCallback(TrainerCallback):
             if done.error is not None:
                 self._failures += 1
                 self._published = None  # on every rank, whichever failed: publishing again takes all of them
-                given_up = self._failures >= FAILURES_BEFORE_GIVING_UP
+                given_up = self._failures == FAILURES_BEFORE_GIVING_UP  # later ones were under way before it
                 what = "failed and is skipped; giving up on it" if given_up else "failed and is skipped"
                 say(f"step {done.step}: generation evaluation {what}. {done.error}")
                 if given_up:
@@ -247,10 +247,13 @@ class SessionCallback(TrainerCallback):
         self.measure.evaluations.append(done.result)
         say(done.result.line() + ("" if done.step == now else f", known at step {now}"))
         run_dir, name = self.session.run_dir, f"step-{done.step}"
-        log_samples(self.trainer.args, done.step, read_samples(run_dir, done.step))
+        log_samples(self.trainer.args, run_dir, done.step)
         if (run_dir / "snapshots" / name).is_dir():  # neither the untrained model nor streamed away
             kind = "adapter" if hasattr(self.trainer.model, "peft_config") else "full"
-            keep_best(run_dir, self.trainer.args, done, kind=kind)
+            try:
+                keep_best(run_dir, self.trainer.args, done, kind=kind)
+            except OSError as error:  # a full disk ends no training
+                say(f"step {done.step}: whether its weights are the best could not be noted: {error}")
         prune(run_dir, keep=[Path(name), *(Path(f"step-{step}") for step in self._rounds.pending)])
 
     def _load_best(self, args: Any, state: Any) -> int:

@@ -38,16 +38,18 @@ def read_samples(run_dir: Path, step: int, limit: int = MAX_ROWS) -> list[dict[s
     return found
 
 
-def log_samples(args: Any, step: int, rows: Sequence[Row]) -> None:
-    """Send `rows` (as `read_samples` gives them) to each backend of `args.report_to`; main process, main thread."""
-    tables = {task: table([row for row in rows if row["task"] == task]) for task in {row["task"]: None for row in rows}}
+def log_samples(args: Any, run_dir: Path, step: int) -> None:
+    """Send the samples of `step` to each backend of `args.report_to` that has tables; main process, main thread."""
     for backend in args.report_to or ():
         send = BACKENDS.get(backend)
-        if send is None or not tables:
+        if send is None:
             continue
         try:
-            send(args, step, tables)
-        except Exception as error:  # somebody else's service: whatever it raises, training goes on
+            rows = read_samples(run_dir, step)
+            tasks = dict.fromkeys(row["task"] for row in rows)
+            if tasks:
+                send(args, step, {task: table([row for row in rows if row["task"] == task]) for task in tasks})
+        except Exception as error:  # a service or a file: whatever it raises, training goes on
             logger.warning("the sample table of step %d did not reach %s: %s: %s", step, backend,
                            type(error).__name__, error)  # fmt: skip
 
