@@ -16,6 +16,7 @@ from typing import Any, Literal
 
 import torch
 
+from hf_dsvllm.adapters import vocabulary_was_resized
 from hf_dsvllm.engine.server import LORA_RANKS, lora_rank_bound
 from hf_dsvllm.errors import ExportError, Problem
 from hf_dsvllm.files import atomic_folder, write_json
@@ -117,6 +118,8 @@ def why_merge_live(model: Any, max_lora_rank: int | None) -> str | None:
     None if it can load them, and for models without.  A script's own adapters may be others than a preset's, which the
     engine was started for before the model was there.
     """
+    if getattr(model, "peft_config", None) and vocabulary_was_resized(model):
+        return "the vocabulary was resized"
     for config in (getattr(model, "peft_config", None) or {}).values():
         serving = will_it_serve(config, model)
         rank = max([config.r, *(config.rank_pattern or {}).values()])

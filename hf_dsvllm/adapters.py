@@ -23,6 +23,7 @@ __all__ = [
     "quant_storage",
     "quantization_record",
     "trl_flags",
+    "vocabulary_was_resized",
     "why_merge_for_engine",
     "wrap",
 ]
@@ -179,3 +180,15 @@ def _dtype_reason(preset: Preset, device: str) -> str:
     if preset.adapter:
         return "frozen weights need no fp32 copy; it is the 4-bit compute dtype too"
     return "DeepSpeed keeps the fp32 master weights itself"
+
+
+def vocabulary_was_resized(model: Any) -> bool:
+    """Whether the live model with adapters has more or fewer embeddings than the base they were loaded from."""
+    base = next(iter(model.peft_config.values())).base_model_name_or_path
+    if not base:
+        return False
+    try:
+        before = type(model.config).from_pretrained(base).get_text_config().vocab_size
+    except (OSError, ValueError):
+        return False
+    return bool(model.config.get_text_config().vocab_size != before)

@@ -61,6 +61,8 @@ class SessionCallback(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._published = None
+        self._evaluated, self.fresh, self._failures = {}, [], 0  # a second train() begins with nothing of the first
+        self.session.ready_engine(self.trainer)
         self.late = self.session.ranks.broadcast(self.late)  # rank 0 knows where vLLM runs
         wiring = read_wiring(self.trainer)
         check_wiring(wiring, self.session.preset, self.session.ds_config)

@@ -1,11 +1,13 @@
 """One export at a time writes to a folder, and clears away what a killed one left beside it.
 
 Nothing at the target itself is ever half written: a new export is made in a hidden folder beside it and renamed.
+Where the target is a symbolic link, it stays one, and "beside it" is beside the folder it leads to.
 """
 
 from __future__ import annotations
 
 import contextlib
+import errno
 import fcntl
 import os
 import re
@@ -26,9 +28,13 @@ def claimed(out: Path) -> Iterator[None]:
     The lock ends with the process, however that ends.  Leftovers of killed exports are removed, and an earlier export
     that a kill caught between the two renames of a replacement is put back.
     """
-    out.parent.mkdir(parents=True, exist_ok=True)
+    out = _behind_links(out)
+    if out.is_mount():
+        raise ExportError(f"{out} is the root of a disk and cannot be renamed to; name a folder in it.")
     lock = out.parent / f".{out.name}.lock"
-    descriptor = _locked(lock, out)
+    with _unwritable(out, errno.EACCES, errno.EROFS):
+        out.parent.mkdir(parents=True, exist_ok=True)
+        descriptor = _locked(lock, out)
     try:
         _clear(out)
         yield
@@ -43,18 +49,42 @@ def replacing(out: Path) -> Iterator[Path]:
 
     An `out` that exists is swapped by two renames and only then removed.
     """
+    out = _behind_links(out)
     if out.is_dir() and not any(out.iterdir()):
         out.rmdir()
-    if not out.exists():
-        with atomic_folder(out) as folder:
+    with _unwritable(out):
+        if not out.exists():
+            with atomic_folder(out) as folder:
+                yield folder
+            return
+        fresh, old = _beside(out, "new"), _beside(out, "old")
+        with atomic_folder(fresh) as folder:
             yield folder
-        return
-    fresh, old = _beside(out, "new"), _beside(out, "old")
-    with atomic_folder(fresh) as folder:
-        yield folder
     os.rename(out, old)
     os.rename(fresh, out)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def _behind_links(out: Path) -> Path:
+    """The folder that `out` leads to, which need not exist yet."""
+    try:
+        return out.resolve()
+    except (OSError, RuntimeError) as error:
+        raise ExportError(f"{out} is a symbolic link that leads to itself; remove it, or name a folder.") from error
+
+
+@contextlib.contextmanager
+def _unwritable(out: Path, *more: int) -> Iterator[None]:
+    """A disk or quota that is used up, and the error numbers in `more`, as one clear error."""
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, *more):
+            raise
+        raise ExportError(
+            f"{error.filename or out} cannot be written: {error.strerror}; name another folder with --out, or free "
+            "some space."
+        ) from error
 
 
 def _locked(lock: Path, out: Path) -> int:

@@ -62,10 +62,8 @@ def export(
     )
     gib = report.weights_bytes / 2**30
     say(f"{'already there' if report.reused else 'written'}: {report.parameters:,} parameters, {gib:.2f} GiB")
-    if report.verification_skipped:
-        say(f"not compared with what was trained: {report.verification_skipped}")
-    for note in report.notes:
-        say(note)
+    for remark in report.remarks:
+        say(remark)
     print(report.out)
     if push_to_hub is not None:
         from hf_dsvllm.hub import push_to_hub as push

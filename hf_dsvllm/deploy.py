@@ -1,4 +1,8 @@
-"""What `serve` would run, as files for a cluster: Docker Compose, Kubernetes, Ray Serve, systemd."""
+"""What `serve` would run, as files for a cluster: Docker Compose, Kubernetes, Ray Serve, systemd.
+
+Only the gateway can be reached in Compose, and in Kubernetes each vLLM through an Envoy in its own pod: vLLM itself
+answers prompts without its key beside /v1.
+"""
 
 from __future__ import annotations
 
@@ -12,8 +16,8 @@ from typing import Any
 import yaml
 
 from hf_dsvllm.errors import EngineError
-from hf_dsvllm.gateway import KEY, Backend, gateway_config
-from hf_dsvllm.serve import PlannedServer
+from hf_dsvllm.gateway import Backend, gateway_config
+from hf_dsvllm.serve import LOOPBACK, PlannedServer, check_extra
 from hf_dsvllm.source import Target
 
 __all__ = ["deployment"]
@@ -21,15 +25,12 @@ __all__ = ["deployment"]
 VLLM_IMAGE = "vllm/vllm-openai:v0.32.0"
 ENVOY_IMAGE = "envoyproxy/envoy:v1.40.0"
 PORT = 8000  # inside a container
+BEHIND = 8001  # vLLM's in a pod, where the Envoy beside it has PORT
 MODELS = "/models"
 SECRET = "hf-dsvllm-key"
 HEALTHY = "import urllib.request; urllib.request.urlopen('http://127.0.0.1:8000/health')"
 READY_S = 1800
-# Envoy has no variables: the key is put in when the container starts.
-FILL_IN = (
-    'sed "s|[$]{VLLM_API_KEY}|$VLLM_API_KEY|" /etc/gateway/envoy.yaml > /tmp/envoy.yaml && '
-    "exec envoy -c /tmp/envoy.yaml"
-)
+SETTINGS = "/etc/gateway"
 
 
 def deployment(
@@ -47,6 +48,7 @@ def deployment(
     Every form asks for a key in VLLM_API_KEY, since a container cannot tell a private network from a public one.
     `serve_arguments` are those of `hf-dsvllm serve`, which the systemd unit runs.  EngineError for what a target lacks.
     """
+    check_extra(extra)
     makers: Mapping[Target, Callable[[], str]] = {
         "compose": lambda: _compose(planned, host, port, max_model_len, extra),
         "k8s": lambda: _kubernetes(planned, port, max_model_len, extra),
@@ -60,13 +62,13 @@ def _compose(
     planned: Sequence[PlannedServer], host: str, port: int, max_model_len: int | None, extra: Sequence[str]
 ) -> str:
     services: dict[str, Any] = {}
-    published = [f"{host}:{port}:{PORT}"]
+    key = {"VLLM_API_KEY": "${VLLM_API_KEY:?set a key}"}
     for number, each in enumerate(planned):
-        mounts, line = _inside(each, max_model_len, extra)
+        mounts, line = _inside(each, max_model_len, extra, "0.0.0.0", PORT)
         services[_service(each)] = {
             "image": VLLM_IMAGE,
             "command": line,
-            "environment": {"VLLM_API_KEY": "${VLLM_API_KEY:?set a key}", "VLLM_NO_USAGE_STATS": "1"},
+            "environment": key | {"VLLM_NO_USAGE_STATS": "1"},
             "volumes": [{"type": "bind", "source": source, "target": inside, "read_only": True}
                         for source, inside in mounts.items()],
             "ipc": "host",
@@ -77,22 +79,19 @@ def _compose(
             "deploy": {"resources": {"reservations": {"devices": [
                 {"driver": "nvidia", "capabilities": ["gpu"], **_devices(each)}]}}},
         }  # fmt: skip
-        if len(planned) == 1:
-            services[_service(each)]["ports"] = published
         if number and _shares_gpu(each):  # vLLM measures the memory that is free while it starts
             services[_service(each)]["depends_on"] = {_service(planned[number - 1]): {"condition": "service_healthy"}}
-    document: dict[str, Any] = {"name": "hf-dsvllm", "services": services}
-    if len(planned) > 1:
-        services["gateway"] = {
-            "image": ENVOY_IMAGE,
-            "command": ["envoy", "-c", "/etc/gateway/envoy.yaml"],
-            "configs": [{"source": "gateway", "target": "/etc/gateway/envoy.yaml"}],
-            "ports": published,
-            "restart": "unless-stopped",
-            "depends_on": {_service(each): {"condition": "service_healthy"} for each in planned},
-        }
-        document["configs"] = {"gateway": {"content": _gateway(planned)}}
-    return _yaml(document)
+    services["gateway"] = {
+        "image": ENVOY_IMAGE,
+        "command": ["envoy", "-c", f"{SETTINGS}/gateway.yaml"],
+        "environment": key,
+        "configs": [{"source": "gateway", "target": f"{SETTINGS}/gateway.yaml"}],
+        "ports": [f"{host}:{port}:{PORT}"],
+        "restart": "unless-stopped",
+        "depends_on": {_service(each): {"condition": "service_healthy"} for each in planned},
+    }
+    configs = {"gateway": {"content": _gateway(_by_service(planned))}}
+    return _yaml({"name": "hf-dsvllm", "services": services, "configs": configs})
 
 
 def _kubernetes(planned: Sequence[PlannedServer], port: int, max_model_len: int | None, extra: Sequence[str]) -> str:
@@ -102,9 +101,10 @@ def _kubernetes(planned: Sequence[PlannedServer], port: int, max_model_len: int 
             "a GPU for each, or use --emit compose."
         )
     documents: list[dict[str, Any]] = []
+    settings: dict[str, str] = {}
     key = {"name": "VLLM_API_KEY", "valueFrom": {"secretKeyRef": {"name": SECRET, "key": "VLLM_API_KEY"}}}
     for each in planned:
-        mounts, line = _inside(each, max_model_len, extra)
+        mounts, line = _inside(each, max_model_len, extra, LOOPBACK, BEHIND)
         del mounts  # a claim named `models` holds the folders under their names
         gpus = 1 if each.share is None else len(each.share.gpus)
         container = {
@@ -112,7 +112,6 @@ def _kubernetes(planned: Sequence[PlannedServer], port: int, max_model_len: int 
             "image": VLLM_IMAGE,
             "args": line,
             "env": [key, {"name": "VLLM_NO_USAGE_STATS", "value": "1"}],
-            "ports": [{"containerPort": PORT, "name": "http"}],
             "resources": {"limits": {"nvidia.com/gpu": gpus}},
             "startupProbe": _probe() | {"failureThreshold": READY_S // 10, "periodSeconds": 10},
             "readinessProbe": _probe() | {"periodSeconds": 10},
@@ -126,30 +125,41 @@ def _kubernetes(planned: Sequence[PlannedServer], port: int, max_model_len: int 
             {"name": "models", "persistentVolumeClaim": {"claimName": "models", "readOnly": True}},
             {"name": "shm", "emptyDir": {"medium": "Memory"}},
         ]
-        documents += [_deployment(_service(each), container, volumes), _kube_service(_service(each), PORT, PORT)]
+        name = _service(each)
+        settings[f"{name}.yaml"] = _gateway([(each.server.names, LOOPBACK, BEHIND)])
+        outside = PORT if len(planned) > 1 else port
+        documents += [
+            _deployment(name, [container, _envoy(name, key)], volumes), _kube_service(name, outside, PORT),
+        ]  # fmt: skip
     if len(planned) > 1:
-        container = {
-            "name": "envoy",
-            "image": ENVOY_IMAGE,
-            "command": ["/bin/sh", "-c", FILL_IN],
-            "env": [key],
-            "ports": [{"containerPort": PORT, "name": "http"}],
-            "volumeMounts": [{"name": "gateway", "mountPath": "/etc/gateway"}],
-        }
-        volumes = [{"name": "gateway", "configMap": {"name": "gateway"}}]
-        settings = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "gateway"},
-                    "data": {"envoy.yaml": _gateway(planned)}}  # fmt: skip
-        documents += [settings, _deployment("gateway", container, volumes), _kube_service("gateway", port, PORT)]
+        settings["gateway.yaml"] = _gateway(_by_service(planned))
+        documents += [_deployment("gateway", [_envoy("gateway", key)], []), _kube_service("gateway", port, PORT)]
+    config_map = {"apiVersion": "v1", "kind": "ConfigMap", "metadata": {"name": "gateway"}, "data": settings}
     head = (
         f"# The folders of the models lie on the claim `models` under their names. The key:\n"
         f"#   kubectl create secret generic {SECRET} --from-literal=VLLM_API_KEY=...\n"
+        f"# Each vLLM listens on its pod's loopback, and the Envoy beside it passes on what the key guards.\n"
     )
-    return head + "---\n".join(_yaml(document) for document in documents)
+    return head + "---\n".join(_yaml(document) for document in (config_map, *documents))
 
 
-def _deployment(name: str, container: dict[str, Any], volumes: list[dict[str, Any]]) -> dict[str, Any]:
+def _envoy(name: str, key: dict[str, Any]) -> dict[str, Any]:
+    """The container of an Envoy that is configured by `name`.yaml of the ConfigMap."""
+    return {
+        "name": "envoy",
+        "image": ENVOY_IMAGE,
+        "command": ["envoy", "-c", f"{SETTINGS}/{name}.yaml"],
+        "env": [key],
+        "ports": [{"containerPort": PORT, "name": "http"}],
+        "volumeMounts": [{"name": "gateway", "mountPath": SETTINGS}],
+    }
+
+
+def _deployment(name: str, containers: list[dict[str, Any]], volumes: list[dict[str, Any]]) -> dict[str, Any]:
+    """One pod; every one has an Envoy with its ConfigMap."""
     labels = {"app.kubernetes.io/name": name, "app.kubernetes.io/part-of": "hf-dsvllm"}
-    spec = {"containers": [container], "volumes": volumes, "automountServiceAccountToken": False}
+    volumes = [*volumes, {"name": "gateway", "configMap": {"name": "gateway"}}]
+    spec = {"containers": containers, "volumes": volumes, "automountServiceAccountToken": False}
     return {
         "apiVersion": "apps/v1",
         "kind": "Deployment",
@@ -200,7 +210,10 @@ def _ray(planned: Sequence[PlannedServer], host: str, port: int, max_model_len: 
         "import_path": "ray.serve.llm:build_openai_app",
         "args": {"llm_configs": configs},
     }
-    head = "# Ray Serve knows no API key: keep its port inside a private network. Start it: serve deploy FILE\n"
+    head = (
+        "# Ray Serve knows no API key: whoever reaches its port uses the models. Keep it on a private network, or on\n"
+        "# loopback behind a proxy of your own that asks for a key. Start it: serve deploy FILE\n"
+    )
     return head + _yaml({"http_options": {"host": host, "port": port}, "applications": [application]})
 
 
@@ -236,8 +249,10 @@ WantedBy=multi-user.target
 """
 
 
-def _inside(each: PlannedServer, max_model_len: int | None, extra: Sequence[str]) -> tuple[dict[str, str], list[str]]:
-    """Folders to mount, and vLLM's arguments with the paths that they have in the container."""
+def _inside(
+    each: PlannedServer, max_model_len: int | None, extra: Sequence[str], host: str, port: int
+) -> tuple[dict[str, str], list[str]]:
+    """Folders to mount, and vLLM's arguments with the address and the paths that they have in the container."""
     line = each.command(python="", device="cuda", max_model_len=max_model_len, extra=extra)[3:]
     folders = [Path(each.server.model), *(adapter.path for adapter in each.server.adapters)]
     if each.server.tokenizer is not None:
@@ -247,14 +262,17 @@ def _inside(each: PlannedServer, max_model_len: int | None, extra: Sequence[str]
         raise EngineError(f"Two of the folders {', '.join(mounts)} have one name; in a container they would be one.")
     for source, inside in sorted(mounts.items(), key=lambda pair: -len(pair[0])):
         line = [re.sub(rf"(^|=){re.escape(source)}$", rf"\1{inside}", word) for word in line]
-    line[line.index("--host") + 1] = "0.0.0.0"
-    line[line.index("--port") + 1] = str(PORT)
+    line[line.index("--host") + 1] = host
+    line[line.index("--port") + 1] = str(port)
     return mounts, line
 
 
-def _gateway(planned: Sequence[PlannedServer]) -> str:
-    backends: list[Backend] = [(each.server.names, _service(each), PORT) for each in planned]
-    return _yaml(gateway_config(backends, host="0.0.0.0", port=PORT, key=KEY))
+def _by_service(planned: Sequence[PlannedServer]) -> list[Backend]:
+    return [(each.server.names, _service(each), PORT) for each in planned]
+
+
+def _gateway(backends: Sequence[Backend]) -> str:
+    return _yaml(gateway_config(backends, host="0.0.0.0", port=PORT, keyed=True))
 
 
 def _devices(each: PlannedServer) -> dict[str, Any]:

@@ -69,7 +69,8 @@ def export_model(
     bare adapter.  `base` overrides the recorded base model; "original" puts a QLoRA adapter onto the unquantised
     weights.  `format="adapter"` writes the adapter alone, as vLLM applies it.  `prove_in_vllm` starts vLLM (of
     `vllm_python`, or this environment) on the result.  An existing `out` made from the same inputs, and unchanged
-    since, is returned as it is; another one needs `overwrite`.  Raises ExportError; then nothing at `out` looks
+    since, is returned as it is, unless it lacks a proof that can be given now; another one needs `overwrite`.  Raises
+    ExportError; then nothing at `out` looks
     finished.
     """
     started = time.monotonic()
@@ -83,17 +84,23 @@ def export_model(
         _check_format(job, format)
         hashing = stack.enter_context(ThreadPoolExecutor(1))
         inputs: Future[dict[str, Any]] = hashing.submit(inputs_of, job, max_shard_size_bytes, format)
+        existing: ExportReport | None = None
         if occupied(out):
             existing = reusable(out, inputs.result(), overwrite)
-            if existing is not None:
-                return existing
         layout = layout_of(job) if format == "merged" else adapter_layout(_adapter(job))
-        check_free_disk(out, int(layout.weights_bytes * 1.02) + (64 << 20))
+        device, skipped = _where_to_compare(job, layout)
+        if engine is not None and skipped is not None:
+            raise ExportError(
+                f"--prove_in_vllm compares vLLM with the trained model, which cannot run here: {skipped}."
+            )
+        if existing is not None and _as_proven(existing, compared=skipped is None, in_vllm=engine is not None):
+            return existing
+        check_free_disk(out.resolve(), int(layout.weights_bytes * 1.02) + (64 << 20))
         with replacing(out) as folder:
             before_writing = time.monotonic()
             shards = _write(folder, job, layout, max_shard_size_bytes, progress, format)
             write_seconds = time.monotonic() - before_writing
-            comparison, skipped = _verify(folder, job, layout, format)
+            comparison = _verify(folder, job, layout, format, device) if skipped is None else None
             verification = None if comparison is None else comparison.verification
             proof = None
             if engine is not None and comparison is not None:
@@ -106,7 +113,7 @@ def export_model(
                 step=found.step,
                 base=None if job.base is None else str(job.base),
                 quantization=job.quantization,
-                dtype=str(layout.plan[0].dtype).removeprefix("torch."),
+                dtype=str(layout.dtype).removeprefix("torch."),
                 tensors=len(layout.plan),
                 changed_tensors=len(layout.changed),
                 untied=layout.untied,
@@ -229,17 +236,27 @@ def _write_config(folder: Path, job: Job, layout: Layout) -> None:
     )
 
 
+def _where_to_compare(job: Job, layout: Layout) -> tuple[Literal["cuda", "cpu"], str | None]:
+    """The device of the comparison, and the reason why it cannot be made here, if so."""
+    config = json.loads((job.config_dir / "config.json").read_text(encoding="utf-8"))
+    through_host = job.adapter is None and not isinstance(job.tensors, TensorFolder)
+    return verification_device(_parameters(job, layout), config.get("vocab_size", 0), through_host=through_host)
+
+
+def _as_proven(existing: ExportReport, *, compared: bool, in_vllm: bool) -> bool:
+    """Whether an export that is there has the proofs a new one would have."""
+    lacks_comparison = compared and existing.verification is None
+    return not lacks_comparison and not (in_vllm and existing.verification_in_vllm is None)
+
+
 def _verify(
     folder: Path,
     job: Job,
     layout: Layout,
     format: Format,  # noqa: A002
-) -> tuple[Comparison | None, str | None]:
-    """The comparison of logits, or the reason why it could not be made here."""
-    config = json.loads((job.config_dir / "config.json").read_text(encoding="utf-8"))
-    device, skipped = verification_device(_parameters(job, layout), config.get("vocab_size", 0))
-    if skipped is not None:
-        return None, skipped
+    device: Literal["cuda", "cpu"],
+) -> Comparison:
+    """The comparison of logits."""
 
     def with_adapter(adapter: Path) -> Any:
         assert job.base is not None
@@ -259,15 +276,14 @@ def _verify(
             return partitioned_reference(job.config_dir, job.tensors, device)
         return with_adapter(job.adapter.path)
 
-    comparison = compare_logits(
+    return compare_logits(
         reference,
         folder,
-        layout.plan[0].dtype,
+        layout.dtype,
         device=device,
         enforce=not job.onto_original,
         build_export=None if format == "merged" else lambda: with_adapter(folder),
     )
-    return comparison, None
 
 
 def _parameters(job: Job, layout: Layout) -> int:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import importlib.metadata
 import json
 import tempfile
 from collections.abc import Mapping
@@ -125,6 +126,7 @@ def inputs_of(job: Job, max_shard_size_bytes: int, format: str) -> dict[str, Any
         "max_shard_size_bytes": max_shard_size_bytes,
         "quantization": None if job.quantization is None else dict(job.quantization),
         "onto_original": job.onto_original,
+        "hf_dsvllm": importlib.metadata.version("hf-dsvllm"),  # another version may merge otherwise
     }
 
 

@@ -16,10 +16,16 @@ import torch
 from hf_dsvllm._compat import outside_zero3
 from hf_dsvllm.errors import ExportError, MissingDependencyError
 from hf_dsvllm.files import atomic_folder, write_json
+from hf_dsvllm.precision import Precision, held_in_fp32
 from hf_dsvllm.shards import write_shards
 from hf_dsvllm.weights import TensorFolder, TensorPlan, check_free_disk
 
-__all__ = ["dequantised_base", "quantised_weights", "round_trip"]
+__all__ = ["MERGE_BYTES_PER_ELEMENT", "dequantised_base", "merges_at_once", "quantised_weights", "round_trip"]
+
+# fp32 weight, product, merged value and norm of one element; measured on DoRA, the most expensive kind
+MERGE_BYTES_PER_ELEMENT = 16
+# Left free on a GPU that a trainer may still be using
+GPU_MARGIN_BYTES = 2 << 30
 
 
 def quantised_weights(base: Path, quantization: Mapping[str, Any]) -> frozenset[str]:
@@ -28,34 +34,47 @@ def quantised_weights(base: Path, quantization: Mapping[str, Any]) -> frozenset[
     The quantiser itself is run on a model without memory (meta device), so its own skip rules decide: output head,
     tied weights, the last module, `llm_int8_skip_modules`, modules kept in fp32.
     """
+    return _quantised(_on_meta(base, quantization))
+
+
+def _on_meta(base: Path, quantization: Mapping[str, Any]) -> Any:
     from transformers import AutoConfig, AutoModelForCausalLM, BitsAndBytesConfig
     from transformers.quantizers import AutoHfQuantizer
 
-    bitsandbytes = _bitsandbytes()
     known = {key: value for key, value in quantization.items() if key.startswith(("bnb_4bit_", "llm_int8_"))}
     quantizer = AutoHfQuantizer.from_config(BitsAndBytesConfig(load_in_4bit=True, **known))
     with torch.device("meta"):
         model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(base))
     quantizer.preprocess_model(model=model, device_map=None)
-    linear4bit = bitsandbytes.nn.Linear4bit
+    return model
+
+
+def _quantised(model: Any) -> frozenset[str]:
+    linear4bit = _bitsandbytes().nn.Linear4bit
     return frozenset(f"{name}.weight" for name, module in model.named_modules() if isinstance(module, linear4bit))
 
 
 def round_trip(weight: torch.Tensor, quantization: Mapping[str, Any]) -> torch.Tensor:
-    """`weight` (2-D, in the dtype the trainer loaded it in) through 4 bit and back; same shape, dtype, device.
+    """`weight` (2-D, in the dtype the trainer loaded it in) through 4 bit and back where it lies; same shape, dtype.
 
     Blocks of 64 (transformers offers no other), fp4 or nf4, statistics quantised again if `bnb_4bit_use_double_quant`.
     """
     functional = _bitsandbytes().functional
-    # On the GPU where there is one: that is where the trainer quantises, and it takes seconds instead of minutes.
-    device = "cuda" if torch.cuda.is_available() else weight.device
     packed, state = functional.quantize_4bit(
-        weight.to(device).contiguous(),
+        weight.contiguous(),
         blocksize=64,
         compress_statistics=bool(quantization.get("bnb_4bit_use_double_quant", False)),
         quant_type=quantization.get("bnb_4bit_quant_type", "fp4"),
     )
-    return functional.dequantize_4bit(packed, state).to(weight.device)
+    return functional.dequantize_4bit(packed, state)
+
+
+def merges_at_once(largest_elements: int) -> int:
+    """How many tensors of that size may be merged on the GPU side by side; 0 where there is none or no room."""
+    if not torch.cuda.is_available():
+        return 0
+    free, _ = torch.cuda.mem_get_info()
+    return max(0, free - GPU_MARGIN_BYTES) // max(1, largest_elements * MERGE_BYTES_PER_ELEMENT)
 
 
 @outside_zero3()
@@ -70,16 +89,23 @@ def dequantised_base(
     if out.exists():
         raise ExportError(f"{out} exists already; name another folder or remove it.")
     with TensorFolder(base) as tensors:
-        quantised = quantised_weights(base, quantization)
+        model = _on_meta(base, quantization)
+        quantised, precision = _quantised(model), Precision(dtype=dtype, held=held_in_fp32(model))
         unknown = sorted(quantised - set(tensors.names))
         if unknown:
             raise ExportError(f"{len(unknown)} quantised weights are not in {base} under that name: {unknown[:3]}.")
-        plan = [TensorPlan(name=name, shape=tensors.shape(name), dtype=dtype) for name in tensors.names]
+        plan = [
+            TensorPlan(name=name, shape=tensors.shape(name), dtype=precision.of(name, tensors.dtype(name)))
+            for name in tensors.names
+        ]
         check_free_disk(out, sum(planned.size_bytes for planned in plan))
 
+        # On the GPU where there is room: it takes seconds instead of minutes.
+        device = "cuda" if merges_at_once(max((planned.elements for planned in plan), default=0)) else "cpu"
+
         def produce(name: str) -> torch.Tensor:
-            weight = tensors.get(name).to(dtype)
-            return round_trip(weight, quantization) if name in quantised else weight
+            weight = precision.cast(name, tensors.get(name))
+            return round_trip(weight.to(device), quantization).cpu() if name in quantised else weight
 
         with atomic_folder(out) as folder:
             write_shards(folder, plan, produce)

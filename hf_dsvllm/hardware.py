@@ -37,6 +37,9 @@ CARDS_MIB: Mapping[str, int] = {
     "V100-16GB": 16384,
     "V100-32GB": 32768,
 }
+# Names of the limit, of what is used, and of the reclaimable cache in memory.stat
+CGROUP_V2 = ("memory.max", "memory.current", "inactive_file")
+CGROUP_V1 = ("memory.limit_in_bytes", "memory.usage_in_bytes", "total_inactive_file")
 UNLIMITED_BYTES = 2**60  # cgroup v1 writes nearly 2^63 for "no limit"
 
 
@@ -156,6 +159,40 @@ def usable_ram_bytes() -> int:
 
     limit = cgroup_limit_bytes()
     return limit if limit is not None else int(psutil.virtual_memory().total)
+
+
+def free_ram_bytes() -> int:
+    """Memory that can be taken now: what the machine has left, and what the cgroups have left below their limits."""
+    import psutil
+
+    left = cgroup_left_bytes()
+    available = int(psutil.virtual_memory().available)
+    return available if left is None else min(available, left)
+
+
+def cgroup_left_bytes(root: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")) -> int | None:
+    """The least that a cgroup on the way to the root still gives; None without a limit.
+
+    left = limit - (used - inactive file cache, which the kernel gives back): what Kubernetes calls the working set.
+    """
+    lefts: list[int] = []
+    for group in cgroup_paths(membership):
+        for base, names in ((root, CGROUP_V2), (root / "memory", CGROUP_V1)):
+            folder = base / group
+            for each in (folder, *folder.parents):
+                limit, used = read_limit(each / names[0]), read_limit(each / names[1])
+                if limit is not None and used is not None:
+                    lefts.append(max(0, limit - used + inactive_file_bytes(each / "memory.stat", names[2])))
+    return min(lefts, default=None)
+
+
+def inactive_file_bytes(stat: Path, name: str) -> int:
+    """The entry `name` of a cgroup's memory.stat; 0 if there is none."""
+    try:
+        rows = [line.split() for line in stat.read_text(encoding="utf-8").splitlines()]
+    except OSError:
+        return 0
+    return next((int(row[1]) for row in rows if len(row) == 2 and row[0] == name), 0)
 
 
 def cgroup_limit_bytes(root: Path = Path("/sys/fs/cgroup"), membership: Path = Path("/proc/self/cgroup")) -> int | None:

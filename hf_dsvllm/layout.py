@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import threading
 from collections.abc import Callable, Mapping, Set
@@ -11,17 +12,13 @@ from typing import Any
 import torch
 
 from hf_dsvllm.errors import ExportError
-from hf_dsvllm.fourbit import quantised_weights, round_trip
+from hf_dsvllm.fourbit import MERGE_BYTES_PER_ELEMENT, merges_at_once, quantised_weights, round_trip
 from hf_dsvllm.merge import Adapter, Update, named_for
 from hf_dsvllm.naming import Part, Skeleton, read_skeleton
+from hf_dsvllm.precision import Precision
 from hf_dsvllm.weights import TensorFolder, TensorPlan, TensorSource
 
-__all__ = ["Layout", "cast_layout", "merge_device", "merged_layout"]
-
-# fp32 weight, product, merged value and norm of one element; measured on DoRA, the most expensive kind
-MERGE_BYTES_PER_ELEMENT = 16
-# Left free on a GPU that a trainer may still be using
-GPU_MARGIN_BYTES = 2 << 30
+__all__ = ["Layout", "cast_layout", "merged_layout"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -47,6 +44,14 @@ class Layout:
         """Fields of config.json that must differ from the base's."""
         changes: dict[str, Any] = {"tie_word_embeddings": False} if self.untied else {}
         return changes if self.vocab_size is None else changes | {"vocab_size": self.vocab_size}
+
+    @property
+    def dtype(self) -> torch.dtype:
+        """Of most of the bytes."""
+        sizes: dict[torch.dtype, int] = {}
+        for planned in self.plan:
+            sizes[planned.dtype] = sizes.get(planned.dtype, 0) + planned.size_bytes
+        return max(sizes, key=lambda dtype: sizes[dtype])
 
     @property
     def weights_bytes(self) -> int:
@@ -81,15 +86,6 @@ class _Output:
     part: Part | None = None
 
 
-def merge_device(largest_elements: int) -> torch.device:
-    """The GPU if there is one with room for the largest merge, else the CPU."""
-    if torch.cuda.is_available():
-        free, _ = torch.cuda.mem_get_info()
-        if free >= largest_elements * MERGE_BYTES_PER_ELEMENT + GPU_MARGIN_BYTES:
-            return torch.device("cuda")
-    return torch.device("cpu")
-
-
 def cast_layout(model_dir: Path, tensors: TensorSource, *, dtype: torch.dtype, base: Path | None = None) -> Layout:
     """A fully trained model: its own tensors, rounded once to `dtype`; copies of tied tensors are left out.
 
@@ -97,6 +93,7 @@ def cast_layout(model_dir: Path, tensors: TensorSource, *, dtype: torch.dtype, b
     fuses experts, the tensors of `base` tell how they are taken apart.
     """
     skeleton = read_skeleton(model_dir)
+    precision = Precision(dtype=dtype, held=skeleton.held)
     copies = {copy for copy, origin in skeleton.tied.items() if _both_equal(tensors, copy, origin)}
     outputs = {name: _Output(key=name, name=name, stored=name) for name in tensors.names if name not in copies}
     if not isinstance(tensors, TensorFolder) and skeleton.converters:
@@ -105,15 +102,18 @@ def cast_layout(model_dir: Path, tensors: TensorSource, *, dtype: torch.dtype, b
     def cast(key: str) -> torch.Tensor:
         output = outputs[key]
         if output.part is None:
-            return _cast(tensors.get(output.stored), dtype)
+            return precision.cast(output.name, tensors.get(output.stored))
         begin, end = output.part.span(tensors.shape(output.stored))
-        return _cast(tensors.flat(output.stored, begin, end), dtype).reshape(
-            _shape(output, tensors.shape(output.stored))
-        )
+        part = precision.cast(output.name, tensors.flat(output.stored, begin, end))
+        return part.reshape(_shape(output, tensors.shape(output.stored)))
 
     return Layout(
         plan=tuple(
-            TensorPlan(name=key, shape=_shape(output, tensors.shape(output.stored)), dtype=dtype)
+            TensorPlan(
+                name=key,
+                shape=_shape(output, tensors.shape(output.stored)),
+                dtype=precision.of(output.name, tensors.dtype(output.stored)),
+            )
             for key, output in outputs.items()
         ),
         produce=cast,
@@ -134,6 +134,7 @@ def merged_layout(
 ) -> Layout:
     """`base` (in the trainer's `base_dtype`, through 4 bit if `quantization`) + `adapter`, rounded once to `dtype`.
 
+    What transformers keeps in fp32 is in fp32 on both sides.
     Merges on `device`, if not given where there is room.  Raises ExportError if an adapted or quantised parameter is
     not in the base's files.
     """
@@ -141,21 +142,29 @@ def merged_layout(
     adapter = named_for(adapter, skeleton.parameters)
     quantised = frozenset() if quantization is None else quantised_weights(base, quantization)
     largest = max(TensorPlan(name=key, shape=tensors.shape(key), dtype=dtype).elements for key in tensors.names)
-    device = merge_device(largest) if device is None else device
+    at_once = merges_at_once(largest)
+    device = torch.device("cuda" if at_once else "cpu") if device is None else device
+    # Tensors are made by several threads: host memory is bounded by who writes them, a GPU's here.
+    room = threading.BoundedSemaphore(max(1, at_once)) if device.type == "cuda" else contextlib.nullcontext()
+    precision = Precision(dtype=dtype, held=skeleton.held)
+    loaded = None if base_dtype is None else Precision(dtype=base_dtype, held=skeleton.held)
     applied: dict[str, int] = {}
     counting = threading.Lock()
 
     def merged(output: _Output, update: Update | None) -> torch.Tensor:
+        if update is None and output.name not in quantised:
+            return computed(output, None, tensors.get(output.stored))
         weight = tensors.get(output.stored)
-        quantise = output.name in quantised and quantization is not None
-        if update is not None or quantise:
-            weight = weight.to(device)
-        weight = weight if base_dtype is None else weight.to(base_dtype)
-        if quantise:
-            weight = round_trip(weight, quantization)  # type: ignore[arg-type]
+        with room:
+            return computed(output, update, weight.to(device))
+
+    def computed(output: _Output, update: Update | None, weight: torch.Tensor) -> torch.Tensor:
+        weight = weight if loaded is None else loaded.cast(output.name, weight)
+        if output.name in quantised and quantization is not None:
+            weight = round_trip(weight, quantization)
         if update is not None:
             weight = adapter.apply(update, weight, output.part, output.name.rpartition(".")[0] in skeleton.transposed)
-        return _cast(weight, dtype).cpu()
+        return precision.cast(output.name, weight).cpu()
 
     def produce(key: str) -> torch.Tensor:
         update = updates.get(of_key[key].name)
@@ -186,7 +195,14 @@ def merged_layout(
     for used in (used for key in changed for used in updates[of_key[key].name].keys):
         expected[used] = expected.get(used, 0) + 1
     return Layout(
-        plan=tuple(TensorPlan(name=key, shape=shape, dtype=dtype) for key, shape in shapes.items()),
+        plan=tuple(
+            TensorPlan(
+                name=key,
+                shape=shape,
+                dtype=precision.of(of_key[key].name, tensors.dtype(of_key[key].stored)),
+            )
+            for key, shape in shapes.items()
+        ),
         produce=produce,
         changed=changed,
         untied=tuple(untied),
@@ -195,11 +211,6 @@ def merged_layout(
         expected=expected,
         applied=applied,
     )
-
-
-def _cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    """Rounded once; the same tensor if it is in `dtype` already."""
-    return tensor.to(dtype)
 
 
 def _outputs(skeleton: Skeleton, tensors: TensorFolder) -> dict[str, list[_Output]]:

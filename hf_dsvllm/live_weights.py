@@ -18,6 +18,7 @@ from hf_dsvllm.engine.bodies import TransferBackend
 from hf_dsvllm.engine.sync import SyncResult, WeightSync
 from hf_dsvllm.errors import DsvllmError, EngineError
 from hf_dsvllm.live_sources import Source, conversions, sources, why_no_stream
+from hf_dsvllm.precision import Precision, held_in_fp32
 from hf_dsvllm.ranks import from_all, from_main, is_distributed
 from hf_dsvllm.transfer import IpcTransfer, NcclTransfer
 from hf_dsvllm.transfer.ipc import Handles, Parcel, merged_handles
@@ -43,8 +44,9 @@ def stream(
     """
     _must_stream(model, merge_adapters)
     revert = _reversion(model)
+    precision = Precision(dtype=dtype, held=held_in_fp32(model))
     for batch in gathered(sources(model, merge_adapters=merge_adapters), bucket_bytes):
-        yield _made(batch, dtype, revert)
+        yield _made(batch, precision, revert)
 
 
 def gathered(parts: Iterable[Source], bucket_bytes: int) -> Iterator[list[Source]]:
@@ -79,15 +81,10 @@ def _batches(parts: Iterable[Source], bucket_bytes: int) -> Iterator[list[Source
 Reversion = Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]
 
 
-def _made(batch: list[Source], dtype: torch.dtype, revert: Reversion | None) -> list[tuple[str, torch.Tensor]]:
+def _made(batch: list[Source], precision: Precision, revert: Reversion | None) -> list[tuple[str, torch.Tensor]]:
     with torch.no_grad():
-        made = {part.name: _cast(part.make(), dtype) for part in batch}
+        made = {part.name: precision.cast(part.name, part.make().detach()) for part in batch}
         return list((revert(made) if revert is not None else made).items())
-
-
-def _cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    tensor = tensor.detach()
-    return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
 
 def _reversion(model: Any) -> Reversion | None:
@@ -141,7 +138,8 @@ def send(
     """
     started = time.monotonic()
     deadline = started + timeout_s
-    staged = not _lies_ready(model, dtype, merge_adapters)
+    precision = Precision(dtype=dtype, held=held_in_fp32(model))
+    staged = not _lies_ready(model, precision, merge_adapters)
     sender = _Sender(sync, staged=staged, deadline=deadline) if is_main_process() and sync is not None else None
     nobody = _Plan(error="the main process has no engine")
     plan = from_main(sender.plan(model, merge_adapters) if sender is not None else nobody)
@@ -155,7 +153,7 @@ def send(
         size = bucket_bytes if staged or plan.path == "nccl" else WHOLE_MODEL
         revert = _reversion(model)
         for batch in gathered(sources(model, merge_adapters=merge_adapters), size):
-            _hand_over(batch, plan, sender, dtype, revert, staged)
+            _hand_over(batch, plan, sender, precision, revert, staged)
     except Exception as problem:  # the others must hear of it, whatever it is
         error = _said(problem)
     _make_room(plan)
@@ -172,18 +170,18 @@ def _hand_over(
     batch: list[Source],
     plan: _Plan,
     sender: _Sender | None,
-    dtype: torch.dtype,
+    precision: Precision,
     revert: Reversion | None,
     staged: bool,
 ) -> None:
     """One bucket on one rank: handles come from every rank whose GPU has a worker, requests from rank 0 alone."""
     if not plan.every_gpu:
         if sender is not None:
-            sender.send(lambda: _made(batch, dtype, revert))
+            sender.send(lambda: _made(batch, precision, revert))
         return
     parcel, said = None, None
     try:
-        parcel = Parcel(_made(batch, dtype, revert), staged=staged)
+        parcel = Parcel(_made(batch, precision, revert), staged=staged)
     except Exception as problem:
         said = _said(problem)
     offered = from_all((parcel.handles if parcel is not None else None, said))
@@ -306,12 +304,13 @@ def _make_room(plan: _Plan) -> None:
         from_all(None)  # rank 0 wakes the workers of all GPUs
 
 
-def _lies_ready(model: Any, dtype: torch.dtype, merge_adapters: bool) -> bool:
-    """Whether every tensor can be read where it lies: whole, in `dtype`, under its own name, on a GPU."""
+def _lies_ready(model: Any, precision: Precision, merge_adapters: bool) -> bool:
+    """Whether every tensor can be read where it lies: whole, in its dtype, under its own name, on a GPU."""
     if hasattr(model, "peft_config") or merge_adapters or _reversion(model) is not None:
         return False
     return all(
-        p.is_cuda and p.is_contiguous() and p.dtype == dtype and not hasattr(p, "ds_id") for p in model.parameters()
+        p.is_cuda and p.is_contiguous() and p.dtype == precision.of(name, p.dtype) and not hasattr(p, "ds_id")
+        for name, p in model.named_parameters()
     )
 
 

@@ -55,6 +55,12 @@ class ExportReport:
     seconds: float
     reused: bool = False
 
+    @property
+    def remarks(self) -> tuple[str, ...]:
+        """What a person should be told: why nothing was proven, and the notes."""
+        skipped = self.verification_skipped
+        return (*(() if skipped is None else (f"not compared with what was trained: {skipped}",)), *self.notes)
+
 
 def write_manifest(folder: Path, inputs: Mapping[str, Any]) -> None:
     """Hashes of base, adapter, tokenizer and of every file in `folder`, as manifest.json."""

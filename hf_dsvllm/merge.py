@@ -11,6 +11,7 @@ import dataclasses
 import functools
 import json
 import math
+import re
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -293,11 +294,19 @@ def _place(key: str, config: Mapping[str, Any]) -> tuple[str, dict[str, Any]] | 
 def _wrapped(config: Mapping[str, Any], module: str) -> tuple[str, int] | None:
     """(module, depth) if the adapter is on a parameter of the module itself, by `target_parameters`; None otherwise."""
     plain = module.replace(".base_layer", "")
-    for target in config.get("target_parameters") or ():
-        owner = target.rpartition(".")[0]
-        if plain == owner or plain.endswith(f".{owner}"):
-            return plain, module.count(".base_layer")
+    owners = [target.rpartition(".")[0] for target in config.get("target_parameters") or ()]
+    # A parameter may be named without its module: "all-linear" becomes so for mixtures of experts (PEFT 0.21).
+    unnamed = "" in owners and not _matches(config.get("target_modules"), plain)
+    if unnamed or any(owner and (plain == owner or plain.endswith(f".{owner}")) for owner in owners):
+        return plain, module.count(".base_layer")
     return None
+
+
+def _matches(targets: Any, module: str) -> bool:
+    """Whether `target_modules`, names or one regular expression, mean this module."""
+    if isinstance(targets, str):
+        return re.fullmatch(targets, module) is not None
+    return any(module == target or module.endswith(f".{target}") for target in targets or ())
 
 
 def _row_indices(config: Mapping[str, Any], module: str) -> tuple[int, ...]:

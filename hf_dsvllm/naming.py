@@ -15,6 +15,7 @@ from typing import Any
 import torch
 
 from hf_dsvllm.errors import ExportError
+from hf_dsvllm.precision import held_in_fp32
 
 __all__ = ["Part", "Place", "Skeleton", "read_skeleton"]
 
@@ -51,7 +52,8 @@ class Place:
 class Skeleton:
     """What a model without memory tells: its parameters, `{copy: origin}` of the tied ones, how files name them.
 
-    `transposed` are modules whose fused weights are [experts, in, out] instead of [experts, out, in].
+    `transposed` are modules whose fused weights are [experts, in, out] instead of [experts, out, in]; `held` is
+    `held_in_fp32` of the model.
     """
 
     parameters: Mapping[str, tuple[int, ...]]
@@ -59,6 +61,7 @@ class Skeleton:
     prefix: str
     embedding: str
     transposed: frozenset[str]
+    held: tuple[str, ...]
     renamings: Sequence[Any]
     converters: Sequence[Any]
 
@@ -93,6 +96,7 @@ def read_skeleton(folder: Path) -> Skeleton:
         prefix=model.base_model_prefix,
         embedding=next(f"{name}.weight" for name, module in model.named_modules() if module is embedding),
         transposed=frozenset(name for name, module in model.named_modules() if getattr(module, "is_transposed", False)),
+        held=held_in_fp32(model),
         renamings=[each for each in transforms if not isinstance(each, WeightConverter)],
         converters=[each for each in transforms if isinstance(each, WeightConverter)],
     )

@@ -23,7 +23,7 @@ def restore(model: Any, folder: Path, kind: Literal["adapter", "full"]) -> None:
     on from those.  Raises WiringError on every rank, with the model untouched, when the
     snapshot cannot be read or has other tensors than the model.
     """
-    parameters = dict(model.named_parameters())
+    parameters = dict(model.named_parameters(remove_duplicate=False))
     values: dict[str, torch.Tensor] = {}
     error: str | None = None
     if is_main_process():

@@ -1,6 +1,7 @@
 """Exports and adapters -> the right vLLM servers, run in the foreground until Ctrl-C, behind one address.
 
-Runs under the same supervisor as the engine beside a training run, so nothing is left behind however this process ends.
+Several servers, and one that is not for loopback alone, listen behind the gateway.  Runs under the same supervisor as
+the engine beside a training run, so nothing is left behind however this process ends.
 The development endpoints and runtime adapter loading, which change weights without a key, stay off here.
 """
 
@@ -12,17 +13,17 @@ import glob
 import ipaddress
 import json
 import os
+import re
 import shlex
 import socket
 import sys
-import tempfile
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
 from hf_dsvllm.engine.server import API_SERVER, FORKING_API_SERVER, SCRUBBED, SCRUBBED_PREFIXES, find_vllm
 from hf_dsvllm.errors import EngineError
-from hf_dsvllm.gateway import KEY, Backend, find_envoy, gateway_config
+from hf_dsvllm.gateway import find_envoy, gateway_config
 from hf_dsvllm.hardware import detect
 from hf_dsvllm.serve_life import supervised, wait_end, wait_ready
 from hf_dsvllm.serve_plan import Server, plan_servers
@@ -30,6 +31,7 @@ from hf_dsvllm.serve_share import Share, need_of, share_gpus
 
 __all__ = [
     "PlannedServer",
+    "check_extra",
     "curl_command",
     "detect_device",
     "detect_port_free",
@@ -44,6 +46,20 @@ READY_S = 1800.0  # a 70B model read from a network disk takes a quarter of an h
 GATEWAY_READY_S = 30.0
 PORTS_TRIED = 100
 LOOPBACK = "127.0.0.1"
+# Arguments of vLLM that would make it public, keyless, or another than the one waited for -> what to do instead.
+OURS = {
+    "--host": "--host before the --",
+    "--port": "--port before the --",
+    "--uds": "--host and --port before the --",
+    "--served-model-name": "--name before the --, or NAME=PATH",
+    "--model": "PATH before the --",
+    "--lora-modules": "the adapters as PATH before the --",
+    "--api-key": "export VLLM_API_KEY=...",
+    "--root-path": "a prefix in a proxy of your own; with this one vLLM asks for no key",
+    "--ssl-keyfile": "TLS in a proxy of your own",
+    "--ssl-certfile": "TLS in a proxy of your own",
+    "--config": "its settings one by one after the --",
+}
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -59,6 +75,7 @@ class PlannedServer:
         self, *, python: Path | str, device: Device, max_model_len: int | None, extra: Sequence[str]
     ) -> list[str]:
         """vLLM's command line.  The module is run rather than `vllm serve`, which fails in the CPU distribution."""
+        check_extra(extra)
         line = [str(python), *API_SERVER, *self.server.model_arguments()]
         line += ["--host", self.host, "--port", str(self.port)]
         if device == "cpu" and not _cpu_has_avx512():
@@ -96,8 +113,8 @@ def serve(
     Each of `paths` is PATH or NAME=PATH.  `python` is the interpreter that has vLLM (default: this one), `device` is
     found out if not given, `extra` goes to every vLLM as it is.  Prints a curl command for each model once it answers.
     With `print_only` the plain commands are printed and nothing started.  Raises EngineError before anything starts for
-    a taken port, a public address without VLLM_API_KEY, models that do not fit, or a folder vLLM cannot serve, and if
-    vLLM fails to start.
+    a taken port, a public address without VLLM_API_KEY, `extra` that is not vLLM's to decide, models that do not fit,
+    or a folder vLLM cannot serve, and if vLLM fails to start; MissingDependencyError without vLLM or a needed Envoy.
     """
     chosen = device or detect_device()
     interpreter = Path(sys.executable) if python is None else python
@@ -105,13 +122,15 @@ def serve(
     env = vllm_environment(os.environ, device=chosen)
     lines = [each.command(python=interpreter, device=chosen, max_model_len=max_model_len, extra=extra)
              for each in planned]  # fmt: skip
-    if print_only:
-        _print_commands(planned, lines, env, host, port)
-        return 0
-    _check_address(host, port, env, extra)
-    find_vllm(interpreter, device=chosen)
-    envoy = find_envoy() if len(planned) > 1 else None
     key = env.get("VLLM_API_KEY")
+    _check_key(host, key)
+    gateway_line = _gateway_line(planned, host, port, keyed=bool(key)) if _is_gated(len(planned), host) else None
+    if print_only:
+        _print_commands(planned, lines, env, gateway_line)
+        return 0
+    _check_port(host, port)
+    find_vllm(interpreter, device=chosen)
+    envoy = None if gateway_line is None else find_envoy()
     with contextlib.ExitStack() as stack:
         running = []
         for each, line in zip(planned, lines, strict=True):
@@ -122,11 +141,8 @@ def serve(
             running.append(process)
             if not wait_ready(process, _url(each.host, each.port), each.server.names, key, ready_timeout_s):
                 return wait_end(running)
-        if envoy is not None:
-            config = gateway_config(_backends(planned), host=host, port=port, key=key)
-            gateway = stack.enter_context(
-                supervised(_envoy_line(envoy, stack.enter_context(_private_file(config))), env)
-            )
+        if envoy is not None and gateway_line is not None:
+            gateway = stack.enter_context(supervised([envoy, *gateway_line], env))
             running.append(gateway)
             names = [called for each in planned for called in each.server.names]
             if not wait_ready(gateway, _url(host, port), names, key, GATEWAY_READY_S, health=False):
@@ -138,12 +154,14 @@ def serve(
 def plan_serving(
     paths: Path | Sequence[str | Path], *, host: str, port: int, name: str | None, device: Device
 ) -> tuple[PlannedServer, ...]:
-    """The vLLM processes for `paths`: one alone listens on `host`:`port`, several on loopback behind the gateway."""
+    """The vLLM processes for `paths`: one alone on `host`:`port` if that is loopback, else all behind the gateway."""
     servers = plan_servers([paths] if isinstance(paths, Path) else paths, name)
-    if len(servers) == 1:
-        return (PlannedServer(server=servers[0], host=host, port=port, share=_share_of_one(servers[0], device)),)
     shares: Sequence[Share | None] = [None] * len(servers)
-    if device == "cuda":
+    if len(servers) == 1:
+        shares = [_share_of_one(servers[0], device)]
+        if not _is_gated(1, host):
+            return (PlannedServer(server=servers[0], host=host, port=port, share=shares[0]),)
+    elif device == "cuda":
         needs = [need_of(server.model, " and ".join(server.names)) for server in servers]
         shares = share_gpus(needs, detect().gpus)
     ports = _free_ports(port, len(servers))
@@ -177,37 +195,39 @@ def _free_ports(taken: int, count: int) -> list[int]:
     return free
 
 
-def _backends(planned: Sequence[PlannedServer]) -> list[Backend]:
-    return [(each.server.names, each.host, each.port) for each in planned]
+def _is_gated(servers: int, host: str) -> bool:
+    """Whether the gateway stands in front: for one address of several, and since vLLM's key leaves prompts open."""
+    return servers > 1 or not _is_loopback(host)
 
 
-def _envoy_line(envoy: str, config: Path) -> list[str]:
-    return [envoy, "-c", str(config), "--log-level", "warning", "--use-dynamic-base-id", "--concurrency", "2"]
+def _gateway_line(planned: Sequence[PlannedServer], host: str, port: int, *, keyed: bool) -> list[str]:
+    """Envoy's arguments with its whole configuration, in which there is no key."""
+    backends = [(each.server.names, each.host, each.port) for each in planned]
+    config = json.dumps(gateway_config(backends, host=_numeric(host), port=port, keyed=keyed))
+    return ["--config-yaml", config, "--log-level", "warning", "--use-dynamic-base-id", "--concurrency", "2"]
 
 
-@contextlib.contextmanager
-def _private_file(config: Mapping[str, Any]) -> Iterator[Path]:
-    """The gateway's configuration holds the key: only its owner may read it, and it is not on a command line."""
-    with tempfile.TemporaryDirectory(prefix="hf-dsvllm-gateway-") as folder:
-        path = Path(folder) / "envoy.json"
-        path.touch(mode=0o600)
-        path.write_text(json.dumps(config), encoding="utf-8")
-        yield path
+def _numeric(host: str) -> str:
+    """Envoy listens on addresses, not on names."""
+    with contextlib.suppress(OSError):
+        return str(socket.getaddrinfo(host, None, type=socket.SOCK_STREAM)[0][4][0])
+    raise EngineError(f"--host {host} is no address of this machine; 0.0.0.0 is every one it has.")
 
 
 def _print_commands(
-    planned: Sequence[PlannedServer], lines: Sequence[Sequence[str]], env: Mapping[str, str], host: str, port: int
+    planned: Sequence[PlannedServer],
+    lines: Sequence[Sequence[str]],
+    env: Mapping[str, str],
+    gateway_line: Sequence[str] | None,
 ) -> None:
-    """The same by hand: one vLLM a line, and the gateway with its whole configuration if there are several."""
+    """The same by hand: one vLLM a line, and the gateway if there is one."""
     for each, line in zip(planned, lines, strict=True):
         whole = {**env, **each.added_environment()}
         added = {name: value for name, value in sorted(whole.items())
                  if os.environ.get(name) != value and name.startswith(("VLLM_", "CUDA_"))}  # fmt: skip
         print(" ".join([*(f"{name}={shlex.quote(value)}" for name, value in added.items()), shlex.join(line)]))
-    if len(planned) > 1:
-        key = KEY if env.get("VLLM_API_KEY") else None
-        config = shlex.quote(json.dumps(gateway_config(_backends(planned), host=host, port=port, key=key)))
-        print("envoy --config-yaml " + config.replace(KEY, "'\"$VLLM_API_KEY\"'"))
+    if gateway_line is not None:
+        print(shlex.join(["envoy", *gateway_line]))
 
 
 def _print_ready(planned: Sequence[PlannedServer], url: str, *, keyed: bool) -> None:
@@ -286,12 +306,27 @@ def _cpu_has_avx512() -> bool:
     return True
 
 
-def _check_address(host: str, port: int, env: Mapping[str, str], extra: Sequence[str]) -> None:
-    if not _is_loopback(host) and not env.get("VLLM_API_KEY") and "--api-key" not in extra:
+def check_extra(extra: Sequence[str]) -> None:
+    """EngineError for words after -- that serve itself settles, as vLLM may spell it: `_` for `-`, cut short."""
+    refused = []
+    for word in extra:
+        given = re.split(r"[=.]", word)[0].replace("_", "-")
+        meant = given if given in OURS else next((flag for flag in OURS if flag.startswith(given)), None)
+        if meant is not None and len(given) > len("--"):
+            refused.append(f"{given} (instead: {OURS[meant]})")
+    if refused:
+        raise EngineError(f"After -- vLLM cannot be given what serve itself settles: {', '.join(refused)}.")
+
+
+def _check_key(host: str, key: str | None) -> None:
+    if not _is_loopback(host) and not key:
         raise EngineError(
             f"--host {host} lets every machine that reaches this one use the model: set a key first, "
             "`export VLLM_API_KEY=...`, or stay on 127.0.0.1."
         )
+
+
+def _check_port(host: str, port: int) -> None:
     if not detect_port_free(host, port):
         last = min(port + PORTS_TRIED, 65535)
         free = next((other for other in range(port + 1, last + 1) if detect_port_free(host, other)), None)

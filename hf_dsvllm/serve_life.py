@@ -88,7 +88,9 @@ def wait_ready(
 
 def _model_names(answer: httpx.Response) -> list[str]:
     if answer.status_code == httpx.codes.UNAUTHORIZED:
-        raise EngineError("The server refuses VLLM_API_KEY: a key given by --api-key differs; use the variable alone.")
+        raise EngineError(
+            "The server refuses VLLM_API_KEY: is it another server that answers there? Try another --port."
+        )
     return [model["id"] for model in answer.raise_for_status().json()["data"]]
 
 

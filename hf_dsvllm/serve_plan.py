@@ -117,12 +117,7 @@ def _adapter_server(path: Path, name: str) -> Server:
     config = json.loads((path / "adapter_config.json").read_text(encoding="utf-8"))
     # An adapter that was exported knows its base, and the user has accepted it.
     record = None if (path / EXPORT_REPORT).is_file() else find_record(path)
-    reasons = _reasons(config, record)
-    if reasons:
-        raise EngineError(
-            f"vLLM cannot serve the adapter in {path} as it was trained: it has {', '.join(reasons)}. "
-            "Make an export, which has it merged: `hf-dsvllm export RUN --out PATH`, then serve that."
-        )
+    _check_adapter(path, config, record)
     base = record.base_model if record is not None else config.get("base_model_name_or_path")
     if not base:
         raise EngineError(
@@ -139,16 +134,43 @@ def _adapter_server(path: Path, name: str) -> Server:
     )
 
 
-def _reasons(config: dict[str, Any], record: RunRecord | None) -> list[str]:
-    reasons = [f"{key}={config[key]!r}" for key in ("use_dora", "modules_to_save", "lora_bias") if config.get(key)]
-    # Up to 0.31 vLLM ignores these without a word; `--format adapter` writes them into the weights.
-    reasons += [f"{key}={config[key]!r}" for key in ("rank_pattern", "alpha_pattern") if config.get(key)]
-    reasons += [f"{key}={config[key]!r}" for key in ("target_parameters", "trainable_token_indices") if config.get(key)]
-    if config.get("bias", "none") != "none":
-        reasons.append(f"bias={config['bias']!r}")
+def _check_adapter(path: Path, config: dict[str, Any], record: RunRecord | None) -> None:
+    """EngineError where vLLM would serve something else; what a configuration means is said by `will_it_serve`."""
+    from hf_dsvllm.adapter_format import will_it_serve  # needs torch, which serving whole models does without
+
+    serving = will_it_serve(config)
+    said = f"vLLM cannot serve the adapter in {path} as it was trained"
+    if serving.how == "refuse":
+        raise EngineError(
+            f"{said}: {serving.why}. Train without that, or merge it with PEFT where it was trained "
+            "(`merge_and_unload`) and serve what `save_pretrained` writes."
+        )
+    reasons = [] if serving.how == "hot-load" else [serving.why]
+    reasons += _left_out(path)
     if record is not None and record.quantization is not None:
-        reasons.append("a base in 4 bit (QLoRA); on the 16-bit base it is another model")
-    return reasons
+        reasons.append("its base was in 4 bit (QLoRA); on the 16-bit base it is another model")
+    if reasons:
+        raise EngineError(
+            f"{said}: {'; '.join(reasons)}. Make an export, which has it merged: `hf-dsvllm export RUN --out PATH`, "
+            "then serve that."
+        )
+
+
+def _left_out(path: Path) -> list[str]:
+    """What vLLM leaves out of an adapter without saying so, by the names of the tensors: `all-linear` does not tell."""
+    from hf_dsvllm.adapter_format import OTHER_TOWERS
+    from hf_dsvllm.adapters import NOT_WRAPPED
+    from hf_dsvllm.weights import TensorFolder
+
+    file = path / "adapter_model.safetensors"
+    if not file.is_file():
+        return []
+    with TensorFolder(file) as tensors:
+        parts = {part for name in tensors.names for part in name.split(".")}
+    heads = sorted(parts & NOT_WRAPPED)
+    towers = sorted(part for part in parts if part.startswith(OTHER_TOWERS))
+    reasons = [f"vLLM leaves embeddings and output head out ({', '.join(heads)})"] if heads else []
+    return reasons + ([f"vLLM leaves adapters beside the language model out ({', '.join(towers)})"] if towers else [])
 
 
 def _same(tokenizer: Path, base: Path) -> Path | None:

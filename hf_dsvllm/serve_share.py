@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from hf_dsvllm.errors import DsvllmError, EngineError
@@ -56,23 +56,36 @@ def need_of(model: str, name: str) -> Need:
 def share_gpus(needs: Sequence[Need], gpus: Sequence[Gpu]) -> tuple[Share, ...]:
     """A share for each server, in the order of `needs`.
 
-    Each gets GPUs of its own while there are enough (several, where its weights need them); otherwise the largest
-    models are placed first, each on the GPU with the most memory left, and those that meet on one GPU divide it: their
-    weights, a reserve, and the rest so that all can cache as many tokens.  EngineError if they do not fit.
+    Each gets GPUs of its own while there are enough (several, where its weights need them).  Otherwise those that need
+    several get them, and the others share what is left: the largest first, each on the GPU with the most memory left.
+    Those that meet on one GPU divide it: their weights, a reserve, and the rest so that all can cache as many tokens.
+    EngineError if they do not fit.
     """
-    wide = [_width(need, gpus) for need in needs]
-    if sum(wide) <= len(gpus):
-        numbers = iter(gpu.index for gpu in gpus)
-        return tuple(Share(gpus=tuple(next(numbers) for _ in range(width)), utilization=None) for width in wide)
-    places = _placed(needs, gpus)
+    widths = dict(enumerate(_width(need, gpus) for need in needs))
+    crowded = sum(widths.values()) > len(gpus)
+    apart = [position for position, width in widths.items() if width > 1 or not crowded]
+    others = [position for position in widths if position not in apart]
+    left = list(gpus)
     shares: dict[int, Share] = {}
-    for gpu in gpus:
-        here = [position for position in sorted(places) if places[position] == gpu.index]
-        parts = [None] if len(here) == 1 else _divided([needs[position] for position in here], gpu)
-        shares |= {
-            position: Share(gpus=(gpu.index,), utilization=part) for position, part in zip(here, parts, strict=False)
-        }
-    return tuple(shares[position] for position in range(len(needs)))
+    for position in apart:
+        taken, left = left[: widths[position]], left[widths[position] :]
+        shares[position] = Share(gpus=tuple(gpu.index for gpu in taken), utilization=None)
+    if sum(widths[position] for position in apart) > len(gpus) or (others and not left):
+        raise EngineError(_too_few(needs, widths, len(gpus)))
+    places = _placed({position: needs[position] for position in others}, left)
+    for gpu in left:
+        here = [position for position in others if places[position] == gpu.index]
+        parts = _divided([needs[position] for position in here], gpu)
+        for position, part in zip(here, parts, strict=True):
+            shares[position] = Share(gpus=(gpu.index,), utilization=part if len(here) > 1 else None)
+    return tuple(shares[position] for position in widths)
+
+
+def _too_few(needs: Sequence[Need], widths: Mapping[int, int], count: int) -> str:
+    wide = [f"{needs[position].name} needs {width}" for position, width in widths.items() if width > 1]
+    others = [needs[position].name for position, width in widths.items() if width == 1]
+    beside = f", and {', '.join(others)} another" if others else ""
+    return f"{', '.join(wide)} GPUs of its own{beside}; there are {count}. Serve fewer models, or use more GPUs."
 
 
 def _width(need: Need, gpus: Sequence[Gpu]) -> int:
@@ -90,11 +103,11 @@ def _width(need: Need, gpus: Sequence[Gpu]) -> int:
     return width
 
 
-def _placed(needs: Sequence[Need], gpus: Sequence[Gpu]) -> dict[int, int]:
+def _placed(needs: Mapping[int, Need], gpus: Sequence[Gpu]) -> dict[int, int]:
     """Position of a server -> index of its GPU; the largest first, each where the most memory is left."""
     left = {gpu.index: gpu.memory_bytes for gpu in gpus}
     places: dict[int, int] = {}
-    for position in sorted(range(len(needs)), key=lambda each: -needs[each].weights_bytes):
+    for position in sorted(needs, key=lambda each: -needs[each].weights_bytes):
         index = max(left, key=lambda each: left[each])
         places[position] = index
         left[index] -= needs[position].weights_bytes + RESERVE_BYTES

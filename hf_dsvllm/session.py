@@ -30,7 +30,7 @@ from hf_dsvllm.engine.remote import RemoteServer
 from hf_dsvllm.engine.server import EngineServer
 from hf_dsvllm.engine_size import largest_parameter
 from hf_dsvllm.engine_start import follow_adapters, start_engine
-from hf_dsvllm.errors import ConfigError, DsvllmError, ExportError, GpuMemoryError, Problem, WiringError
+from hf_dsvllm.errors import ConfigError, DsvllmError, ExportError, GpuMemoryError, WiringError
 from hf_dsvllm.eval_result import Sampling, harness_tasks, lower_is_better
 from hf_dsvllm.evaluation import EVALS, Evaluator
 from hf_dsvllm.features import choose
@@ -45,9 +45,9 @@ from hf_dsvllm.placement import Place, choose_place, visible_gpus
 from hf_dsvllm.ranks import Ranks
 from hf_dsvllm.run_folder import leave, occupy, set_aside_evaluations
 from hf_dsvllm.snapshot import SNAPSHOTS, Snapshot
-from hf_dsvllm.source import best_step
+from hf_dsvllm.source import Which, best_step
 from hf_dsvllm.steering import Steering
-from hf_dsvllm.tasks import EvalTask, load_task
+from hf_dsvllm.tasks import load_tasks
 from hf_dsvllm.traps import Fix
 from hf_dsvllm.wiring import Wiring
 
@@ -94,7 +94,7 @@ class Session:
         self.preset = preset
         self.device = device
         self.run_dir = Path(args.output_dir)
-        self.tasks = _load_tasks(args)
+        self.tasks = load_tasks(args)
         self.server: EngineServer | RemoteServer | None = None
         self.forecast = forecast(args, model_args, preset, device)
         self.ranks = Ranks(PATIENCE_S)
@@ -204,21 +204,7 @@ class Session:
         if self.evaluates:
             exact = self.place is not None and self.device == self.place.device == "cpu"
             self.canary = canary_of(trainer, self.tasks, exact=exact)
-        if self.server is not None:
-            if isinstance(self.server, EngineServer):
-                self._merge_base = follow_adapters(trainer.model, self.server.spec, self._merge_base)
-            self._evaluator = Evaluator(
-                server=self.server,
-                tasks=self.tasks,
-                tokenizer=trainer.processing_class,
-                sampling=self._sampling(trainer),
-                run_dir=self.run_dir,
-                merge_base=self._merge_base,
-                canary=self.canary,
-                harness=harness_tasks(self.args),
-                expose_port=self.args.gen_eval_expose,
-                lower_is_better=lower_is_better(self.args),
-            )
+        self.ready_engine(trainer)
         scores = SessionCallback(self, trainer)
         trainer.add_callback(scores)
         # Early stopping and best-model selection read the scores this callback adds, so it comes first.
@@ -226,6 +212,28 @@ class Session:
         callbacks.insert(0, callbacks.pop())
         trainer.add_callback(Steering(scores, trainer))
         trainer.train = self._explaining_memory(trainer.train)
+
+    def ready_engine(self, trainer: Any) -> None:
+        """The evaluator of rank 0, its engine started again where an earlier training ended with it."""
+        if not (self.evaluates and is_main_process()) or self._evaluator is not None:
+            return
+        if self.server is None:
+            self.start_engine()
+        assert self.server is not None
+        if isinstance(self.server, EngineServer):
+            self._merge_base = follow_adapters(trainer.model, self.server.spec, self._merge_base)
+        self._evaluator = Evaluator(
+            server=self.server,
+            tasks=self.tasks,
+            tokenizer=trainer.processing_class,
+            sampling=self._sampling(trainer),
+            run_dir=self.run_dir,
+            merge_base=self._merge_base,
+            canary=self.canary,
+            harness=harness_tasks(self.args),
+            expose_port=self.args.gen_eval_expose,
+            lower_is_better=lower_is_better(self.args),
+        )
 
     def _explaining_memory(self, train: Callable[..., Any]) -> Callable[..., Any]:
         """`train`, with an answer where the GPU runs out of memory: callbacks never see that error."""
@@ -325,14 +333,17 @@ class Session:
         from hf_dsvllm.export import export_model
 
         out = Path(self.args.export_to) if self.args.export_to else self.run_dir / "export"
-        report = export_model(self.run_dir, out, which="latest", overwrite=True)
-        say(f"exported {snapshot.kind} of step {snapshot.step} to {out} ({report.weights_bytes / 2**30:.2f} GiB). "
-            f"Serve it: hf-dsvllm serve {out}")  # fmt: skip
+        asked: list[tuple[Which, str, Path]] = [("latest", f"{snapshot.kind} of step {snapshot.step}", out)]
         best = best_step(self.run_dir)
         if best is not None and best != snapshot.step:
-            kept = out.absolute().with_name(f"{out.absolute().name}-best")
-            export_model(self.run_dir, kept, which="best", overwrite=True)
-            say(f"exported step {best}, which has the best score, to {kept}")
+            beside = out.absolute().with_name(f"{out.absolute().name}-best")
+            asked.append(("best", f"step {best}, which has the best score,", beside))
+        for which, what, folder in asked:
+            report = export_model(self.run_dir, folder, which=which, overwrite=True)
+            size = f"{report.weights_bytes / 2**30:.2f} GiB"
+            say(f"exported {what} to {folder} ({size}). Serve it: hf-dsvllm serve {folder}")
+            for remark in report.remarks:
+                say(remark)
 
     def _sampling(self, trainer: Any) -> Sampling:
         return Sampling(
@@ -353,18 +364,6 @@ def stop_tokens(model: Any, tokenizer: Any) -> tuple[int, ...]:
     listed = getattr(model.generation_config, "eos_token_id", None)
     tokens = listed if isinstance(listed, list) else [listed]
     return tuple(dict.fromkeys(t for t in [*tokens, tokenizer.eos_token_id] if t is not None))
-
-
-def _load_tasks(args: Any) -> tuple[EvalTask, ...]:
-    chosen = tuple(args.gen_eval_metrics or ("exact_match",))
-    files = args.gen_eval_file or ()
-    tasks = tuple(load_task(Path(path), metrics=chosen, limit=args.gen_eval_limit) for path in files)
-    names = [task.name for task in tasks]
-    twice = sorted({name for name in names if names.count(name) > 1})
-    if twice:
-        what = f"{len(names)} evaluation files share the task name {twice[0]!r} (it is the file's name)"
-        raise ConfigError([Problem(what, "give each file a name of its own")])
-    return tasks
 
 
 def _fit_swap_buffers(args: Any, model_args: Any) -> None:

@@ -47,7 +47,7 @@ def write_shards(
     `produce` is called from up to `workers` threads.  `working_bytes` is the host memory one tensor takes while it is
     made and written; tensors under way together take at most `memory_bytes` (two shards if not given), a larger one is
     made alone.  `single` is the file's name if one holds everything.  A tensor of another shape or dtype than planned,
-    or with NaN or infinity, raises ExportError; the files are then incomplete.
+    or with NaN or infinity, and a disk that is full or fails raise ExportError; the files are then incomplete.
     """
     groups = list(_grouped(plan, max_shard_size_bytes))
     names = shard_names(len(groups), single)
@@ -74,7 +74,8 @@ def write_shards(
             _run(tasks, work, gate, workers)
     if len(groups) > 1:
         weight_map = {planned.name: name for name, group in zip(names, groups, strict=True) for planned in group}
-        write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+        with _writing(folder / INDEX):
+            write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
     return names
 
 
@@ -104,20 +105,24 @@ class _Shard:
         header = json.dumps(entries, separators=(",", ":")).encode()
         header += b" " * (-len(header) % 8)  # the format aligns the tensors to 8 bytes
         self._start = 8 + len(header)
-        self._descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
-        _write_exactly(self._descriptor, memoryview(len(header).to_bytes(8, "little") + header), 0)
+        self._path = path
+        with _writing(path):
+            self._descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
+            _write_exactly(self._descriptor, memoryview(len(header).to_bytes(8, "little") + header), 0)
 
     def __enter__(self) -> _Shard:
         return self
 
     def __exit__(self, *_: object) -> None:
-        os.close(self._descriptor)
+        with _writing(self._path):  # where a network's disk says that it is full
+            os.close(self._descriptor)
 
     def write(self, planned: TensorPlan, tensor: torch.Tensor) -> None:
         """Put one tensor to its place."""
         raw = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
         offset = self._start + self._offsets[planned.name]
-        _write_exactly(self._descriptor, raw, offset)
+        with _writing(self._path):
+            _write_exactly(self._descriptor, raw, offset)
         _start_writeback(self._descriptor, offset, len(raw))
 
 
@@ -176,6 +181,17 @@ def _run(
     for problem in problems:
         if problem is not None and not isinstance(problem, _Stopped):
             raise problem
+
+
+@contextlib.contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    """A disk that is full, over its quota or failing, as one clear error."""
+    try:
+        yield
+    except OSError as error:
+        raise ExportError(
+            f"{path} cannot be written: {error.strerror}; free some space, or name another folder with --out."
+        ) from error
 
 
 def _write_exactly(descriptor: int, data: memoryview, offset: int) -> None:

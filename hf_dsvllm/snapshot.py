@@ -16,11 +16,14 @@ from typing import Any, Literal
 
 import torch
 
+from hf_dsvllm.adapters import vocabulary_was_resized
 from hf_dsvllm.console import is_main_process
 from hf_dsvllm.errors import ExportError
 from hf_dsvllm.files import atomic_folder, write_json
 from hf_dsvllm.live_sources import plain_source
 from hf_dsvllm.live_weights import gathered
+from hf_dsvllm.precision import Precision, held_in_fp32
+from hf_dsvllm.ranks import from_main
 
 __all__ = ["Snapshot", "prune", "publish"]
 
@@ -80,13 +83,15 @@ def prune(run_dir: Path, keep: Sequence[Path]) -> None:
 def _adapter_state(model: Any) -> dict[str, torch.Tensor]:
     """The adapter's tensors on the CPU of rank 0, under the names PEFT's own state dict uses; empty on other ranks.
 
-    The names to keep are PEFT's choice: its filter is run on the names alone, before anything is gathered.
+    The names to keep are PEFT's choice: its filter is run on the names alone, before anything is gathered.  Embeddings
+    of another vocabulary than the base's belong to the adapter, trained or not: nobody else has their rows.
     """
     from peft import get_peft_model_state_dict
 
-    parameters = dict(model.named_parameters())
+    resized = from_main(vocabulary_was_resized(model) if is_main_process() else False)
+    parameters = dict(model.named_parameters(remove_duplicate=not resized))  # a tied output head under both names
     names = {name: torch.tensor(position) for position, name in enumerate(parameters)}
-    kept = get_peft_model_state_dict(model, state_dict=names, save_embedding_layers=False)
+    kept = get_peft_model_state_dict(model, state_dict=names, save_embedding_layers=resized)
     ordered = list(parameters)
     sources = {saved: ordered[int(position)] for saved, position in kept.items()}
     gathered = dict(_gathered({source: parameters[source] for source in sources.values()}))
@@ -102,7 +107,8 @@ def _full_state(model: Any, dtype: torch.dtype) -> dict[str, torch.Tensor]:
         if id(parameter) not in first_name:
             first_name[id(parameter)] = name
             unique[name] = parameter
-    state = {name: _cast(tensor, dtype) for name, tensor in _gathered(unique)}
+    precision = Precision(dtype=dtype, held=held_in_fp32(model))
+    state = {name: precision.cast(name, tensor) for name, tensor in _gathered(unique)}
     if not is_main_process():
         return {}
     persistent = set(model.state_dict().keys()) - set(parameters)
@@ -116,10 +122,6 @@ def _gathered(parameters: dict[str, torch.nn.Parameter]) -> Iterator[tuple[str, 
         if is_main_process():
             for part in batch:
                 yield part.name, part.make().cpu().clone()
-
-
-def _cast(tensor: torch.Tensor, dtype: torch.dtype) -> torch.Tensor:
-    return tensor.to(dtype) if tensor.is_floating_point() else tensor
 
 
 def _write_adapter(model: Any, state: dict[str, torch.Tensor], folder: Path) -> None:

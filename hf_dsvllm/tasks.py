@@ -13,11 +13,11 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hf_dsvllm.errors import EvalFileError
+from hf_dsvllm.errors import ConfigError, EvalFileError, Problem
 from hf_dsvllm.metrics import Metric, resolve
 from hf_dsvllm.task_settings import TaskSettings, read_settings
 
-__all__ = ["EvalSample", "EvalTask", "load_task", "render_prompt"]
+__all__ = ["EvalSample", "EvalTask", "load_task", "load_tasks", "render_prompt"]
 
 Message = Mapping[str, Any]
 Prompt = tuple[Message, ...] | str
@@ -59,6 +59,19 @@ class EvalTask:
     samples: tuple[EvalSample, ...]
     metrics: tuple[str, ...]
     settings: TaskSettings = dataclasses.field(default_factory=TaskSettings)
+
+
+def load_tasks(args: Any) -> tuple[EvalTask, ...]:
+    """The tasks of `args.gen_eval_file`; ConfigError where two files share a name."""
+    chosen = tuple(args.gen_eval_metrics or ("exact_match",))
+    files = args.gen_eval_file or ()
+    tasks = tuple(load_task(Path(path), metrics=chosen, limit=args.gen_eval_limit) for path in files)
+    names = [task.name for task in tasks]
+    twice = sorted({name for name in names if names.count(name) > 1})
+    if twice:
+        what = f"{len(names)} evaluation files share the task name {twice[0]!r} (it is the file's name)"
+        raise ConfigError([Problem(what, "give each file a name of its own")])
+    return tasks
 
 
 def load_task(path: Path | str, *, metrics: Sequence[str] = ("exact_match",), limit: int | None = None) -> EvalTask:

@@ -11,13 +11,13 @@ import dataclasses
 import gc
 from collections.abc import Callable, Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
-import psutil
 import torch
 
 from hf_dsvllm.errors import ExportError
 from hf_dsvllm.fourbit import quantised_weights, round_trip
+from hf_dsvllm.hardware import free_ram_bytes
 from hf_dsvllm.weights import TensorSource
 
 __all__ = [
@@ -110,13 +110,18 @@ class Comparison:
     logprobs: tuple[tuple[float, ...], ...]
 
 
-def verification_device(parameters: int, vocab_size: int) -> tuple[str, str | None]:
-    """Where one fp32 model with four sets of logits fits: the GPU, else the CPU, else a reason why nowhere."""
+def verification_device(
+    parameters: int, vocab_size: int, *, through_host: bool = False
+) -> tuple[Literal["cuda", "cpu"], str | None]:
+    """Where one fp32 model with four sets of logits fits: the GPU, else the CPU, else a reason why nowhere.
+
+    `through_host`: the model is put together in host memory, wherever it runs then.
+    """
     logits = 4 * 4 * (len(PROMPTS) + len(QUESTIONS)) * (MAX_TOKENS + ANSWER_TOKENS) * vocab_size
     needed = int(4 * parameters * 1.25) + logits
-    if torch.cuda.is_available() and torch.cuda.mem_get_info()[0] >= needed:
+    free = free_ram_bytes()
+    if torch.cuda.is_available() and torch.cuda.mem_get_info()[0] >= needed and (not through_host or needed <= free):
         return "cuda", None
-    free = psutil.virtual_memory().available
     if needed <= free:
         return "cpu", None
     return "cpu", f"comparing logits needs about {needed / 1e9:.1f} GB of memory and {free / 1e9:.1f} GB are free"

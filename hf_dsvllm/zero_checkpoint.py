@@ -16,7 +16,7 @@ import mmap
 import pickle
 import re
 import types
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,12 +24,13 @@ import torch
 from safetensors.torch import save_file
 
 from hf_dsvllm.errors import ExportError
-from hf_dsvllm.weights import hash_files
+from hf_dsvllm.weights import TensorFolder, hash_files
 
 __all__ = ["ZeroCheckpoint", "write_adapter"]
 
 MADV_DONTNEED = 4  # <bits/mman.h> on Linux
 OPTIMIZER = "optimizer_state_dict"
+SAME_IN_EVERY_RANK = ("global_steps", "param_shapes", "frozen_param_shapes")  # keys of *_model_states.pt
 ADAPTER = "default"  # the adapter's name in PEFT, which its saved files leave out
 
 
@@ -44,8 +45,8 @@ class _Span:
 class ZeroCheckpoint:
     """The parameters and buffers of a checkpoint folder (with `latest` and `global_step*`), or of a `global_step*`.
 
-    Names are those of the trained module; a parameter that the model has under several names is there under the first.
-    Raises ExportError if files are missing or are no ZeRO checkpoint.
+    Names are the trained module's; a parameter with several names is there under the first, `aliases` has the others.
+    Raises ExportError if files are missing, of several saves or another parallelism, or no ZeRO checkpoint.
     """
 
     def __init__(self, path: Path) -> None:
@@ -53,9 +54,12 @@ class ZeroCheckpoint:
         self.folder = _step_folder(path)
         self._optimizer_files = _files(self.folder, "*_optim_states.pt")
         self._model_files = _files(self.folder, "*_model_states.pt")
+        self.aliases: Mapping[str, str] = {}
         try:
-            self._spans = dict(self._read())
-        except (KeyError, IndexError, TypeError, AttributeError, pickle.UnpicklingError, RuntimeError) as error:
+            self._spans = dict(self._whole(self._read()))
+        except ExportError:
+            raise
+        except (LookupError, TypeError, ValueError, AttributeError, pickle.UnpicklingError, RuntimeError) as error:
             raise ExportError(
                 f"{self.folder} cannot be read as a ZeRO checkpoint ({type(error).__name__}: {error}): it is damaged, "
                 "or made by a DeepSpeed or a parallelism (pipeline, experts) whose files are laid out otherwise."
@@ -90,6 +94,10 @@ class ZeroCheckpoint:
         for piece in self._span(name).pieces:
             first, last = max(begin - at, 0), min(end - at, piece.numel())
             if first < last:
+                if not piece.is_floating_point():
+                    raise ExportError(
+                        f"{name} is quantised ({piece.dtype}): train without zero_quantized_nontrainable_weights."
+                    )
                 out[at + first - begin : at + last - begin].copy_(piece[first:last])
                 _let_go(piece[first:last])
             at += piece.numel()
@@ -116,17 +124,12 @@ class ZeroCheckpoint:
 
     def _read(self) -> Iterator[tuple[str, _Span]]:
         optimizers = [_load(file)[OPTIMIZER] for file in self._optimizer_files]
-        stage = optimizers[0]["zero_stage"]  # a member of DeepSpeed's enumeration, or a plain number
-        stage = stage.arguments[0] if isinstance(stage, _Empty) else stage
-        ranks = optimizers[0]["partition_count"]
-        ranks = max(ranks) if isinstance(ranks, list) else ranks
-        if ranks != len(optimizers):
-            raise ExportError(
-                f"{self.folder} has {len(optimizers)} *_optim_states.pt of {ranks}: a rank's file is missing (was it "
-                "written to another node's disk?), or an older checkpoint was overwritten in part."
-            )
-        models = [_load(file) for file in (self._model_files if stage == 3 else self._model_files[:1])]
+        stage, ranks = _saved_by(self._optimizer_files, optimizers)
+        _check_files(self.folder, stage, ranks, [*self._optimizer_files, *self._model_files])
+        models = [_load(file) for file in self._model_files]
+        _check_models(self._model_files, models, ranks)
         first = models[0]
+        self.aliases = dict(first.get("shared_params") or {})
         for name in first["buffer_names"]:
             buffer = first["module"].get(name)
             if buffer is not None and buffer.is_floating_point():
@@ -139,21 +142,54 @@ class ZeroCheckpoint:
             paddings = optimizers[0].get("param_alignment_paddings")
             yield from _early_stages(first["param_shapes"], [each[key] for each in optimizers], paddings)
 
+    def _whole(self, spans: Iterable[tuple[str, _Span]]) -> Iterator[tuple[str, _Span]]:
+        """`spans`, each of which has all elements of its tensor."""
+        for name, span in spans:
+            held = sum(piece.numel() for piece in span.pieces)
+            if held != math.prod(span.shape):
+                raise ExportError(
+                    f"{name} in {self.folder} has {held} numbers, too few for its shape {span.shape}: the files are of "
+                    "several saves, or damaged; export another checkpoint."
+                )
+            yield name, span
+
 
 def write_adapter(checkpoint: Path, folder: Path) -> Path:
     """The adapter of a ZeRO checkpoint whose own adapter file is missing or empty, as PEFT would have saved it.
 
-    Adapters are small: this writes adapter_config.json and adapter_model.safetensors to `folder` and returns it.
+    Adapters are small: this writes adapter_config.json and adapter_model.safetensors to `folder` and returns it.  What
+    the checkpoint's own adapter file names, such as embeddings that were resized, must be there: ExportError if not.
     """
+    config = json.loads((checkpoint / "adapter_config.json").read_text(encoding="utf-8"))
+    expected, whole = _own_file(checkpoint / "adapter_model.safetensors")
     with ZeroCheckpoint(checkpoint) as tensors:
-        state = {_saved_name(name): tensors.get(name) for name in tensors.names}
-        config = json.loads((checkpoint / "adapter_config.json").read_text(encoding="utf-8"))
-        trained = {name: tensor for name, tensor in state.items() if _is_trained(name, config)}
+        held = {_saved_name(name): name for name in tensors.names}
+        trained = {name for name in held if _is_trained(name, config)}
+        held = {_saved_name(alias): name for alias, name in tensors.aliases.items() if name in tensors} | held
+        found = whole | {name: tensors.get(held[name]) for name in trained | (expected & held.keys())}
     if not trained:
         raise ExportError(f"{checkpoint} has an adapter_config.json, but no adapter in its DeepSpeed partitions.")
-    save_file({name: tensor.contiguous() for name, tensor in trained.items()}, folder / "adapter_model.safetensors")
+    if lost := sorted(expected - found.keys()):
+        raise ExportError(
+            f"{len(lost)} tensors of {checkpoint}'s adapter, such as {lost[0]}, are empty there and in no partition: "
+            "ZeRO-3 leaves out what is frozen, also resized embeddings. Export an adapter that was saved with them, or "
+            "train with modules_to_save=['embed_tokens', 'lm_head'], or from a base saved after the resize."
+        )
+    save_file({name: tensor.contiguous() for name, tensor in found.items()}, folder / "adapter_model.safetensors")
     (folder / "adapter_config.json").write_text(json.dumps(config), encoding="utf-8")
     return folder
+
+
+def _own_file(file: Path) -> tuple[set[str], dict[str, torch.Tensor]]:
+    """The names in an adapter's own file, and those of its tensors that are not empty.
+
+    PEFT names a saved module three times if the vocabulary was resized; the name of every saved module is enough.
+    """
+    if not file.is_file():
+        return set(), {}
+    with TensorFolder(file) as tensors:
+        names = {name for name in tensors.names if not re.search(r"\.(original_module|modules_to_save)\.", name)}
+        return names, {name: tensors.get(name) for name in names if 0 not in tensors.shape(name)}
 
 
 def _saved_name(name: str) -> str:
@@ -165,7 +201,7 @@ def _saved_name(name: str) -> str:
 
 def _is_trained(name: str, config: Mapping[str, Any]) -> bool:
     """Whether PEFT saves this tensor: the adapter's own, whole saved modules and, where asked for, biases."""
-    if "lora_" in name or "token_adapter" in name:
+    if "lora_" in name or "trainable_tokens_delta" in name:
         return True
     saved = config.get("modules_to_save") or ()
     if any(f".{module}." in f"{name}." and ".original_module." not in name for module in saved):
@@ -178,6 +214,9 @@ def _frozen(models: Sequence[Mapping[str, Any]]) -> Iterator[tuple[str, _Span]]:
     shapes = models[0].get("frozen_param_shapes") or {}
     for name, shape in shapes.items():
         pieces = tuple(model["frozen_param_fragments"][name].detach().reshape(-1) for model in models)
+        share = -(-math.prod(shape) // len(models))
+        if any(piece.numel() != share for piece in pieces):
+            raise ExportError(f"The pieces of the frozen {name} have not {share} numbers each: export a snapshot.")
         yield name, _Span(shape=tuple(shape), pieces=_cut(pieces, math.prod(shape)))
 
 
@@ -192,9 +231,10 @@ def _third_stage(
         pieces = tuple(piece for flat in ranks for piece in _window(flat, offset, offset + share))
         yield name, _Span(shape=tuple(shape), pieces=_cut(pieces, count))
         offset += share
-    held = sum(flat.numel() for flat in ranks[0])
-    if offset != held:
-        raise ExportError(f"The parameters take {offset} numbers of each rank's partition, which has {held}.")
+    for rank, flats in enumerate(ranks):
+        held = sum(flat.numel() for flat in flats)
+        if offset != held:
+            raise ExportError(f"The parameters take {offset} numbers of each rank's partition; rank {rank} has {held}.")
 
 
 def _early_stages(
@@ -203,13 +243,13 @@ def _early_stages(
     paddings: Sequence[Sequence[int]] | None,
 ) -> Iterator[tuple[str, _Span]]:
     """Each group of parameters is one vector, cut into one piece a rank; parameters follow each other in it."""
-    for number, shapes in enumerate(groups):
-        flat = [rank[number] for rank in ranks]
+    for number, (shapes, *flat) in enumerate(zip(groups, *ranks, strict=True)):
         offset, held = 0, sum(piece.numel() for piece in flat)
-        for position, (name, shape) in enumerate(shapes.items()):
+        gaps = [0] * len(shapes) if paddings is None else paddings[number]
+        for (name, shape), gap in zip(shapes.items(), gaps, strict=True):
             count = math.prod(shape)
             yield name, _Span(shape=tuple(shape), pieces=tuple(_window(flat, offset, offset + count)))
-            offset += count + (0 if paddings is None else paddings[number][position])
+            offset += count + gap
         align = 2 * len(ranks)  # DeepSpeed pads the vector for the network's sake
         if -(-offset // align) != -(-held // align):
             raise ExportError(f"Group {number} of parameters takes {offset} numbers of partitions that hold {held}.")
@@ -228,6 +268,64 @@ def _window(flat: Sequence[torch.Tensor], begin: int, end: int) -> Iterator[torc
 def _cut(pieces: Sequence[torch.Tensor], count: int) -> tuple[torch.Tensor, ...]:
     """The first `count` elements of `pieces`: the rest is padding."""
     return tuple(_window(pieces, 0, count))
+
+
+def _saved_by(files: Sequence[Path], optimizers: Sequence[Mapping[str, Any]]) -> tuple[int, int]:
+    """(ZeRO stage, number of ranks) of the save, on which the files of all ranks must agree."""
+    said: dict[tuple[int, int], str] = {}
+    for file, optimizer in zip(files, optimizers, strict=True):
+        stage = optimizer["zero_stage"]  # a member of DeepSpeed's enumeration, or a plain number
+        stage = stage.arguments[0] if isinstance(stage, _Empty) else stage
+        counts = optimizer["partition_count"]  # below stage 3 one for each group of parameters
+        counts = counts if isinstance(counts, list) else [counts]
+        if len(set(counts)) > 1:
+            raise _parallel(file, "expert")
+        said.setdefault((stage, counts[0]), file.name)
+    if len(said) > 1:
+        named = ", ".join(f"{name} by {ranks} ranks at ZeRO-{stage}" for (stage, ranks), name in said.items())
+        raise ExportError(f"{files[0].parent} has files of several saves ({named}): export another checkpoint.")
+    return next(iter(said))
+
+
+def _check_files(folder: Path, stage: int, ranks: int, found: Sequence[Path]) -> None:
+    """Every rank's files are there, and no others."""
+    parts = [f"zero_pp_rank_{rank}_mp_rank_00" for rank in range(ranks)]
+    prefix = "bf16_" if found[0].name.startswith("bf16_") else ""
+    own = [f"{prefix}{part}_optim_states.pt" for part in parts]
+    own += [f"{part}_model_states.pt" for part in (parts if stage == 3 else ["mp_rank_00"])]
+    names = [file.name for file in found]
+    if lacking := [name for name in own if name not in names]:
+        raise ExportError(
+            f"{folder} was saved by {ranks} ranks and lacks {len(lacking)} of their {len(own)} files, such as "
+            f"{lacking[0]}: copy them from the other nodes' disks, or export another checkpoint."
+        )
+    if others := [name for name in names if name not in own]:
+        raise ExportError(
+            f"{folder} has {others[0]} beside the files of {ranks} ranks at ZeRO-{stage}: it is of another save into "
+            "this folder (move it away), or of tensor, pipeline or expert parallelism (export a snapshot)."
+        )
+
+
+def _check_models(files: Sequence[Path], models: Sequence[Mapping[str, Any]], ranks: int) -> None:
+    """One save's, of a model that nothing but ZeRO has split."""
+    for file, model in zip(files, models, strict=True):
+        degrees = model.get("checkpoint_parallel_dimensions") or {}
+        if model.get("ds_autoep_layers") or model.get("autoep_layers") or model.get("folding"):
+            raise _parallel(file, "expert")
+        if max(model.get("mp_world_size") or 1, degrees.get("tp_degree") or 1, degrees.get("pp_degree") or 1) > 1:
+            raise _parallel(file, "tensor or pipeline")
+        saved = model.get("dp_world_size", ranks)
+        other = [key for key in SAME_IN_EVERY_RANK if model.get(key) != models[0].get(key)]
+        if other or saved != ranks:
+            why = f"{', '.join(other)} of {files[0].name} differ" if other else f"saved by {saved} ranks, not {ranks}"
+            raise ExportError(f"{file} is of another save than the files beside it ({why}): export another checkpoint.")
+
+
+def _parallel(file: Path, how: str) -> ExportError:
+    return ExportError(
+        f"{file} is of a model split by {how} parallelism too, whose parts cannot be put together here: export a "
+        "snapshot, or convert the checkpoint with DeepSpeed's ds_to_universal.py."
+    )
 
 
 def _step_folder(path: Path) -> Path:

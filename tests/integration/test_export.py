@@ -14,12 +14,14 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
+from hf_dsvllm.adapter_format import why_merge_live
 from hf_dsvllm.errors import ExportError
 from hf_dsvllm.export import REPORT
 from hf_dsvllm.fourbit import dequantised_base, quantised_weights
 from hf_dsvllm.manifest import MANIFEST, check_manifest
+from hf_dsvllm.restore import restore
 from hf_dsvllm.session import Session
-from hf_dsvllm.snapshot import Snapshot
+from hf_dsvllm.snapshot import Snapshot, publish
 from tests.export_runs import NF4, export, logits, move, nothing_finished, run, write_run, write_wide_base
 from tests.tiny import write_tiny_model
 
@@ -229,3 +231,25 @@ def test_a_base_given_by_hand_that_holds_the_same_weights_is_taken(run: Path, tm
     report = export(run, tmp_path / "out", base=str(tmp_path / "moved"))
     assert report.base == str(tmp_path / "moved")
     assert any("nothing on this machine tells" in note for note in report.notes)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_new_tokens_whose_embeddings_are_frozen_reach_the_export(tied: bool, tmp_path: Path) -> None:
+    base = write_tiny_model(tmp_path / "base", dtype="bfloat16", tied=tied)
+    model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16)
+    model.resize_token_embeddings(328, mean_resizing=False)
+    model = move(get_peft_model(model, LoraConfig(r=4, target_modules=["q_proj"], task_type="CAUSAL_LM")), std=0.02)
+    assert "resized" in why_merge_live(model, 16)
+    snapshot = publish(model, tmp_path / "run", step=3, dtype=torch.bfloat16)
+    report = export(snapshot.path, tmp_path / "out", base=str(base))
+    assert report.verification.passed
+    exported = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert exported.config.vocab_size == 328
+    assert torch.equal(exported.get_input_embeddings().weight, model.get_input_embeddings().weight)
+    before = {name: parameter.detach().clone() for name, parameter in model.named_parameters()}
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.zero_()
+    restore(model, snapshot.path, "adapter")
+    assert all(torch.equal(parameter, before[name]) for name, parameter in model.named_parameters())

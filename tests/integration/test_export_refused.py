@@ -286,6 +286,17 @@ def test_too_little_memory_skips_the_comparison_and_the_report_says_so(
     report = export(run, tmp_path / "out")
     assert report.verification is None
     assert "memory" in report.verification_skipped
+    assert any(remark.startswith("not compared with what was trained: ") for remark in report.remarks)
+    assert export(run, tmp_path / "out").reused, "there is no better proof to be had yet"
+    monkeypatch.setattr(export_module, "find_vllm", lambda *_, **__: Path("python"))
+    with pytest.raises(ExportError, match="--prove_in_vllm compares vLLM with the trained model"):
+        export(run, tmp_path / "other", prove_in_vllm=True)
+    assert nothing_finished(tmp_path / "other")
+    monkeypatch.undo()
+    proven = export(run, tmp_path / "out")
+    assert not proven.reused, "it can be proven now, so it is made again"
+    assert proven.verification.passed
+    assert export(run, tmp_path / "out").reused
 
 
 def test_an_empty_folder_says_what_is_expected(tmp_path: Path) -> None:

@@ -96,6 +96,7 @@ def train(
         late=lag > 0, streams=streams, canary=None, ranks=Ranks(60.0), preset=None, ds_config=None, evaluates=True,
         run_dir=out, snapshot_dtype=torch.float32, evaluator=evaluator,
         start_record=lambda *_: None, stop_engine=lambda: None, finish=lambda *_: None,
+        ready_engine=lambda _: None,
     )  # fmt: skip
     trainer = Trainer(
         model=AutoModelForCausalLM.from_pretrained(model_folder),
@@ -206,3 +207,14 @@ def test_streamed_weights_leave_a_snapshot_of_the_best_alone_and_go_by_disk_when
     assert sorted(folder.name for folder in (tmp_path / "snapshots").glob("step-*")) == ["step-4"]
     best_weights = weights_of(tmp_path / "snapshots" / "step-4")
     assert all(torch.equal(tensor, best_weights[name]) for name, tensor in trainer.model.state_dict().items())
+
+
+def test_a_second_training_is_steered_by_its_own_scores(model_folder: Path, tmp_path: Path) -> None:
+    trainer = train(model_folder, tmp_path, [0.9, 0.8, 0.7, 0.6, 0.1, 0.2, 0.3, 0.4], **EVERY_SECOND_STEP)
+    first = [row[KEY] for row in trainer.state.log_history if KEY in row]
+    trainer.args.gen_eval_steps = None  # whenever the Trainer evaluates
+    trainer.train()
+    second = [row[KEY] for row in trainer.state.log_history if KEY in row]
+    assert set(first) == {0.9, 0.8, 0.7}, "early stopping ends it there"
+    assert 0.9 not in second
+    assert trainer.state.best_metric < 0.8

@@ -13,9 +13,11 @@ import random
 import shutil
 import signal
 import sys
+import threading
 import time
 from pathlib import Path
 
+from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
 from hf_dsvllm.export import export_model
@@ -55,6 +57,8 @@ def main() -> None:
 def kill_one(run: Path, out: Path, delay: float, overwrite: bool) -> None:
     child = os.fork()
     if child == 0:
+        # tqdm's own lock is shared with the parent, which would wait for ever for one that a killed child held.
+        tqdm.set_lock(threading.RLock())
         try:
             export_model(run, out, overwrite=overwrite, progress=False)
         finally:

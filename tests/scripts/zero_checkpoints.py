@@ -1,8 +1,9 @@
 """Partitioned DeepSpeed checkpoints of every kind in one torchrun: `zero_checkpoints.py SPEC.json`.
 
-SPEC is [{"name", "base", "stage", "adapter" (settings of a LoraConfig), "out"}]: one optimizer step of the model in
-`base`, then OUT/checkpoint-1 as the Trainer leaves it without gathered weights, and OUT/truth.safetensors, what
-DeepSpeed's own zero_to_fp32 makes of it.
+SPEC is [{"name", "base", "stage", "adapter" (settings of a LoraConfig), "vocab_size" (resized to), "out"}]: one
+optimizer step of the model in `base`, then OUT/checkpoint-1 as the Trainer leaves it without gathered weights, and
+OUT/truth.safetensors, what DeepSpeed's own zero_to_fp32 makes of it.  Frozen weights are left out, as the Trainer does,
+unless the vocabulary was resized.
 """
 
 from __future__ import annotations
@@ -30,8 +31,10 @@ def main() -> None:
 def write_checkpoint(case: dict[str, Any], out: Path) -> None:
     checkpoint = out / "checkpoint-1"
     model = AutoModelForCausalLM.from_pretrained(case["base"], dtype=torch.bfloat16)
+    torch.manual_seed(1)
+    if case.get("vocab_size"):
+        model.resize_token_embeddings(case["vocab_size"], mean_resizing=False)
     if case.get("adapter"):
-        torch.manual_seed(1)
         model = get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", init_lora_weights=False, **case["adapter"]))
     config = {
         "train_micro_batch_size_per_gpu": 1,
@@ -44,7 +47,8 @@ def write_checkpoint(case: dict[str, Any], out: Path) -> None:
     tokens = torch.arange(4, 20)[None] + int(os.environ["RANK"])
     engine.backward(engine(input_ids=tokens, labels=tokens).loss)
     engine.step()
-    engine.save_checkpoint(str(checkpoint), tag="global_step1", exclude_frozen_parameters=bool(case.get("adapter")))
+    without_frozen = bool(case.get("adapter")) and not case.get("vocab_size")
+    engine.save_checkpoint(str(checkpoint), tag="global_step1", exclude_frozen_parameters=without_frozen)
     if os.environ["RANK"] == "0":
         describe(engine.module, case, checkpoint)
         state = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint))
@@ -54,13 +58,11 @@ def write_checkpoint(case: dict[str, Any], out: Path) -> None:
 
 
 def describe(model: Any, case: dict[str, Any], checkpoint: Path) -> None:
-    """The configuration beside the partitions; an adapter's own file is left empty, as the Trainer leaves it."""
+    """The configuration beside the partitions; an adapter's own file has PEFT's names and empty tensors."""
     if not case.get("adapter"):
         model.config.save_pretrained(checkpoint)
         return
-    model.peft_config["default"].save_pretrained(checkpoint)
-    empty = {"base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight": torch.empty(0)}
-    save_file(empty, checkpoint / "adapter_model.safetensors")
+    model.save_pretrained(checkpoint, state_dict={name: torch.empty(0) for name in model.state_dict()})
 
 
 if __name__ == "__main__":

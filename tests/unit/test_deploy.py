@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import subprocess
 import sys
@@ -73,19 +74,54 @@ def test_compose_files_are_valid_and_start_in_order(two: list[PlannedServer], tm
     assert gateway["ports"] == ["127.0.0.1:8080:8000"]
 
 
-def test_a_single_model_needs_no_gateway(tmp_path: Path) -> None:
-    document = yaml.safe_load(emit("compose", plan([write_model(tmp_path / "orders")])))
+def test_a_single_model_is_reached_through_the_gateway_alone(tmp_path: Path) -> None:
+    planned = plan([write_model(tmp_path / "orders")])
+    document = yaml.safe_load(emit("compose", planned))
     jsonschema.validate(document, compose_schema())
-    assert list(document["services"]) == ["vllm-orders"]
-    assert document["services"]["vllm-orders"]["ports"] == ["127.0.0.1:8080:8000"]
+    assert list(document["services"]) == ["vllm-orders", "gateway"]
+    assert "ports" not in document["services"]["vllm-orders"]
+    assert document["services"]["gateway"]["ports"] == ["127.0.0.1:8080:8000"]
+    config_map, server, service = yaml.safe_load_all(emit("k8s", planned))
+    vllm, envoy = server["spec"]["template"]["spec"]["containers"]
+    assert vllm["args"][vllm["args"].index("--host") + 1] == "127.0.0.1"
+    assert "ports" not in vllm
+    assert envoy["command"][-1] == "/etc/gateway/vllm-orders.yaml"
+    assert list(config_map["data"]) == ["vllm-orders.yaml"]
+    assert service["spec"]["ports"] == [{"name": "http", "port": 8080, "targetPort": 8000}]
 
 
-def test_the_gateways_configuration_is_one_that_envoy_takes(two: list[PlannedServer], tmp_path: Path) -> None:
-    content = yaml.safe_load(emit("compose", two))["configs"]["gateway"]["content"]
-    (tmp_path / "envoy.yaml").write_text(content.replace("${VLLM_API_KEY}", "secret"))
-    line = [find_envoy(), "--mode", "validate", "-c", str(tmp_path / "envoy.yaml")]
-    done = subprocess.run(line, capture_output=True, text=True, timeout=60, check=False)
-    assert done.returncode == 0, done.stderr[-2000:]
+def test_the_gateways_configuration_is_one_that_envoy_takes(
+    two: list[PlannedServer], apart: list[PlannedServer], tmp_path: Path
+) -> None:
+    configs = {"compose": yaml.safe_load(emit("compose", two))["configs"]["gateway"]["content"]}
+    configs |= next(yaml.safe_load_all(emit("k8s", apart)))["data"]
+    assert list(configs) == ["compose", "vllm-orders-v2.yaml", "vllm-large.yaml", "gateway.yaml"]
+    for name, content in configs.items():
+        assert "${" not in content  # Compose would fill it in
+        (tmp_path / "envoy.yaml").write_text(content)
+        line = [find_envoy(), "--mode", "validate", "-c", str(tmp_path / "envoy.yaml")]
+        env = {**os.environ, "VLLM_API_KEY": r'a|b&c\d"e$f'}
+        done = subprocess.run(line, capture_output=True, text=True, timeout=60, check=False, env=env)
+        assert done.returncode == 0, (name, done.stderr[-2000:])
+
+
+@pytest.mark.parametrize("target", ["compose", "k8s", "ray", "systemd"])
+def test_no_file_takes_arguments_that_would_open_vllm(tmp_path: Path, target: str) -> None:
+    with pytest.raises(EngineError, match="--host before the --"):
+        emit(target, plan([write_model(tmp_path / "orders")]), extra=["--host", "0.0.0.0"])
+
+
+@pytest.mark.parametrize("target", ["compose", "k8s"])
+def test_no_command_of_a_container_holds_the_key(apart: list[PlannedServer], target: str) -> None:
+    documents = yaml.safe_load_all(emit(target, apart))
+    containers = [each for document in documents for each in [
+        *document.get("services", {}).values(),
+        *document.get("spec", {}).get("template", {}).get("spec", {}).get("containers", ()),
+    ]]  # fmt: skip
+    assert len(containers) >= 3
+    for container in containers:
+        assert "VLLM_API_KEY" not in str(container.get("command")) + str(container.get("args"))
+        assert "VLLM_API_KEY" in str(container.get("environment")) + str(container.get("env"))
 
 
 def test_kubernetes_manifests_are_valid(apart: list[PlannedServer]) -> None:
@@ -94,10 +130,10 @@ def test_kubernetes_manifests_are_valid(apart: list[PlannedServer]) -> None:
         kubernetes_validate.validate(document, kubernetes_validate.latest_version(), strict=True)
     kinds = [(each["kind"], each["metadata"]["name"]) for each in documents]
     assert kinds == [
-        ("Deployment", "vllm-orders-v2"), ("Service", "vllm-orders-v2"), ("Deployment", "vllm-large"),
-        ("Service", "vllm-large"), ("ConfigMap", "gateway"), ("Deployment", "gateway"), ("Service", "gateway"),
+        ("ConfigMap", "gateway"), ("Deployment", "vllm-orders-v2"), ("Service", "vllm-orders-v2"),
+        ("Deployment", "vllm-large"), ("Service", "vllm-large"), ("Deployment", "gateway"), ("Service", "gateway"),
     ]  # fmt: skip
-    large = documents[2]["spec"]["template"]["spec"]["containers"][0]
+    large = documents[3]["spec"]["template"]["spec"]["containers"][0]
     assert large["resources"]["limits"] == {"nvidia.com/gpu": 1}
     assert large["env"][0]["valueFrom"]["secretKeyRef"]["name"] == "hf-dsvllm-key"
 

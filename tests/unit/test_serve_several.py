@@ -18,7 +18,7 @@ import pytest
 
 from hf_dsvllm import serve as serve_module
 from hf_dsvllm.errors import EngineError, MissingDependencyError
-from hf_dsvllm.gateway import KEY, find_envoy, gateway_config
+from hf_dsvllm.gateway import find_envoy, gateway_config
 from hf_dsvllm.hardware import Gpu, Machine
 from hf_dsvllm.serve import detect_port_free, plan_serving, serve
 from hf_dsvllm.serve_plan import plan_servers
@@ -76,7 +76,7 @@ def test_everything_wrong_is_said_at_once(tmp_path: Path) -> None:
     two = write_model(tmp_path / "b" / "orders")
     with pytest.raises(EngineError) as caught:
         plan_servers([one, two, tmp_path / "typo", write_adapter(tmp_path / "dora", use_dora=True)])
-    for part in ("orders is the name of two models", "typo is no folder", "use_dora=True"):
+    for part in ("orders is the name of two models", "typo is no folder", "vLLM refuses DoRA"):
         assert part in str(caught.value)
     with pytest.raises(EngineError, match="write NAME=PATH for each"):
         plan_servers([one, two], name="orders")
@@ -119,6 +119,29 @@ def test_a_model_larger_than_one_gpu_is_cut() -> None:
         share_gpus([need("70b", 132)], gpus(1))
 
 
+def test_a_model_that_needs_several_gpus_has_them_to_itself_where_others_share() -> None:
+    shares = share_gpus([need("small", 2), need("70b", 131), need("medium", 8)], gpus(3, 80 * GIB))
+    assert [share.gpus for share in shares] == [(2,), (0, 1), (2,)]
+    assert shares[1].utilization is None
+    assert None not in (shares[0].utilization, shares[2].utilization)
+    assert share_gpus([need("70b", 131), need("small", 2)], gpus(3, 80 * GIB))[0].gpus == (0, 1)
+
+
+@pytest.mark.parametrize(
+    ("weights", "count", "said"),
+    [
+        ((131, 2), 2, r"model-0 needs 2 GPUs of its own, and model-1 another; there are 2\."),
+        ((131, 131), 3, r"model-0 needs 2, model-1 needs 2 GPUs of its own; there are 3\."),
+        ((131, 60, 61), 3, r"model-1 60\.0 GiB, model-2 61\.0 GiB of weights do not fit one GPU of 80 GiB"),
+    ],
+)
+def test_a_model_that_needs_several_gpus_is_never_squeezed_onto_one(
+    weights: tuple[int, ...], count: int, said: str
+) -> None:
+    with pytest.raises(EngineError, match=said):
+        share_gpus([need(f"model-{number}", size) for number, size in enumerate(weights)], gpus(count, 80 * GIB))
+
+
 def test_models_that_do_not_fit_together_are_refused_with_the_figures() -> None:
     with pytest.raises(EngineError, match=r"a 60\.0 GiB, b 65\.0 GiB of weights do not fit one GPU of 140 GiB"):
         share_gpus([need("a", 60), need("b", 65)], gpus(1))
@@ -138,6 +161,7 @@ def test_the_command_lines_carry_gpus_and_shares(tmp_path: Path, monkeypatch: py
 
 # -- the gateway
 
+KEY = r'a|b&c\d"e$f'  # what a shell, sed or JSON would trip over
 BACKEND = """
 import http.server, json, sys
 class Handler(http.server.BaseHTTPRequestHandler):
@@ -172,7 +196,7 @@ def running(command: list[str], **settings: object) -> Iterator[subprocess.Popen
 
 @pytest.fixture
 def gateway(tmp_path: Path, free_port: int) -> Iterator[httpx.Client]:
-    """A real Envoy in front of two stand-ins for vLLM; the key is `secret`."""
+    """A real Envoy in front of two stand-ins for vLLM; the key is KEY."""
     with contextlib.ExitStack() as stack:
         ports = []
         for name in ("small", "large"):
@@ -181,9 +205,9 @@ def gateway(tmp_path: Path, free_port: int) -> Iterator[httpx.Client]:
             ports.append(int(process.stdout.readline()))
         backends = [(["small", "smaller"], "127.0.0.1", ports[0]), (["large"], "127.0.0.1", ports[1])]
         config = tmp_path / "envoy.json"
-        config.write_text(json.dumps(gateway_config(backends, host="127.0.0.1", port=free_port, key="secret")))
+        config.write_text(json.dumps(gateway_config(backends, host="127.0.0.1", port=free_port, keyed=True)))
         line = [find_envoy(), "-c", str(config), "--use-dynamic-base-id", "--concurrency", "1", "--log-level", "error"]
-        stack.enter_context(running(line))
+        stack.enter_context(running(line, env={**os.environ, "VLLM_API_KEY": KEY}))
         client = stack.enter_context(httpx.Client(base_url=f"http://127.0.0.1:{free_port}", trust_env=False))
         for _ in range(300):
             with contextlib.suppress(httpx.HTTPError):
@@ -194,7 +218,7 @@ def gateway(tmp_path: Path, free_port: int) -> Iterator[httpx.Client]:
 
 
 def test_one_address_routes_by_the_models_name(gateway: httpx.Client) -> None:
-    bearer = {"Authorization": "Bearer secret"}
+    bearer = {"Authorization": f"Bearer {KEY}"}
 
     def ask(model: str, padding: int = 0) -> httpx.Response:
         return gateway.post("/v1/completions", json={"prompt": "x" * padding, "model": model}, headers=bearer)
@@ -202,7 +226,7 @@ def test_one_address_routes_by_the_models_name(gateway: httpx.Client) -> None:
     assert [ask(name).json()["by"] for name in ("small", "large", "smaller", "large")] == [
         "small", "large", "small", "large",
     ]  # fmt: skip
-    assert ask("large").json()["key"] == "Bearer secret"
+    assert ask("large").json()["key"] == f"Bearer {KEY}"
     assert ask("large", padding=8 << 20).json()["bytes"] > 8 << 20  # the name may stand behind a long prompt
     unknown = ask("medium")
     assert unknown.status_code == 404
@@ -212,6 +236,7 @@ def test_one_address_routes_by_the_models_name(gateway: httpx.Client) -> None:
     assert gateway.get("/servers/large/collective_rpc").status_code == 404
     assert gateway.get("/tokenize").status_code == 404
     assert gateway.get("/v1/models").status_code == 401
+    assert gateway.get("/v1/models?a=1", headers={"Authorization": "Bearer other"}).status_code == 401
     listed = gateway.get("/v1/models", headers=bearer).json()
     assert [model["id"] for model in listed["data"]] == ["small", "smaller", "large"]
 
@@ -267,10 +292,10 @@ def test_the_printed_commands_are_the_servers_and_the_gateway(
     assert len(servers) == 2
     assert "secret" not in printed
     shell = subprocess.run(
-        ["bash", "-c", f"set -- {gateway}; printf %s \"$3\""], env={"VLLM_API_KEY": "secret"}, capture_output=True,
+        ["bash", "-c", f"set -- {gateway}; printf '%s\\n' \"$@\""], env={"VLLM_API_KEY": "secret"}, capture_output=True,
         text=True, check=True,
     )  # fmt: skip
-    config = json.loads(shell.stdout)
-    assert "Bearer secret" in json.dumps(config)
-    assert KEY not in json.dumps(config)
-    assert shlex.split(gateway)[:2] == ["envoy", "--config-yaml"]
+    assert "secret" not in shell.stdout  # what a process list would show
+    words = shlex.split(gateway)
+    assert words[:2] == ["envoy", "--config-yaml"]
+    assert "os.getenv" in json.dumps(json.loads(words[2]))
