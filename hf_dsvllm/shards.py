@@ -21,14 +21,14 @@ import torch
 
 from hf_dsvllm.errors import ExportError
 from hf_dsvllm.files import write_json
-from hf_dsvllm.weights import INDEX, SINGLE, TensorPlan
+from hf_dsvllm.weights import FLOATS, INDEX, OTHERS, SINGLE, TensorPlan
 
 __all__ = ["DEFAULT_SHARD_BYTES", "shard_names", "write_shards"]
 
 DEFAULT_SHARD_BYTES = 5 * 10**9  # what save_pretrained of transformers 4 wrote, and what vLLM loads in parallel
 WORKERS = 8  # enough to keep a GPU, a page cache and a RAID busy; more only adds memory
 SMALL_BYTES = 64 << 20  # below it threads cost more than they bring
-CODES = {torch.bfloat16: "BF16", torch.float16: "F16", torch.float32: "F32"}
+CODES = {dtype: code for code, dtype in (FLOATS | OTHERS).items()}
 
 
 def write_shards(

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors.torch import load_file
 
 from hf_dsvllm import shards as shards_module
 from hf_dsvllm.errors import ExportError
@@ -70,3 +71,11 @@ def test_an_index_that_cannot_be_written_is_the_same_error(tmp_path: Path, monke
     monkeypatch.setattr(shards_module, "write_json", full)
     with pytest.raises(ExportError, match=r"index\.json cannot be written: No space left"):
         write(tmp_path, workers=1)
+
+
+def test_whole_numbers_and_truth_values_are_written_as_they_are(tmp_path: Path) -> None:
+    tensors = {"ids": torch.tensor([3, 1, 2]), "mask": torch.tensor([True, False]), "weight": torch.ones(2, 2)}
+    plan = [TensorPlan(name=name, shape=tuple(each.shape), dtype=each.dtype) for name, each in tensors.items()]
+    write_shards(tmp_path, plan, tensors.__getitem__)
+    written = load_file(tmp_path / "model.safetensors")
+    assert all(torch.equal(written[name], each) for name, each in tensors.items())
