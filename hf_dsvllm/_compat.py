@@ -5,18 +5,26 @@ from __future__ import annotations
 import contextlib
 import logging
 import sys
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 __all__ = [
     "join_deepspeed_on_cpu",
     "keep_4bit_weights_packed",
+    "keep_out_of_uploads",
     "log_through_trainer",
     "note_best",
     "outside_zero3",
     "quiet_early_stopping",
 ]
+
+# What a run writes into its output folder beside the Trainer's own files, as patterns of huggingface_hub.
+OF_A_RUN = (
+    *("export/*", "export-*/*", "snapshots/*", "evals/*", "evals-before-*/*", "engine/*", "tokenizer/*"),
+    *("run.json", "plan.json", "measured.json", "ds_config.json", "report.html", ".running", ".*.tmp", ".*.tmp/*"),
+)
+_kept_out: dict[Path, tuple[str, ...]] = {}  # patterns by output folder
 
 
 def join_deepspeed_on_cpu() -> None:
@@ -118,3 +126,37 @@ def quiet_early_stopping() -> None:
 def is_about_something_else(record: logging.LogRecord) -> bool:
     """Whether a log record is not the one above."""
     return "so early stopping is disabled" not in record.getMessage()
+
+
+def keep_out_of_uploads(trainer: Any) -> None:
+    """Let `push_to_hub` of the Trainer leave what a run writes in its output folder: weights, prompts, logs.
+
+    It uploads everything there but checkpoints, by patterns that nobody can add to; remove when they are an argument
+    (read in transformers 5.19, trainer.py, `push_to_hub` and `_push_from_checkpoint`).
+    """
+    folder, export = Path(trainer.args.output_dir).absolute(), trainer.args.export_to
+    patterns = OF_A_RUN
+    if export and Path(export).absolute().is_relative_to(folder):
+        name = Path(export).absolute().relative_to(folder).as_posix()
+        patterns += () if name == "." else (f"{name}/*", f"{name}-*/*")
+    _kept_out[folder] = tuple(dict.fromkeys((*_kept_out.get(folder, ()), *patterns)))
+    module: Any = sys.modules["transformers.trainer"]
+    if not isinstance(module.hf_api, _HubOfTheTrainer):
+        module.hf_api = _HubOfTheTrainer(module.hf_api)
+
+
+class _HubOfTheTrainer:
+    """transformers' `hf_api`, and the client it returns, with our patterns in `upload_folder`."""
+
+    def __init__(self, hf_api: Callable[[], Any]) -> None:
+        self._hf_api = hf_api
+
+    def __call__(self) -> _HubOfTheTrainer:
+        return self
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self._hf_api(), name)
+
+    def upload_folder(self, *, folder_path: Any, ignore_patterns: Any = None, **more: Any) -> Any:
+        patterns = [*(ignore_patterns or ()), *_kept_out.get(Path(folder_path).absolute(), ())]
+        return self._hf_api().upload_folder(folder_path=folder_path, ignore_patterns=patterns or None, **more)

@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import hashlib
 import os
 import sys
+import traceback
 from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import ParamSpec, TypeVar
 
-from hf_dsvllm.errors import DsvllmError
+from hf_dsvllm.errors import DsvllmError, GpuMemoryError
 
-__all__ = ["friendly", "friendly_errors", "is_main_process", "say"]
+__all__ = ["friendly", "friendly_errors", "is_main_process", "say", "say_error"]
 
 EXIT_CODE = 2
 P = ParamSpec("P")
@@ -29,14 +32,50 @@ def say(message: str) -> None:
         print(f"hf-dsvllm: {message}", file=sys.stderr, flush=True)
 
 
+def say_error(error: DsvllmError) -> None:
+    """Print an error of ours to stderr, from whatever rank: of ranks that say the same, the first one of a machine."""
+    text = str(error)
+    if isinstance(error, GpuMemoryError) and error.__cause__ is not None:
+        text += f"\n    cause: {_one_line(error.__cause__)}"
+    if _said_by_another_rank(text):
+        return
+    who = "" if is_main_process() else f"rank {os.environ['RANK']}: "
+    print(f"\nhf-dsvllm: error: {who}{text}\n", file=sys.stderr, flush=True)
+
+
+def _one_line(error: BaseException) -> str:
+    """`OutOfMemoryError at modeling.py:240: the message`."""
+    frames = traceback.extract_tb(error.__traceback__)
+    place = f" at {os.path.basename(frames[-1].filename)}:{frames[-1].lineno}" if frames else ""
+    return f"{type(error).__name__}{place}: {' '.join(str(error).split())}"
+
+
+def _said_by_another_rank(text: str) -> bool:
+    """Whether a rank of this machine has printed `text`: torchrun gives the ranks of each start a folder for errors.
+
+    Without that folder, or where it cannot be written, nobody knows, and every rank prints.
+    """
+    own = os.environ.get("TORCHELASTIC_ERROR_FILE")  # FOLDER/RANK/error.json
+    if not own:
+        return False
+    name = f"hf-dsvllm-error-{hashlib.sha256(text.encode()).hexdigest()[:16]}.txt"
+    try:
+        with (Path(own).parent.parent / name).open("x", encoding="utf-8") as file:
+            file.write(text)
+    except FileExistsError:
+        return True
+    except OSError:
+        pass
+    return False
+
+
 @contextlib.contextmanager
 def friendly_errors() -> Iterator[None]:
     """Turn an error of ours into its message and exit code 2, and Ctrl-C into 130; others pass."""
     try:
         yield
     except DsvllmError as error:
-        if is_main_process():
-            print(f"\nhf-dsvllm: error: {error}\n", file=sys.stderr, flush=True)
+        say_error(error)
         raise SystemExit(EXIT_CODE) from None
     except KeyboardInterrupt:
         say("interrupted")

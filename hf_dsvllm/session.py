@@ -18,7 +18,7 @@ from typing import Any
 import torch
 
 from hf_dsvllm import adapters, speedups
-from hf_dsvllm._compat import keep_4bit_weights_packed
+from hf_dsvllm._compat import keep_4bit_weights_packed, keep_out_of_uploads
 from hf_dsvllm.adapter_format import serving_problems
 from hf_dsvllm.arguments import full_dtype, resolve_preset, training_device
 from hf_dsvllm.callback import SessionCallback
@@ -205,6 +205,7 @@ class Session:
             exact = self.place is not None and self.device == self.place.device == "cpu"
             self.canary = canary_of(trainer, self.tasks, exact=exact)
         self.ready_engine(trainer)
+        keep_out_of_uploads(trainer)
         scores = SessionCallback(self, trainer)
         trainer.add_callback(scores)
         # Early stopping and best-model selection read the scores this callback adds, so it comes first.

@@ -11,8 +11,9 @@ from hf_dsvllm.presets import Preset
 
 __all__ = ["Wiring", "check_wiring", "read_wiring"]
 
-# What Trainer.model_wrapped is when several processes train one model without DeepSpeed; FSDP 2 renames the class.
-AVERAGES_GRADIENTS = ("DistributedDataParallel", "FullyShardedDataParallel", "FSDP")
+# What Trainer.model_wrapped is when several processes train one model without a DeepSpeed configuration of ours; its
+# engine is there by accelerate's own file.  FSDP 2 renames the class.
+AVERAGES_GRADIENTS = ("DistributedDataParallel", "FullyShardedDataParallel", "FSDP", "DeepSpeedEngine")
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -38,6 +39,7 @@ class Wiring:
 def read_wiring(trainer: Any) -> Wiring:
     """Read the engine, stage, world size and adapters of `trainer` once training has begun."""
     wrapped = trainer.model_wrapped
+    wrapped = getattr(wrapped, "_orig_mod", wrapped)  # accelerate compiles last, around everything
     stage_of = getattr(wrapped, "zero_optimization_stage", None)
     modules = list(trainer.model.modules())
     return Wiring(

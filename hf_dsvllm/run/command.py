@@ -12,12 +12,14 @@ import dataclasses
 import difflib
 import importlib.util
 import sys
-from collections.abc import Mapping, Sequence
+import types
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, get_type_hints
+from typing import Any, get_args, get_type_hints
 
 import yaml
 
+from hf_dsvllm.adapters import ALL_LINEAR
 from hf_dsvllm.errors import ConfigError, Problem
 from hf_dsvllm.fields import PresetFields, added_fields
 
@@ -35,8 +37,21 @@ __all__ = [
 COMMAND_LINE = "the command line"
 # The variable that names where a failing rank leaves its exit code: torchrun turns every code into 1.
 EXIT_FILE = "HF_DSVLLM_EXIT_FILE"
-_KINDS: dict[str, Any] = get_type_hints(PresetFields)
 _BOOLS = {**dict.fromkeys(("yes", "true", "t", "y", "1"), True), **dict.fromkeys(("no", "false", "f", "n", "0"), False)}
+# How a word becomes a value of each kind there is, and what is wanted where it does not.
+_READ: dict[Any, Callable[[str], Any]] = {bool: lambda text: _BOOLS[text.lower()], int: int, float: float, str: str}
+_WANTED = {bool: "true or false", int: "a whole number", float: "a number"}
+
+
+def _kind(hint: Any) -> Any:
+    """The type that a field holds besides None."""
+    if not isinstance(hint, types.UnionType):
+        return hint
+    (kind,) = set(get_args(hint)) - {types.NoneType}
+    return kind
+
+
+_KINDS: dict[str, Any] = {name: _kind(hint) for name, hint in get_type_hints(PresetFields).items()}
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -51,6 +66,8 @@ class AdapterOptions:
     def chosen(self) -> dict[str, Any]:
         """The options that were given, as fields of TRL's `ModelConfig`."""
         values = {field.name: getattr(self, field.name) for field in dataclasses.fields(self)}
+        if self.lora_target_modules == (ALL_LINEAR,):
+            values["lora_target_modules"] = ALL_LINEAR
         return {name: list(v) if isinstance(v, tuple) else v for name, v in values.items() if v is not None}
 
     def words(self) -> list[str]:
@@ -183,7 +200,7 @@ def _take(kind: Any, words: list[str]) -> list[str]:
     if kind is bool:
         return [words.pop(0)] if is_value() and words[0].lower() in _BOOLS else ["true"]
     taken = []
-    while is_value() and (not taken or kind == (list[str] | None)):
+    while is_value() and (not taken or kind == list[str]):
         taken.append(words.pop(0))
     return taken
 
@@ -192,18 +209,27 @@ def _convert(name: str, texts: Sequence[str]) -> tuple[Any, list[Problem]]:
     kind = _KINDS[name]
     if not texts:
         return None, [Problem(f"--{name} has no value", f"--{name} VALUE, or leave it out")]
-    if kind == (list[str] | None):
+    if kind == list[str]:
         return list(texts), []
-    text = texts[0]
     try:
-        if kind is bool:
-            return _BOOLS[text.lower()], []
-        if kind in (int, int | None):
-            return int(text), []
-        return (float(text) if kind is float else text), []
+        return _READ[kind](texts[0]), []
     except (KeyError, ValueError):
-        wanted = {bool: "true or false", float: "a number"}.get(kind, "a whole number")
-        return None, [Problem(f"--{name} {text} is not {wanted}", f"--{name} with {wanted}")]
+        wanted = _WANTED[kind]
+        return None, [Problem(f"--{name} {texts[0]} is not {wanted}", f"--{name} with {wanted}")]
+
+
+def _convert_yaml(name: str, value: Any) -> tuple[Any, list[Problem]]:
+    """A value of a YAML file, read as if it were typed; a text alone is a list of one."""
+    kind = _KINDS[name]
+    if value is None:
+        return (None, []) if getattr(PresetFields, name) is None else _convert(name, [])
+    if kind not in (str, list[str]):
+        return _convert(name, [str(value)])
+    texts = value if kind == list[str] and isinstance(value, list) else [value]
+    other = next((text for text in texts if not isinstance(text, str)), None)
+    if other is not None:
+        return None, [Problem(f"--{name} {other} is not text to YAML", f'in quotes: "{other}"')]
+    return (value if kind is str else texts), []
 
 
 def _from_yaml(script_args: Sequence[str]) -> tuple[str, dict[str, Any], list[Problem]]:
@@ -217,8 +243,13 @@ def _from_yaml(script_args: Sequence[str]) -> tuple[str, dict[str, Any], list[Pr
         content = yaml.safe_load(file.read_text(encoding="utf-8"))
     except (OSError, yaml.YAMLError) as error:
         return "", {}, [Problem(f"--config {file} cannot be read: {error}", "correct the file or its name")]
-    found = content if isinstance(content, dict) else {}
-    return str(file), {name: value for name, value in found.items() if name in _KINDS}, []
+    ours: dict[str, Any] = {}
+    problems = []
+    for name, value in content.items() if isinstance(content, dict) else ():
+        if name in _KINDS:
+            ours[name], trouble = _convert_yaml(name, value)
+            problems += [dataclasses.replace(problem, fix=f"{problem.fix}, in {file}") for problem in trouble]
+    return str(file), ours, problems
 
 
 def _from_args_file(path: Path | None) -> tuple[str, dict[str, Any], list[Problem]]:

@@ -137,7 +137,9 @@ def _trainer(run: Run, door: ForTrainers, module: ModuleType) -> None:
     def checked_train(self: Any, *args: Any, **kwargs: Any) -> Any:
         door.before_training(self)
         with run.at_work():
-            return train(self, *args, **kwargs)
+            result = train(self, *args, **kwargs)
+        door.after_training(self)
+        return result
 
     trainer.__new__ = __new__
     trainer.__init__ = __init__

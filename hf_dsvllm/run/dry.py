@@ -3,14 +3,21 @@
 from __future__ import annotations
 
 import json
+import re
 import shlex
+from typing import Any
 
-from hf_dsvllm.adapters import trl_flags
+from hf_dsvllm.adapters import ALL_LINEAR, trl_flags
 from hf_dsvllm.auto import is_auto
 from hf_dsvllm.presets import Preset
+from hf_dsvllm.run.command import Command
 from hf_dsvllm.run.parent import Plan
+from hf_dsvllm.run.state import TASK_TYPES
 
 __all__ = ["as_text"]
+
+# TRL's defaults (kept so by a test), which adapters in scripts without flags for them have.
+LORA = {"lora_r": 16, "lora_alpha": 32, "lora_dropout": 0.05, "lora_target_modules": ALL_LINEAR}
 
 
 def as_text(plan: Plan) -> str:
@@ -75,29 +82,54 @@ def _without_us(plan: Plan) -> list[str]:
     elif preset is not None and preset.arguments:
         values = ", ".join(f"{setting.key}={setting.value!r}" for setting in preset.arguments)
         lines.append(f"# and in its TrainingArguments: {values}")
-    if preset is not None and preset.adapter:
-        if knows_peft:
-            words += trl_flags(preset, plan.device)
-        else:
-            lines += _adapter_code(preset, plan.device)
+    if knows_peft:
+        words += _adapter_flags(plan, "RewardConfig" in source)
+    elif preset is not None and preset.adapter:
+        lines += _adapter_code(preset, plan.device, command, source)
     return [*lines, _shell(words, environment)]
 
 
-def _adapter_code(preset: Preset, device: str) -> list[str]:
-    """What has to be added to a script that knows no adapters."""
+def _adapter_flags(plan: Plan, rewards: bool) -> list[str]:
+    """TRL's own flags for the preset's adapter, but for those the script has been given, and the command's options."""
+    typed = {word.partition("=")[0].replace("-", "_") for word in plan.command.script_args}
+    flags: dict[str, list[str]] = {}
+    for word in trl_flags(plan.preset, plan.device) if plan.preset is not None else ():
+        if word.startswith("--"):
+            values = flags.setdefault(word, [])
+        else:
+            values.append(word)
+    if rewards and flags:
+        flags["--lora_task_type"] = ["SEQ_CLS"]  # as `for_arguments` settles a reward model
+    flags = {flag: values for flag, values in flags.items() if flag.replace("-", "_") not in typed}
+    for name, value in plan.command.adapter.chosen().items():
+        flags[f"--{name}"] = [str(v) for v in (value if isinstance(value, list) else [value])]
+    return [word for flag, values in flags.items() for word in (flag, *values)]
+
+
+def _adapter_code(preset: Preset, device: str, command: Command, source: str) -> list[str]:
+    """What has to be added to a script that knows no adapters; its kind of model is guessed from its text."""
     dtype = "float32" if device == "cpu" else "bfloat16"
     lines = ["# and in the script, which knows no adapters:"]
     if preset.adapter == "qlora":
         storage = dtype if preset.zero_stage == 3 else "uint8"
+        loaded = [*re.findall(r"\bAutoModelFor\w+", source), "AutoModelForCausalLM"][0]
         lines += [
             "#   quantization_config = BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type='nf4',",
             f"#       bnb_4bit_use_double_quant=True, bnb_4bit_compute_dtype='{dtype}',",
             f"#       bnb_4bit_quant_storage='{storage}')",
-            "#   model = AutoModelForCausalLM.from_pretrained(..., quantization_config=quantization_config)",
+            f"#   model = {loaded}.from_pretrained(..., quantization_config=quantization_config)",
         ]
+    values: dict[str, Any] = LORA | command.adapter.chosen()
+    rank, alpha, dropout, targets = (values[name] for name in LORA)
     return [
         *lines,
-        "#   lora = LoraConfig(r=16, lora_alpha=32, lora_dropout=0.05, target_modules='all-linear',",
-        "#       task_type='CAUSAL_LM')",
+        f"#   lora = LoraConfig(r={rank}, lora_alpha={alpha}, lora_dropout={dropout}, target_modules={targets!r},",
+        f"#       task_type='{_task_type(source)}')",
         "#   model = get_peft_model(model, lora)  # before the Trainer",
     ]
+
+
+def _task_type(source: str) -> str:
+    if "ForSeq2SeqLM" in source or "ForConditionalGeneration" in source:
+        return "SEQ_2_SEQ_LM"
+    return next((task for end, task in TASK_TYPES.items() if end in source), "CAUSAL_LM")

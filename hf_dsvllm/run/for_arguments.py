@@ -66,7 +66,7 @@ class ForArguments:
             self._settle_reward_model(model_args)
         for name, value in run.command.adapter.chosen().items():
             setattr(model_args, name, value)
-        run.model_args = model_args
+        run.model_args, run.described = model_args, False
         run.prepare()
         if run.adapter:
             run.lines["adapter"] = f"{run.adapter} by TRL's own ModelConfig"
@@ -86,7 +86,7 @@ class ForArguments:
             say(str(Fix("dtype", "float32", "bfloat16", "TRL casts the head of a 4-bit reward model to bf16")))
 
     def _subclass(self, cls: Any, base: Any) -> type:
-        from hf_dsvllm.arguments import has_generated_init, resolve_preset
+        from hf_dsvllm.arguments import has_generated_init
 
         run = self._run
 
@@ -99,7 +99,7 @@ class ForArguments:
                 base.__post_init__(args)
             except ConfigError as error:
                 raise run.fail(*error.problems, *self._lines_to_swap(error)) from None
-            run.args, run.preset = args, resolve_preset(args)
+            run.use(args)
             run.lines.setdefault("arguments", f"{cls.__name__} at {script_line()}")
 
         def __reduce_ex__(args: Any, protocol: Any) -> tuple[Any, ...]:
@@ -135,7 +135,10 @@ class ForArguments:
         command, problems = self._run.command, []
         for name in sorted({"ds_preset", *command.given}):
             seen, found = command.value(name), getattr(args, name)
-            if found != seen and not is_auto(seen):
+            if isinstance(seen, list) and isinstance(found, str):  # a list of one, as TRL's parser leaves it in YAML
+                found = [found]
+                setattr(args, name, found)
+            if found != seen and not (name == "ds_preset" and is_auto(seen)):
                 place = command.given[name].place if name in command.given else "the command line"
                 problems.append(
                     Problem(

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 from hf_dsvllm.console import say
 from hf_dsvllm.ds_config import RunShape, build
@@ -11,9 +12,14 @@ from hf_dsvllm.launch import become_single_process, read_launch
 from hf_dsvllm.presets import Preset
 from hf_dsvllm.run.for_arguments import ForArguments
 from hf_dsvllm.run.lines import script_line
-from hf_dsvllm.run.state import Run
+from hf_dsvllm.run.state import Run, task_type
 
-__all__ = ["ForModels", "early_config"]
+if TYPE_CHECKING:
+    from trl import ModelConfig
+
+__all__ = ["ForModels", "early_config", "has_head"]
+
+HEAD = re.compile("For[A-Z]|LMHead|DoubleHeads")  # RoFormerModel has none
 
 
 class ForModels:
@@ -43,23 +49,33 @@ class ForModels:
         if self._run.args is None and self._arguments.whole_model is None:
             self._arguments.whole_model = script_line()
 
-    def before_load(self, cls: type, name: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
+    def before_load(self, cls: Any, name: Any, kwargs: dict[str, Any]) -> dict[str, Any]:
         """The keyword arguments to load with.
 
-        Only models with a head are looked at: the Trainer refuses others, so they are helpers.
+        Only models with a head are looked at: the Trainer refuses others, so they are helpers.  vLLM starts for the
+        first one that writes text; which one is trained is known when the trainer is made.
         """
         run = self._run
-        if run.constructing or run.busy or name is None or "For" not in cls.__name__:
+        if run.constructing or run.busy or name is None or not has_head(cls):
             return kwargs
         if run.args is None and run.shards_weights:
             self._arguments.sharded_early = script_line()
-        if run.model_args is None:
-            more = {key: kwargs.get(key) for key in ("revision", "trust_remote_code")}
-            run.describe_model(str(name), cls, kwargs.get("config"), **more)
-        run.prepare()
-        return self._in_four_bits(cls, kwargs)
+        run.loaded[str(name)] = {key: kwargs.get(key) for key in ("revision", "trust_remote_code")}
+        if self._only_helps(cls):
+            return kwargs
+        settings = run.model_args or run.describe(str(name), task_type(cls, kwargs.get("config")))
+        if cls.can_generate():
+            run.model_args = settings
+            if run.session is None:
+                run.prepare()
+        return self._in_four_bits(cls, name, settings, kwargs)
 
-    def _in_four_bits(self, cls: type, kwargs: dict[str, Any]) -> dict[str, Any]:
+    def _only_helps(self, cls: Any) -> bool:
+        """Whether TRL's arguments tell that this is not the model trained: a reward model beside a policy, say."""
+        kind = next((base for base in type(self._run.args).__mro__ if base.__module__.startswith("trl.")), None)
+        return kind is not None and cls.can_generate() == (kind.__name__ == "RewardConfig")
+
+    def _in_four_bits(self, cls: type, name: Any, settings: ModelConfig, kwargs: dict[str, Any]) -> dict[str, Any]:
         run = self._run
         own = kwargs.get("quantization_config") or getattr(kwargs.get("config"), "quantization_config", None)
         if run.adapter != "qlora" or own is not None:
@@ -67,16 +83,22 @@ class ForModels:
         import torch
         from trl import get_quantization_config
 
-        kwargs = {**kwargs, "quantization_config": get_quantization_config(run.model_args)}
+        kwargs = {**kwargs, "quantization_config": get_quantization_config(settings)}
         if kwargs.get("dtype", kwargs.get("torch_dtype")) in (None, "auto"):
             kwargs.pop("torch_dtype", None)
-            kwargs["dtype"] = getattr(torch, run.model_args.dtype)
+            kwargs["dtype"] = getattr(torch, settings.dtype)
         if run.args is None and torch.cuda.is_available():
             # The arguments choose the GPU of this rank; they are not there yet.
             kwargs.setdefault("device_map", {"": read_launch().local_rank})
-        run.lines["4 bit"] = f"{cls.__name__} loaded in 4 bit at {script_line()}"
-        say(run.lines["4 bit"])
+        line = f"{cls.__name__} loaded in 4 bit at {script_line()}"
+        run.lines["4 bit"] = "; ".join(filter(None, (run.lines.get("4 bit"), line)))
+        say(f"{line}: {name}")
         return kwargs
+
+
+def has_head(cls: Any) -> bool:
+    """Whether models of this class compute a loss or write text."""
+    return bool(HEAD.search(cls.__name__)) or bool(cls.can_generate())
 
 
 def early_config(preset: Preset, device: str, nvme_path: str | None) -> dict[str, Any]:

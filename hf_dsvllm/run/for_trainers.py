@@ -2,16 +2,21 @@
 
 from __future__ import annotations
 
+import copy
 import inspect
+import itertools
+import weakref
+from collections.abc import Callable, Iterator, Sequence
+from pathlib import Path
 from typing import Any
 
 from hf_dsvllm.console import say
 from hf_dsvllm.errors import Problem, WiringError
-from hf_dsvllm.fields import asks_for_answers
+from hf_dsvllm.fields import PresetFields, asks_for_answers
 from hf_dsvllm.run.lines import script_line
-from hf_dsvllm.run.state import Run, model_name
+from hf_dsvllm.run.state import Run, innermost
 
-__all__ = ["ForTrainers", "bound", "is_adapted"]
+__all__ = ["ForTrainers", "SavesAdapters", "accepted", "bound", "given_to", "is_adapted"]
 
 
 class ForTrainers:
@@ -19,26 +24,28 @@ class ForTrainers:
 
     def __init__(self, run: Run) -> None:
         self._run = run
-        self._wrapped: dict[int, Any] = {}  # by the id of the model inside, which lives as long
+        self._exports: dict[Path, weakref.ref[Any]] = {}  # by whom
 
     def before(self, cls: Any, trainer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """The keyword arguments for a trainer's constructor: TRL's take adapters and quantisation themselves."""
         run = self._run
         if run.constructing > 1:
             return kwargs
-        given = bound(cls.__init__, trainer, args, kwargs)
+        given = given_to(cls, trainer, args, kwargs)
         model = given.get("model")
-        if isinstance(model, str) and run.model_args is None:
-            run.describe_model(model, None, None)
-        run.forget_another_model(model)
-        if run.model_args is not None:
+        own = next((value for value in given.values() if isinstance(value, PresetFields)), None)
+        if own is not None:
+            run.use(own)  # type: ignore[arg-type]
+        if model is not None:
+            run.settle_model(model, cls)
+        if run.model_args is not None and (isinstance(model, str) or _writes_text(model)):
             run.prepare()
-        takes = inspect.signature(cls.__init__).parameters
+        takes = accepted(cls)
         if run.model_args is None or run.adapter is None or "peft_config" not in takes:
             return kwargs
         return kwargs if given.get("peft_config") or is_adapted(model) else {**kwargs, **self._for_trl(given, takes)}
 
-    def _for_trl(self, given: dict[str, Any], takes: Any) -> dict[str, Any]:
+    def _for_trl(self, given: dict[str, Any], takes: set[str]) -> dict[str, Any]:
         from trl import get_peft_config, get_quantization_config
 
         model_args, args = self._run.model_args, given.get("args")
@@ -58,7 +65,8 @@ class ForTrainers:
             return given
         if is_adapted(model):
             # The script's variable is the model inside: a second trainer gets the whole again.
-            return {**given, "model": self._wrapped.get(id(model), model)}
+            saves = vars(model).get("save_pretrained")
+            return {**given, "model": saves.wrapped if isinstance(saves, SavesAdapters) else model}
         name, line = run.preset.name, script_line()
         if model is None:
             raise run.fail(
@@ -95,12 +103,10 @@ class ForTrainers:
 
         run = self._run
         args = TrainingArguments(output_dir="tmp_trainer") if args is None else args  # the Trainer's own default
-        if run.model_args is None:
-            run.describe_model(model_name(model), type(model), getattr(model, "config", None))
+        run.settle_model(model, object)
         set_seed(args.seed)  # adapters start at random; the Trainer seeds anew right after
         wrapped = adapters.wrap(model, get_peft_config(run.model_args), args)
-        _let_save_adapters(model, wrapped)
-        self._wrapped[id(model)] = wrapped
+        model.save_pretrained = SavesAdapters(model, wrapped)
         run.lines["adapter"] = f"{type(model).__name__} given adapters at {script_line()}"
         return {"model": wrapped, "args": args}
 
@@ -109,19 +115,13 @@ class ForTrainers:
         run = self._run
         if run.constructing:
             return
-        run.args = trainer.args
+        run.use(trainer.args)
         self._refuse_foreign_models(trainer.model)
-        run.forget_another_model(trainer.model)
-        if run.model_args is None:
-            run.describe_model(model_name(trainer.model), type(trainer.model), trainer.model.config)
+        run.settle_model(trainer.model, type(trainer))
         run.lines["trainer"] = f"{type(trainer).__name__} at {script_line()}"
         self._check_model(trainer)
         run.prepare()
-        session, run.session = run.session, None
-        if session is None:
-            raise AssertionError("prepare makes a session once the arguments exist")
-        run.trainers += 1
-        session.args = trainer.args
+        session = run.give_out()
         dtype = getattr(trainer.model, "dtype", None)
         if dtype is not None and not session.model_args.load_in_4bit:
             session.model_args.dtype = str(dtype).removeprefix("torch.")
@@ -131,7 +131,8 @@ class ForTrainers:
             trainer.processing_class = load_tokenizer(session.args, session.model_args)
             say("the trainer was given no processing_class: evaluation takes the model's own tokenizer")
         session.attach(trainer)
-        trainer.add_callback(_report(run, session, trainer))
+        trainer.add_callback(_report(tuple(run.lines.values()), session, trainer))
+        run.lines.pop("4 bit", None)
 
     def _refuse_foreign_models(self, model: Any) -> None:
         """Snapshots and adapters need transformers' way of saving."""
@@ -146,9 +147,9 @@ class ForTrainers:
     def _check_model(self, trainer: Any) -> None:
         """Evaluation and export are for models that write text and come from somewhere."""
         run, model = self._run, trainer.model
-        inner = model.get_base_model() if hasattr(model, "get_base_model") else model
+        inner = innermost(model)
         name, found = type(inner).__name__, str(run.model_args.model_name_or_path)
-        writes = bool(getattr(inner, "can_generate", bool)())
+        writes = _writes_text(inner)
         if not writes:
             run.refuse_evaluation(name)
         if not found and asks_for_answers(trainer.args):
@@ -164,25 +165,87 @@ class ForTrainers:
             say(f"export_to=none: {name} {why}; the script's own save_model keeps it")
 
     def before_training(self, trainer: Any) -> None:
-        """Raise WiringError for a trainer that does not carry our callback."""
-        from hf_dsvllm.callback import SessionCallback
-
-        if not any(isinstance(callback, SessionCallback) for callback in trainer.callback_handler.callbacks):
+        """Raise WiringError for a trainer that does not carry our callback; let its export overwrite no other's."""
+        session = _session_of(trainer)
+        if session is None:
             self._run.failed = WiringError(
                 f"{type(trainer).__name__} starts to train without the callback of this run: the script has removed "
                 "it. Nothing was trained."
             )
             raise self._run.failed
         self._run.trained = True
+        asked = _export_folder(trainer.args, session)
+        free = next((folder for folder in _numbered(asked) if self._may_export(trainer, folder)), None)
+        if free != asked:
+            say(f"export_to={free}: {asked} is the export of an earlier trainer of this script")
+            session.args = copy.copy(trainer.args)
+            session.args.export_to = str(free)
+
+    def _may_export(self, trainer: Any, folder: Path) -> bool:
+        by = self._exports.get(folder.absolute())
+        return by is None or by() is trainer
+
+    def after_training(self, trainer: Any) -> None:
+        """Remember whose export is where."""
+        session = _session_of(trainer)
+        folder = None if session is None else _export_folder(session.args, session)
+        if folder is not None:
+            self._exports[folder.absolute()] = weakref.ref(trainer)
 
 
-def _report(run: Run, session: Any, trainer: Any) -> Any:
+class SavesAdapters:
+    """`save_pretrained` of the model inside `wrapped`, the script's own variable: adapters while it holds any."""
+
+    def __init__(self, model: Any, wrapped: Any) -> None:
+        self.model = model
+        self.wrapped = wrapped
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        if is_adapted(self.model):
+            return self.wrapped.save_pretrained(*args, **kwargs)
+        return type(self.model).save_pretrained(self.model, *args, **kwargs)
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> SavesAdapters:
+        return SavesAdapters(copy.deepcopy(self.model, memo), copy.deepcopy(self.wrapped, memo))
+
+    def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, str]]:
+        # As the method that is called now: a pickled model loads where this package is not installed.
+        return getattr, (self.wrapped if is_adapted(self.model) else self.model, "save_pretrained")
+
+
+def _writes_text(model: Any) -> bool:
+    return bool(getattr(innermost(model), "can_generate", bool)())
+
+
+def _session_of(trainer: Any) -> Any:
+    """The session whose callback a trainer carries, None without one."""
+    from hf_dsvllm.callback import SessionCallback
+
+    callbacks = trainer.callback_handler.callbacks
+    return next((callback.session for callback in callbacks if isinstance(callback, SessionCallback)), None)
+
+
+def _export_folder(args: Any, session: Any) -> Path | None:
+    """Where a run exports to; None for nowhere."""
+    if args.export_to == "none":
+        return None
+    return Path(args.export_to) if args.export_to else session.run_dir / "export"
+
+
+def _numbered(folder: Path | None) -> Iterator[Path]:
+    """`folder`, then the same with a number from 2 on; nothing for None."""
+    if folder is not None:
+        yield folder
+        yield from (folder.with_name(f"{folder.name}-{number}") for number in itertools.count(2))
+
+
+def _report(lines: Sequence[str], session: Any, trainer: Any) -> Any:
     """The callback that says, from the live objects, what was wired where."""
     from transformers import TrainerCallback
 
     class Report(TrainerCallback):
         def on_train_begin(self, *_args: Any, **_kwargs: Any) -> None:
-            parts = list(run.lines.values())
+            parts = list(lines)
             for name, config in getattr(trainer.model, "peft_config", {}).items():
                 layers = sorted({target.rpartition(".")[2] for target in config.target_modules or ()})
                 parts.append(f"adapter {name!r} on {', '.join(layers)}")
@@ -193,6 +256,32 @@ def _report(run: Run, session: Any, trainer: Any) -> Any:
     return Report()
 
 
+def given_to(cls: type, trainer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
+    """The arguments of a constructor by name; one that only hands `*args, **kwargs` on is passed over."""
+    names = (init for init in _constructors(cls) if not _hands_all_on(init))
+    return bound(next(names, cls.__init__), trainer, args, kwargs)
+
+
+def accepted(cls: type) -> set[str]:
+    """The names a constructor takes, with those that its `**kwargs` take to the classes above."""
+    names: set[str] = set()
+    for init in _constructors(cls):
+        parameters = inspect.signature(init).parameters
+        names |= set(parameters)
+        if all(parameter.kind is not parameter.VAR_KEYWORD for parameter in parameters.values()):
+            break
+    return names
+
+
+def _constructors(cls: type) -> Iterator[Callable[..., None]]:
+    return (vars(base)["__init__"] for base in cls.__mro__ if "__init__" in vars(base))
+
+
+def _hands_all_on(init: Callable[..., None]) -> bool:
+    kinds = [parameter.kind for parameter in inspect.signature(init).parameters.values()]
+    return set(kinds[1:]) == {inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD}
+
+
 def bound(function: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
     """The arguments by name, without `self`; {} for a call that does not fit, which python will refuse."""
     try:
@@ -201,6 +290,8 @@ def bound(function: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str,
         return {}
     found = dict(list(call.arguments.items())[1:])
     for parameter in call.signature.parameters.values():
+        if parameter.kind is inspect.Parameter.VAR_POSITIONAL:
+            found.pop(parameter.name, None)
         if parameter.kind is inspect.Parameter.VAR_KEYWORD:
             found.update(found.pop(parameter.name, {}))
     return found
@@ -209,14 +300,3 @@ def bound(function: Any, instance: Any, args: tuple[Any, ...], kwargs: dict[str,
 def is_adapted(model: Any) -> bool:
     """Whether there are LoRA layers in a model."""
     return hasattr(model, "modules") and any(hasattr(module, "lora_A") for module in model.modules())
-
-
-def _let_save_adapters(model: Any, wrapped: Any) -> None:
-    """The script's own variable is the model inside `wrapped`: while it holds adapters, it saves these."""
-
-    def save_pretrained(*args: Any, **kwargs: Any) -> Any:
-        if is_adapted(model):
-            return wrapped.save_pretrained(*args, **kwargs)
-        return type(model).save_pretrained(model, *args, **kwargs)
-
-    model.save_pretrained = save_pretrained

@@ -5,6 +5,7 @@ The launcher is torchrun, or `accelerate launch` with `--accelerate_config`; not
 
 from __future__ import annotations
 
+import contextlib
 import ctypes
 import dataclasses
 import os
@@ -12,11 +13,13 @@ import signal
 import subprocess
 import sys
 import tempfile
-from collections.abc import Mapping, Sequence
+import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
+import psutil
 import yaml
 
 from hf_dsvllm.auto import is_auto
@@ -34,6 +37,7 @@ __all__ = ["LaunchOptions", "Plan", "make_plan", "run_command", "start"]
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+GRACE_S = 30.0  # as torchrun gives its ranks between SIGTERM and SIGKILL
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -143,6 +147,8 @@ def start(plan: Plan) -> int:
         before = {number: signal.signal(number, forward) for number in FORWARDED}
         try:
             code = process.wait()
+            if got:
+                _end_group(process.pid, hurried=lambda: len(got) > 1)
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
@@ -152,6 +158,29 @@ def start(plan: Plan) -> int:
     if code < 0:
         return 128 - code
     return int(left) if code and left else code
+
+
+def _end_group(leader: int, *, hurried: Callable[[], bool]) -> None:
+    """End what an interrupted launcher leaves in its process group: accelerate's of one process hands no signal on."""
+    for number in (signal.SIGTERM, signal.SIGKILL):
+        deadline = time.monotonic() + GRACE_S
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(leader, number)
+        while _lives(leader):
+            if time.monotonic() > deadline or (number == signal.SIGTERM and hurried()):
+                break
+            time.sleep(0.05)
+        else:
+            return
+
+
+def _lives(group: int) -> bool:
+    """Whether the process group has a member that is not just waiting to be reaped."""
+    for process in psutil.process_iter():
+        with contextlib.suppress(OSError, psutil.Error):
+            if os.getpgid(process.pid) == group and process.status() != psutil.STATUS_ZOMBIE:
+                return True
+    return False
 
 
 def _die_with_us() -> None:

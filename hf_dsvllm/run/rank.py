@@ -14,7 +14,7 @@ import types
 from collections.abc import Sequence
 from pathlib import Path
 
-from hf_dsvllm.console import EXIT_CODE, end_process_group, friendly_errors, is_main_process, say
+from hf_dsvllm.console import EXIT_CODE, end_process_group, friendly_errors, say, say_error
 from hf_dsvllm.errors import DsvllmError
 from hf_dsvllm.run.command import EXIT_FILE, Command, nearest_of_ours, read_rank
 from hf_dsvllm.run.doors import install
@@ -96,7 +96,8 @@ def execute(command: Command) -> None:
         __cached__=None,
     )
     sys.modules["__main__"] = main_module
-    exec(compile(command.path.read_bytes(), file, "exec"), main_module.__dict__)
+    # Not with this file's own `from __future__` imports.
+    exec(compile(command.path.read_bytes(), file, "exec", dont_inherit=True), main_module.__dict__)
 
 
 def what_is_missing(run: Run) -> str | None:
@@ -112,8 +113,7 @@ def what_is_missing(run: Run) -> str | None:
 
 
 def _refuse(error: DsvllmError) -> int:
-    if is_main_process():
-        print(f"\nhf-dsvllm: error: {error}\n", file=sys.stderr, flush=True)
+    say_error(error)
     return EXIT_CODE
 
 
@@ -137,6 +137,13 @@ def _leave_code(code: int) -> None:
 
 
 def _die_with_the_launcher() -> None:
-    """Ask the kernel for SIGTERM when the launcher dies; a run under plain python belongs to nobody."""
-    if sys.platform == "linux" and "RANK" in os.environ:
-        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    """Ask the kernel for SIGTERM when the launcher dies; a run under plain python belongs to nobody.
+
+    accelerate's launcher of one process sets no RANK: that it is one of ours shows in the file for the exit code.
+    """
+    if sys.platform != "linux" or not {"RANK", EXIT_FILE} & set(os.environ):
+        return
+    launcher = os.getppid()
+    ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != launcher:  # it died just before
+        os.kill(os.getpid(), signal.SIGTERM)

@@ -108,6 +108,10 @@ ODD = {
     "classifier": ("qlora",),
     "from_config": ("zero3",),
     "second_trainer": ("lora",),
+    "folds": ("lora",),
+    "helper_first": ("qlora",),
+    "hands_everything_on": ("qlora",),
+    "compiled": ("ddp",),
     "saves_its_own_variable": ("lora",),
     "only_evaluates": ("ddp",),
     "default_arguments": ("lora",),
@@ -221,6 +225,29 @@ def test_a_model_made_from_a_configuration_is_sharded_too(outcomes: Mapping[str,
 
 def test_a_second_trainer_is_wired_too(outcomes: Mapping[str, Outcome]) -> None:
     assert outcomes["second_trainer"].trained().log.count("hf-dsvllm: wired:") == 2
+
+
+def test_each_fold_is_recorded_in_its_folder_and_its_model_freed(outcomes: Mapping[str, Outcome]) -> None:
+    done = outcomes["folds"].trained()
+    assert [(done.out / f"fold{fold}" / "run.json").is_file() for fold in (0, 1)] == [True, True]
+    assert not (done.out / "run.json").exists()
+    assert "models alive: 0" in done.log
+
+
+def test_a_helper_that_is_loaded_first_decides_nothing(outcomes: Mapping[str, Outcome]) -> None:
+    done = outcomes["helper_first"].trained()
+    assert "trained: PeftModelForCausalLM None" in done.log
+    assert "LlamaForSequenceClassification loaded in 4 bit" in done.wired
+
+
+def test_a_trainer_that_hands_its_arguments_on_gets_trls_adapters(outcomes: Mapping[str, Outcome]) -> None:
+    done = outcomes["hands_everything_on"].trained()
+    assert "14 layers in 4 bit" in done.running
+    assert "peft_config given to the trainer at odd.py:" in done.wired
+
+
+def test_a_compiled_model_trains_together(outcomes: Mapping[str, Outcome]) -> None:
+    assert outcomes["compiled"].trained().running.startswith("DistributedDataParallel, 2 processes")
 
 
 def test_the_scripts_own_variable_saves_its_adapters(outcomes: Mapping[str, Outcome]) -> None:

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 
-from hf_dsvllm.console import friendly, friendly_errors, is_main_process, say
-from hf_dsvllm.errors import ConfigError, PresetError, Problem
+from hf_dsvllm.console import friendly, friendly_errors, is_main_process, say, say_error
+from hf_dsvllm.errors import ConfigError, GpuMemoryError, PresetError, Problem
 
 
 def test_a_decision_goes_to_stderr(capsys: pytest.CaptureFixture[str]) -> None:
@@ -14,13 +16,64 @@ def test_a_decision_goes_to_stderr(capsys: pytest.CaptureFixture[str]) -> None:
     assert (out, err) == ("", "hf-dsvllm: bf16: False → True\n")
 
 
-def test_other_ranks_are_silent(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+def test_decisions_of_other_ranks_are_silent(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.setenv("RANK", "3")
     assert not is_main_process()
     say("anything")
-    with pytest.raises(SystemExit), friendly_errors():
-        raise PresetError("no")
     assert capsys.readouterr() == ("", "")
+
+
+def test_an_error_on_another_rank_is_printed_with_its_number(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("RANK", "3")
+    with pytest.raises(SystemExit) as caught, friendly_errors():
+        raise PresetError("no")
+    assert caught.value.code == 2
+    assert capsys.readouterr().err == "\nhf-dsvllm: error: rank 3: no\n\n"
+
+
+def test_what_all_ranks_of_a_start_say_is_printed_by_the_first(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    def printed(rank: int, message: str, attempt: int = 0) -> str:
+        folder = tmp_path / f"attempt_{attempt}"
+        folder.mkdir(exist_ok=True)
+        monkeypatch.setenv("RANK", str(rank))
+        monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(folder / str(rank) / "error.json"))
+        say_error(PresetError(message))
+        return capsys.readouterr().err
+
+    assert "error: rank 1: no preset" in printed(1, "no preset")
+    assert printed(0, "no preset") == printed(2, "no preset") == ""
+    assert "error: rank 2: another" in printed(2, "another")
+    assert "error: no preset" in printed(0, "no preset", attempt=1)
+
+
+def test_where_ranks_cannot_know_of_each_other_each_prints(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", str(tmp_path / "removed" / "attempt_0" / "1" / "error.json"))
+    for rank in ("0", "1"):
+        monkeypatch.setenv("RANK", rank)
+        say_error(PresetError("no"))
+    assert capsys.readouterr().err.count("hf-dsvllm: error: ") == 2
+
+
+def test_gpu_memory_shows_what_ran_out_where(capsys: pytest.CaptureFixture[str]) -> None:
+    try:
+        try:
+            raise MemoryError("CUDA out of memory.\nTried to allocate 2 GiB")
+        except MemoryError as cause:
+            raise GpuMemoryError("the GPU ran out of memory") from cause
+    except GpuMemoryError as error:
+        say_error(error)
+    lines = capsys.readouterr().err.splitlines()
+    assert lines[1] == "hf-dsvllm: error: the GPU ran out of memory"
+    assert lines[2].startswith("    cause: MemoryError at test_console.py:")
+    assert lines[2].endswith(": CUDA out of memory. Tried to allocate 2 GiB")
 
 
 def test_an_error_of_ours_is_its_message_and_exit_code_2(capsys: pytest.CaptureFixture[str]) -> None:

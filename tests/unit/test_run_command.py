@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import dataclasses
+import json
 from pathlib import Path
+from typing import get_type_hints
 
 import pytest
+from transformers import HfArgumentParser
 
 from hf_dsvllm.errors import ConfigError
+from hf_dsvllm.fields import PresetFields
 from hf_dsvllm.run.command import AdapterOptions, nearest_of_ours, read_command, read_rank, split
 
 
@@ -51,6 +56,10 @@ def test_ours_are_taken_out_and_the_rest_keeps_its_order() -> None:
         (["--gen_eval_on_start", "--x"], {"gen_eval_on_start": True}),
         (["--no_gen_eval_on_start"], {"gen_eval_on_start": False}),
         (["--no-gen-eval-on-start"], {"gen_eval_on_start": False}),
+        (["--gen_eval_late", "false"], {"gen_eval_late": False}),
+        (["--gen_eval_late=true"], {"gen_eval_late": True}),
+        (["--gen_eval_late", "--x"], {"gen_eval_late": True}),
+        (["--no_gen_eval_late"], {"gen_eval_late": False}),
         (["--vllm_args", "--enforce-eager --seed 1"], {"vllm_args": "--enforce-eager --seed 1"}),
         (["--vllm_args=--enforce-eager"], {"vllm_args": "--enforce-eager"}),
     ],
@@ -59,6 +68,38 @@ def test_every_way_to_write_a_flag_is_read_like_the_trainers_parser_would(
     words: list[str], expected: dict[str, object]
 ) -> None:
     assert split(words)[1:] == (expected, [])
+
+
+# For each kind of field: a text, the value it is, a text it cannot be, what is wanted.
+KINDS = {
+    bool: ("False", False, "perhaps", "true or false"),
+    int: ("3", 3, "3.5", "a whole number"),
+    float: ("0.5", 0.5, "half", "a number"),
+    str: ("some text", "some text", None, None),
+    list[str]: ("some text", ["some text"], None, None),
+}
+
+
+@pytest.mark.parametrize(("name", "hint"), get_type_hints(PresetFields).items())
+def test_every_field_is_read_as_its_kind(name: str, hint: object, script: str) -> None:
+    kind = next(kind for kind in KINDS if hint in (kind, kind | None))
+    text, value, wrong, wanted = KINDS[kind]
+    assert split([f"--{name}", text]) == ([], {name: value}, [])
+    parsed, *_ = HfArgumentParser(PresetFields).parse_args_into_dataclasses([f"--{name}", text])
+    assert getattr(parsed, name) == value
+    Path("run.yaml").write_text(f"{name}: {text}\n", encoding="utf-8")
+    assert read_command([script, "--config", "run.yaml"]).value(name) == value
+    if wrong is not None:
+        Path("run.yaml").write_text(f"{name}: {wrong}\n", encoding="utf-8")
+        with pytest.raises(ConfigError, match=f"--{name} {wrong} is not {wanted}\n.*, in run.yaml"):
+            read_command([script, "--config", "run.yaml"])
+        assert f"--{name} {wrong} is not {wanted}" in str(split([f"--{name}={wrong}"])[2][0])
+
+
+@pytest.mark.parametrize("field", dataclasses.fields(PresetFields), ids=lambda field: field.name)
+def test_every_default_may_be_written_out_in_yaml(field: dataclasses.Field, script: str) -> None:
+    Path("run.yaml").write_text(f"{field.name}: {json.dumps(field.default)}\n", encoding="utf-8")
+    assert read_command([script, "--config", "run.yaml"]).value(field.name) == field.default
 
 
 def test_what_stands_after_two_dashes_is_the_scripts() -> None:
@@ -104,6 +145,30 @@ def test_ours_may_stand_in_the_yaml_file_of_trls_parser(script: str) -> None:
     assert command.given["ds_preset"].place == "run.yaml"
 
 
+def test_a_list_in_yaml_may_be_one_text_and_each_value_is_of_its_kind(script: str) -> None:
+    Path("run.yaml").write_text(
+        "gen_eval_file: e.jsonl\ngen_eval_metrics: [contains, bleu]\ngen_eval_temperature: 1\ngen_eval_late: 'no'\n",
+        encoding="utf-8",
+    )
+    command = read_command([script, "--config", "run.yaml", "--gen_eval_file", "e.jsonl"])
+    assert command.value("gen_eval_file") == ["e.jsonl"]
+    assert command.value("gen_eval_metrics") == ["contains", "bleu"]
+    assert command.value("gen_eval_temperature") == 1.0
+    assert command.value("gen_eval_late") is False
+
+
+def test_values_of_another_kind_in_yaml_are_refused_at_once(script: str) -> None:
+    Path("run.yaml").write_text(
+        "export_to: no\ngen_eval_file: [1]\ngen_eval_steps: [5]\ngen_eval_timeout:\n", encoding="utf-8"
+    )
+    with pytest.raises(ConfigError) as error:
+        read_command([script, "--config", "run.yaml"])
+    assert '--export_to False is not text to YAML\n    fix: in quotes: "False", in run.yaml' in problems(error)
+    assert "--gen_eval_file 1 is not text to YAML" in problems(error)
+    assert "--gen_eval_steps [5] is not a whole number" in problems(error)
+    assert "--gen_eval_timeout has no value" in problems(error)
+
+
 def test_ours_may_stand_in_the_args_file_of_the_script(script: str) -> None:
     Path("train.args").write_text("--ds_preset lora --learning_rate 0.1\n", encoding="utf-8")
     assert read_command([script]).value("ds_preset") == "lora"
@@ -135,6 +200,12 @@ def test_a_rank_reads_what_the_parent_writes(script: str) -> None:
     assert read_rank([*adapter.words(), *words]) == read_command(words, adapter=adapter)
     module = ["package.module", "--ds_preset", "lora"]
     assert read_rank(["-m", *module]) == read_command(module, module=True)
+
+
+def test_all_linear_is_the_word_that_peft_reads() -> None:
+    assert AdapterOptions(lora_target_modules=("all-linear",)).chosen() == {"lora_target_modules": "all-linear"}
+    assert AdapterOptions(lora_target_modules=("q_proj",)).chosen() == {"lora_target_modules": ["q_proj"]}
+    assert AdapterOptions(lora_target_modules=("all-linear",)).words() == ["--lora_target_modules", "all-linear"]
 
 
 def test_adapter_options_of_a_script_stay_the_scripts(script: str) -> None:

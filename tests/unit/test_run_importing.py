@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import importlib
+import importlib.util
 import sys
 from collections.abc import Iterator
 from pathlib import Path
@@ -25,8 +26,8 @@ def package(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[str]:
     finders = list(sys.meta_path)
     yield "watched.inner"
     sys.meta_path[:] = finders
-    for name in ("watched", "watched.inner"):
-        sys.modules.pop(name, None)
+    for name in [name for name in sys.modules if name.partition(".")[0] == "watched"]:
+        del sys.modules[name]
 
 
 def change(module: ModuleType) -> None:
@@ -40,6 +41,35 @@ def test_the_action_follows_the_import_and_happens_once(package: str) -> None:
     assert module.value == 2
     importlib.import_module(package)
     assert module.value == 2
+
+
+def test_a_module_that_is_only_looked_for_keeps_its_action(package: str) -> None:
+    when_imported({package: change})
+    assert importlib.util.find_spec(package) is not None
+    assert package not in sys.modules
+    module = importlib.import_module(package)
+    assert module.value == 2
+    assert importlib.reload(module).value == 2
+
+
+def test_a_watched_module_that_looks_for_another_gets_both_actions_once(package: str) -> None:
+    folder = Path(str(importlib.import_module("watched").__file__)).parent
+    (folder / "outer.py").write_text(
+        f"import importlib.util\nimportlib.util.find_spec('{package}')\nimport {package} as inner\nvalue = 5\n",
+        encoding="utf-8",
+    )
+    when_imported({"watched.outer": change, package: change})
+    module = importlib.import_module("watched.outer")
+    assert (module.value, module.inner.value) == (6, 2)
+
+
+def test_a_parent_package_that_imports_a_watched_module_gets_both_actions_once(package: str, tmp_path: Path) -> None:
+    (tmp_path / "watched" / "__init__.py").write_text("from . import inner\n", encoding="utf-8")
+    (tmp_path / "watched" / "other.py").write_text("value = 5\n", encoding="utf-8")
+    when_imported({"watched.other": change, package: change})
+    assert importlib.util.find_spec("watched.other") is not None
+    assert importlib.import_module("watched.other").value == 6
+    assert sys.modules[package].value == 2
 
 
 def test_a_module_that_is_there_already_is_acted_on_at_once(package: str) -> None:

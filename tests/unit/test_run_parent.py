@@ -16,7 +16,7 @@ from hf_dsvllm.errors import ConfigError
 from hf_dsvllm.hardware import Gpu, Machine
 from hf_dsvllm.run import parent
 from hf_dsvllm.run.command import AdapterOptions, Command, read_command
-from hf_dsvllm.run.dry import as_text
+from hf_dsvllm.run.dry import LORA, as_text
 from hf_dsvllm.run.parent import LaunchOptions, Plan, make_plan, start
 from tests.scripts.launch import launch
 from tests.waiting import wait_for
@@ -179,6 +179,35 @@ def test_adapters_become_trls_flags_or_code_to_add() -> None:
     assert "--use_peft --lora_target_modules all-linear --load_in_4bit" in as_text(plan("--ds_preset", "qlora"))
 
 
+def test_adapter_options_are_in_the_dry_run_as_trls_flags() -> None:
+    Path("train.py").write_text("from trl import ModelConfig, TrlParser", encoding="utf-8")
+    options = AdapterOptions(lora_r=4, lora_dropout=0.0, lora_target_modules=("q_proj", "v_proj"))
+    command = read_command(["train.py", "--dtype", "float16", "--ds_preset", "lora"], adapter=options)
+    words = shell_words(as_text(make_plan(LaunchOptions(), command)))[-1]
+    assert "--use_peft --lora_target_modules q_proj v_proj --lora_r 4 --lora_dropout 0.0" in words
+    assert words.count("--lora_target_modules") == words.count("--dtype") == 1
+
+
+def test_adapter_options_are_in_the_dry_run_as_code() -> None:
+    Path("train.py").write_text("AutoModelForSequenceClassification.from_pretrained('m')", encoding="utf-8")
+    options = AdapterOptions(lora_r=4, lora_alpha=8, lora_target_modules=("q_proj",))
+    text = as_text(make_plan(LaunchOptions(), read_command(["train.py", "--ds_preset", "qlora"], adapter=options)))
+    assert "LoraConfig(r=4, lora_alpha=8, lora_dropout=0.05, target_modules=['q_proj']," in text
+    assert "task_type='SEQ_CLS'" in text
+    assert "model = AutoModelForSequenceClassification.from_pretrained(" in text
+
+
+def test_a_reward_script_is_told_its_task_type() -> None:
+    Path("train.py").write_text("from trl import ModelConfig, RewardConfig, TrlParser", encoding="utf-8")
+    assert "--lora_task_type SEQ_CLS" in as_text(plan("--ds_preset", "lora"))
+
+
+def test_the_values_of_the_dry_run_are_trls_defaults() -> None:
+    from trl import ModelConfig
+
+    assert {name: getattr(ModelConfig(), name) or "all-linear" for name in LORA} == LORA
+
+
 def test_planning_and_printing_import_no_framework() -> None:
     code = (
         "import sys; from hf_dsvllm.run import parent, dry, command;"
@@ -248,6 +277,80 @@ def test_a_second_signal_ends_a_launcher_that_will_not(tmp_path: Path) -> None:
         run.process.send_signal(signal.SIGHUP)
         assert run.wait(60) in (128 + signal.SIGTERM, 128 + signal.SIGHUP), run.output()
         assert run.left() == []
+    finally:
+        run.kill()
+
+
+# A launcher that hands no signal on, and a rank that has not yet asked to die with it.
+ORPHAN = "import os, subprocess, sys; child = subprocess.Popen([sys.executable, '-c', {child!r}]); child.wait()"
+PID = "import os, signal, time; {setup}; open(os.environ['X'] + '/pid', 'w').write(str(os.getpid())); time.sleep(600)"
+ORPHANED = """
+import sys
+from pathlib import Path
+from tests.unit.test_run_parent import ORPHAN, PID, started
+from hf_dsvllm.run.parent import start
+sys.exit(start(started(ORPHAN.format(child=PID.format(setup={setup!r})), Path(sys.argv[1]))))
+"""
+
+
+@pytest.mark.parametrize(("number", "expected"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
+def test_what_a_launcher_without_signal_handling_leaves_is_ended(number: int, expected: int, tmp_path: Path) -> None:
+    pid_file = tmp_path / "pid"
+    run = launch(tmp_path, [sys.executable, "-c", ORPHANED.format(setup="pass"), str(tmp_path)])
+    try:
+        wait_for(pid_file.exists, run.ended)
+        run.process.send_signal(number)
+        assert run.wait(60) == expected, run.output()
+        assert run.left() == []
+    finally:
+        run.kill()
+
+
+def test_a_second_signal_kills_a_rank_that_will_not_end(tmp_path: Path) -> None:
+    pid_file = tmp_path / "pid"
+    run = launch(tmp_path, [sys.executable, "-c", ORPHANED.format(setup=IGNORING), str(tmp_path)])
+    try:
+        wait_for(lambda: pid_file.exists() and bool(pid_file.read_text()), run.ended)
+        rank = psutil.Process(int(pid_file.read_text()))
+        launcher = rank.parent()
+        assert launcher is not None
+        run.process.send_signal(signal.SIGTERM)
+        wait_for(lambda: not launcher.is_running(), run.ended)
+        assert rank.is_running()
+        run.process.send_signal(signal.SIGTERM)
+        assert run.wait(20) == 143, run.output()
+        assert run.left() == []
+    finally:
+        run.kill()
+
+
+ONE_PROCESS = """
+compute_environment: LOCAL_MACHINE
+distributed_type: "NO"
+num_machines: 1
+num_processes: 1
+use_cpu: true
+mixed_precision: "no"
+"""
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("number", "expected"), [(signal.SIGTERM, 143), (signal.SIGINT, 130), (signal.SIGKILL, -signal.SIGKILL)]
+)
+def test_no_rank_of_accelerates_launcher_outlives_the_command(number: int, expected: int, tmp_path: Path) -> None:
+    Path("acc.yaml").write_text(ONE_PROCESS, encoding="utf-8")
+    Path("sleep.py").write_text("import time; open('sleeps', 'w'); time.sleep(600)", encoding="utf-8")
+    words = ["run", "--accelerate_config", "acc.yaml", "sleep.py", "--ds_preset", "lora"]
+    run = launch(tmp_path, [sys.executable, "-m", "hf_dsvllm", *words])
+    try:
+        wait_for(Path("sleeps").exists, run.ended, timeout_s=120)
+        run.process.send_signal(number)
+        assert run.wait(60) == expected, run.output()
+        if number != signal.SIGKILL:
+            assert run.left() == []
+        wait_for(lambda: run.left() == [], timeout_s=30)
     finally:
         run.kill()
 

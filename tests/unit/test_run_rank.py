@@ -3,11 +3,15 @@
 from __future__ import annotations
 
 import os
+import signal
 import subprocess
 import sys
 from pathlib import Path
 
 import pytest
+
+from tests.scripts.launch import launch
+from tests.waiting import wait_for
 
 # What a script can see of the way it was started.
 SEEN = """
@@ -66,6 +70,12 @@ def test_a_script_sees_what_it_sees_under_python(words: tuple[str, ...], folder:
     assert ours.stdout == plain.stdout, ours.stderr
 
 
+def test_a_script_is_compiled_without_our_future_imports(folder: Path) -> None:
+    text = "import dataclasses\n\n\n@dataclasses.dataclass\nclass A:\n    x: int = 0\n\n\n"
+    (folder / "kinds.py").write_text(f"{text}print(dataclasses.fields(A)[0].type)\n", encoding="utf-8")
+    assert as_rank(folder, "kinds.py").stdout == "<class 'int'>\n"
+
+
 def test_a_script_that_is_not_a_trainer_script_is_told_so(folder: Path) -> None:
     ended = as_rank(folder, "scripts/seen.py")
     assert ended.returncode == 2
@@ -82,6 +92,75 @@ def test_the_exit_code_is_kept_and_left_for_the_parent(code: str, expected: int,
     assert ended.returncode == expected
     assert (folder / "code").read_text(encoding="utf-8") == str(expected)
     assert ("bye" in ended.stderr) == ("bye" in code)
+
+
+OUT_OF_MEMORY = """
+import os
+
+from hf_dsvllm.errors import GpuMemoryError
+
+if os.environ["RANK"] == "1":
+    try:
+        raise MemoryError("2 GiB too much")
+    except MemoryError as cause:
+        raise GpuMemoryError("take a smaller batch") from cause
+"""
+
+
+def test_an_error_of_ours_on_another_rank_is_said(folder: Path) -> None:
+    (folder / "end.py").write_text(OUT_OF_MEMORY, encoding="utf-8")
+    ended = as_rank(folder, "end.py", RANK="1")
+    assert ended.returncode == 2
+    assert "hf-dsvllm: error: rank 1: take a smaller batch" in ended.stderr
+    assert "cause: MemoryError at end.py:8: 2 GiB too much" in ended.stderr
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize(
+    ("code", "said"),
+    [(f"{OUT_OF_MEMORY}else:\n    import time\n    time.sleep(600)\n", "rank 1: take a smaller batch"),
+     ("import time; time.sleep(1)", "the script made no TrainingArguments")],
+    ids=["one rank", "all ranks"],
+)  # fmt: skip
+def test_what_any_rank_and_what_all_ranks_say_is_said_once(code: str, said: str, folder: Path) -> None:
+    (folder / "end.py").write_text(code, encoding="utf-8")
+    command = [sys.executable, "-m", "hf_dsvllm", "run", "--num_processes", "2", str(folder / "end.py"), *OURS]
+    run = launch(folder, command)
+    try:
+        assert run.wait(120) == 2, run.output()
+        assert run.output().count("hf-dsvllm: error:") == run.output().count(said) == 1, run.output()
+    finally:
+        run.kill()
+
+
+# A launcher that starts one rank without naming it, as accelerate's does, and hands no signal on.
+LAUNCHER = "import subprocess, sys; subprocess.run([sys.executable, '-m', 'hf_dsvllm.run', *sys.argv[1:]])"
+SLEEPING = "import pathlib, time; pathlib.Path('sleeps').touch(); time.sleep(600)"
+
+
+def test_a_rank_without_a_number_dies_with_its_launcher(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(folder)
+    monkeypatch.setenv("HF_DSVLLM_EXIT_FILE", str(folder / "code"))
+    Path("sleep.py").write_text(SLEEPING, encoding="utf-8")
+    run = launch(folder, [sys.executable, "-c", LAUNCHER, "sleep.py", *OURS])
+    try:
+        wait_for(Path("sleeps").exists, run.ended)
+        run.process.kill()
+        run.wait(30)
+        wait_for(lambda: run.left() == [], timeout_s=30)
+    finally:
+        run.kill()
+
+
+def test_a_rank_whose_launcher_died_just_before_ends(folder: Path) -> None:
+    code = (
+        "import os; parents = iter([7, 1]); os.getppid = lambda: next(parents);"
+        "from hf_dsvllm.run.rank import main; main(['end.py'])"
+    )
+    (folder / "end.py").write_text("print('ran')", encoding="utf-8")
+    ended = python(folder, "-c", code, RANK="0")
+    assert (ended.returncode, ended.stdout) == (-signal.SIGTERM, "")
 
 
 def test_a_traceback_shows_the_scripts_frames_alone(folder: Path) -> None:

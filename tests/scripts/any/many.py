@@ -125,6 +125,7 @@ def one(case: dict[str, Any], port: int) -> int:
     faulthandler.enable(file=2)  # a number: sys.stderr may be replaced by the script
     os.environ["MASTER_PORT"] = str(port)
     os.environ.pop("TORCHELASTIC_USE_AGENT_STORE", None)  # the port's first process makes the store itself
+    os.environ.pop("TORCHELASTIC_ERROR_FILE", None)  # by it ranks see that another said the same: in an earlier case
     os.environ.update(case["env"])
     os.chdir(case["folder"])
     sys.path[0] = case["folder"]  # as after `python -m`

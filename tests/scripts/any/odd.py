@@ -1,7 +1,9 @@
 """Scripts that do one thing wrong, or one thing unusual: `odd.py WHAT MODEL OUT`."""
 
 import copy
+import gc
 import sys
+import weakref
 
 import torch
 from transformers import (
@@ -84,6 +86,43 @@ def second_trainer():
     args, model = arguments(), load()
     train(model, args)
     train(model, copy.deepcopy(args))
+
+
+def folds():
+    seen = []
+    for fold in range(2):
+        model = load()
+        args = arguments()
+        args.output_dir = f"{OUT}/fold{fold}"
+        train(model, args)
+        seen.append(weakref.ref(model))
+        del model, args
+        gc.collect()
+    print("models alive:", sum(model() is not None for model in seen))
+
+
+def helper_first():
+    args = arguments()
+    AutoModelForSequenceClassification.from_pretrained(MODEL, num_labels=1)
+    trainer = train(load(), args)
+    print("trained:", type(trainer.model).__name__, trainer.model.peft_config["default"].modules_to_save)
+
+
+def hands_everything_on():
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    class Mine(SFTTrainer):
+        def __init__(self, *args, **kwargs):
+            super().__init__(*args, **kwargs)
+
+    args = SFTConfig(OUT, max_steps=2, max_length=64, save_strategy="no", report_to="none", disable_tqdm=True)
+    Mine(MODEL, args=args, train_dataset=Dataset.from_dict({"text": ["one two three"] * 16})).train()
+
+
+def compiled():
+    args = arguments(torch_compile=True, torch_compile_backend="eager")
+    train(load(), args)
 
 
 def saves_its_own_variable():
