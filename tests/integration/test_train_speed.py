@@ -19,8 +19,8 @@ ARMS = ("two-plain-z3", "two-preset-zero3")
 def measure(out: Path) -> str:
     """Run the two arms into `out`; what it printed."""
     line = [sys.executable, str(SCRIPT), "--out", str(out), "--device", "cpu", "--gpus", "2", "--threads", "1"]
-    line += ["--steps", "4", "--budget_s", "240", "--cell_s", "120", "--only", *ARMS]
-    done = subprocess.run(line, capture_output=True, text=True, timeout=300, env=dict(os.environ), check=False)
+    line += ["--steps", "4", "--budget_s", "480", "--cell_s", "240", "--only", *ARMS]
+    done = subprocess.run(line, capture_output=True, text=True, timeout=560, env=dict(os.environ), check=False)
     assert done.returncode == 0, done.stderr[-3000:] + done.stdout[-2000:]
     return done.stdout
 
