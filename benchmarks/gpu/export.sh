@@ -34,7 +34,7 @@ case $STEP in
       done
       # The same files for the disk; the run folder names its base, so it is made again there.
       mkdir -p "$WORK/disk" && cp -r "$FAST/base-$shape" "$WORK/disk/"
-      speed merge --shape "$shape" --kind lora --work "$WORK/disk" --no_proof --out "$RESULTS/merge-$shape-lora-disk.json"
+      speed merge --shape "$shape" --kind lora --work "$WORK/disk" --no_proof --only_ours --out "$RESULTS/merge-$shape-lora-disk.json"
       rm -rf "$WORK/disk"
     done ;;
   zero)
