@@ -1,14 +1,15 @@
 """Speed and memory of exports against what users do by hand, on the same files in the same run.
 
+    python benchmarks/export_speed.py write --shape 8b --kind lora --work FOLDER
     python benchmarks/export_speed.py merge --shape 8b --kind lora --work FOLDER --out result.json
     torchrun --nproc_per_node 4 benchmarks/export_speed.py checkpoint --shape 8b --work FOLDER
     python benchmarks/export_speed.py zero --shape 8b --work FOLDER --out result.json
 
-`merge` makes a random model of a real shape and a random adapter and exports it with this package and with PEFT's
-merge_and_unload and save_pretrained.  `checkpoint` writes a ZeRO-3 checkpoint after one step; `zero` converts it with
-this package and with DeepSpeed's zero_to_fp32, and compares every tensor.  Each way runs in a process of its own;
-imports, the start of CUDA and the proof by logits are not counted (the proof has a row of its own).  FOLDER decides
-what is measured: /dev/shm is memory, another place is its disk.
+`write` makes a random model of a real shape and a random adapter, `merge` exports them (made if need be) with this
+package and with PEFT's merge_and_unload and save_pretrained.  `checkpoint` writes a ZeRO-3 checkpoint after one step;
+`zero` converts it with this package and with DeepSpeed's zero_to_fp32, and compares every tensor.  Each way runs in a
+process of its own; imports, the start of CUDA and the proof by logits are not counted (the proof has a row of its own).
+FOLDER decides what is measured: /dev/shm is memory, another place is its disk.
 """
 
 from __future__ import annotations
@@ -35,17 +36,21 @@ STEP_TOKENS = 128
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("what", choices=["merge", "checkpoint", "zero", "child"])
+    parser.add_argument("what", choices=["write", "merge", "checkpoint", "zero", "child"])
     parser.add_argument("--shape", default="8b")
     parser.add_argument("--kind", default="lora", choices=["lora", "qlora"])
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--out", type=Path)
     parser.add_argument("--way", help="for the child: which way of doing it")
     parser.add_argument("--no_proof", action="store_true", help="leave out the row with the comparison of logits")
-    parser.add_argument("--only_ours", action="store_true", help="leave out PEFT's row, where the disk is what is measured")
+    parser.add_argument(
+        "--only_ours", action="store_true", help="leave out PEFT's row, where the disk is what is measured"
+    )
     args = parser.parse_args()
     if args.what == "child":
         print(json.dumps(WAYS[args.way](args)), flush=True)
+    elif args.what == "write":
+        write_run(args)
     elif args.what == "checkpoint":
         write_checkpoint(args)
     else:
@@ -81,7 +86,6 @@ def write_run(args: argparse.Namespace) -> Path:
     base, run = args.work / f"base-{args.shape}", args.work / f"run-{args.shape}-{args.kind}"
     if not base.exists():
         write_random_model(SHAPES[args.shape], base)
-        reshard(base)
     if run.exists():
         return run
     with torch.device("meta"):
@@ -105,20 +109,6 @@ def write_run(args: argparse.Namespace) -> Path:
               "quantization": NF4 if args.kind == "qlora" else None}  # fmt: skip
     (run / "run.json").write_text(json.dumps(record), encoding="utf-8")
     return run
-
-
-def reshard(folder: Path) -> None:
-    """Files of 5 GB, as models on the hub have them; transformers writes one of any size."""
-    from hf_dsvllm.shards import write_shards
-    from hf_dsvllm.weights import TensorFolder, TensorPlan
-
-    (folder / "whole").mkdir()
-    for file in folder.glob("model*"):
-        file.rename(folder / "whole" / file.name)
-    with TensorFolder(folder / "whole") as tensors:
-        plan = [TensorPlan(name=name, shape=tensors.shape(name), dtype=tensors.dtype(name)) for name in tensors.names]
-        write_shards(folder, plan, tensors.get)
-    shutil.rmtree(folder / "whole")
 
 
 def merge_ours(args: argparse.Namespace) -> dict[str, Any]:
@@ -287,6 +277,7 @@ def child(args: argparse.Namespace, way: str) -> dict[str, Any]:
     """Run one way in a fresh process; its last line is the result."""
     command = [sys.executable, __file__, "child", "--way", way, "--shape", args.shape, "--kind", args.kind]
     env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))}
+    print(f"{time.strftime('%H:%M:%S')} {way} {args.shape} {args.kind}", file=sys.stderr, flush=True)
     done = subprocess.run([*command, "--work", str(args.work)], env=env, capture_output=True, text=True, check=False)
     if done.returncode != 0:
         sys.stderr.write(done.stderr[-4000:])

@@ -102,17 +102,26 @@ def random_config(shape: Shape) -> Any:
 
 
 def write_random_model(shape: Shape, out: Path) -> None:
-    """Random bf16 weights (seed 0) of a Qwen3 model with its tokenizer in the folder `out`."""
+    """Random bf16 weights (seed 0) of a Qwen3 model in files of 5 GB, with its tokenizer, in the folder `out`."""
     import torch
     from transformers import AutoModelForCausalLM, GenerationConfig
+
+    from hf_dsvllm.shards import write_shards
+    from hf_dsvllm.weights import TensorPlan
 
     config = random_config(shape)
     end, pad = config.eos_token_id, config.pad_token_id
     torch.manual_seed(0)
     with torch.device("cuda" if torch.cuda.is_available() else "cpu"):
         model = AutoModelForCausalLM.from_config(config, dtype=torch.bfloat16)
-    model.generation_config = GenerationConfig(bos_token_id=pad, eos_token_id=end, pad_token_id=pad)
-    model.save_pretrained(out)
+    model.tie_weights()
+    tensors = dict(model.named_parameters())  # tied ones once
+    plan = [TensorPlan(name=name, shape=tuple(t.shape), dtype=t.dtype) for name, t in tensors.items()]
+    out.mkdir(parents=True, exist_ok=True)
+    write_shards(out, plan, lambda name: tensors[name].detach().cpu())
+    config.dtype = "bfloat16"
+    config.save_pretrained(out)
+    GenerationConfig(bos_token_id=pad, eos_token_id=end, pad_token_id=pad).save_pretrained(out)
     write_tokenizer(shape, out)
 
 

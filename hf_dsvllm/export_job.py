@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import importlib.metadata
 import json
 import tempfile
 from collections.abc import Mapping
@@ -13,6 +12,7 @@ from typing import Any
 
 import torch
 
+from hf_dsvllm import __version__
 from hf_dsvllm.errors import ExportError
 from hf_dsvllm.fingerprint import fingerprint, fingerprint_of
 from hf_dsvllm.layout import Layout, cast_layout, merged_layout
@@ -126,7 +126,7 @@ def inputs_of(job: Job, max_shard_size_bytes: int, format: str) -> dict[str, Any
         "max_shard_size_bytes": max_shard_size_bytes,
         "quantization": None if job.quantization is None else dict(job.quantization),
         "onto_original": job.onto_original,
-        "hf_dsvllm": importlib.metadata.version("hf-dsvllm"),  # another version may merge otherwise
+        "hf_dsvllm": __version__,  # another version may merge otherwise
     }
 
 

@@ -3,7 +3,9 @@
 #
 #   benchmarks/gpu/export.sh STEP
 #
-#   merge    LoRA and QLoRA exports of SHAPES against PEFT by hand, in memory (FAST) and on disk (WORK)
+#   write    the random models and adapters of SHAPES, in memory (FAST)
+#   merge    LoRA and QLoRA exports of SHAPES against PEFT by hand, in memory
+#   disk     the LoRA exports from memory onto the disk (WORK)
 #   zero     a ZeRO-3 checkpoint of ZERO_SHAPE on PROCESSES GPUs, converted by us and by DeepSpeed
 #   serve    exports of the first two SHAPES on one GPU behind one address, then an adapter against its merged model
 #
@@ -11,7 +13,7 @@
 # are copied to; SETUP, a shell file to source first; VLLM_ARGS, more arguments for vLLM; LIMIT_S, seconds for each part.
 set -uo pipefail
 cd "$(dirname "$0")/../.."
-STEP=${1:?merge, zero or serve}
+STEP=${1:?write, merge, disk, zero or serve}
 SHAPES=${SHAPES:-8b 14b} ZERO_SHAPE=${ZERO_SHAPE:-8b} PROCESSES=${PROCESSES:-4} LIMIT_S=${LIMIT_S:-240}
 WORK=${WORK:-runs/export} FAST=${FAST:-/dev/shm/export}
 mkdir -p "$WORK" "$FAST"
@@ -20,21 +22,24 @@ RESULTS=$WORK/results
 mkdir -p "$RESULTS"
 [ -z "${SETUP:-}" ] || . "$SETUP"
 export PYTHONPATH=$PWD${PYTHONPATH:+:$PYTHONPATH} TORCH_EXTENSIONS_DIR=$WORK/extensions HF_HUB_OFFLINE=1
-finish() { [ -z "${OUT:-}" ] || cp "$RESULTS"/* "$OUT"/; }
+finish() { [ -z "${OUT:-}" ] || cp "$RESULTS"/* "$OUT"/ 2>/dev/null || true; }
 trap finish EXIT
 speed() { timeout "$LIMIT_S" python3 benchmarks/export_speed.py "$@"; }
 
 case $STEP in
+  write)
+    for shape in $SHAPES; do
+      speed write --shape "$shape" --work "$FAST" || exit
+    done ;;
   merge)
     for shape in $SHAPES; do
-      for kind in lora qlora; do
-        proof=--no_proof
-        [ "$kind" = qlora ] || proof=
-        speed merge --shape "$shape" --kind "$kind" --work "$FAST" $proof --out "$RESULTS/merge-$shape-$kind-memory.json"
-      done
-      # The same files for the disk; the run folder names its base, so it is made again there.
-      mkdir -p "$WORK/disk" && cp -r "$FAST/base-$shape" "$WORK/disk/"
-      speed merge --shape "$shape" --kind lora --work "$WORK/disk" --no_proof --only_ours --out "$RESULTS/merge-$shape-lora-disk.json"
+      speed merge --shape "$shape" --kind lora --work "$FAST" --no_proof --out "$RESULTS/merge-$shape-lora-memory.json"
+      speed merge --shape "$shape" --kind qlora --work "$FAST" --out "$RESULTS/merge-$shape-qlora-memory.json"
+    done ;;
+  disk)
+    for shape in $SHAPES; do # read from memory, as if the base were in the page cache; written to the disk
+      mkdir -p "$WORK/disk" && ln -sfn "$FAST/base-$shape" "$WORK/disk/base-$shape"
+      speed merge --shape "$shape" --work "$WORK/disk" --no_proof --only_ours --out "$RESULTS/merge-$shape-lora-disk.json"
       rm -rf "$WORK/disk"
     done ;;
   zero)
@@ -60,6 +65,6 @@ case $STEP in
     timeout $((LIMIT_S * 2)) python3 benchmarks/serve_several.py "adapter=$FAST/run-$first-lora/snapshots/step-1" \
       --out "$RESULTS/serve-adapter.json" --vllm_args="${VLLM_ARGS:-}" ;;
   *)
-    echo "unknown step $STEP: merge, zero or serve" >&2
+    echo "unknown step $STEP: write, merge, disk, zero or serve" >&2
     exit 2 ;;
 esac
