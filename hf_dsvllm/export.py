@@ -126,13 +126,13 @@ def export_model(
                 notes=(*job.notes, *_untied_note(layout), *_original_note(job, verification)),
                 inputs=inputs.result(),
                 versions=versions(),
-                merged_on="gpu" if layout.on_gpu and job.adapter is not None else "cpu",
+                merged_on="gpu" if layout.device.type == "cuda" else "cpu",
                 write_seconds=round(write_seconds, 2),
                 seconds=round(time.monotonic() - started, 2),
             )
             write_json(folder / REPORT, dataclasses.asdict(report))
             write_card(folder, report, job.source.record)
-            write_manifest(folder, report.inputs)
+            write_manifest(folder, report.inputs, shards)
     return report
 
 
@@ -171,7 +171,8 @@ def _write(
     max_shard_size_bytes: int,
     progress: bool,
     format: Format,  # noqa: A002
-) -> tuple[str, ...]:
+) -> dict[str, str]:
+    """The weights and what belongs to them; file name -> SHA-256 of the weights."""
     merged = format == "merged"
     with tqdm(total=len(layout.plan), desc="export", unit="tensor", disable=not progress) as bar, _exact_products():
 
@@ -184,10 +185,13 @@ def _write(
             folder,
             layout.plan,
             produce,
+            device=layout.device,
             # vLLM and PEFT read an adapter from one file
             max_shard_size_bytes=max_shard_size_bytes if merged else layout.weights_bytes,
             working_bytes=layout.working_bytes,
+            memory_bytes=layout.memory_bytes,
             single=SINGLE if merged else ADAPTER_FILE,
+            hashed=True,
         )
     layout.check_applied()
     _check_written(folder if merged else folder / ADAPTER_FILE, layout)

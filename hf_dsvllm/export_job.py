@@ -15,10 +15,11 @@ import torch
 from hf_dsvllm import __version__
 from hf_dsvllm.errors import ExportError
 from hf_dsvllm.fingerprint import fingerprint, fingerprint_of
+from hf_dsvllm.hashing import sha256_of
 from hf_dsvllm.layout import Layout, cast_layout, merged_layout
 from hf_dsvllm.merge import Adapter, read_adapter
 from hf_dsvllm.source import Source, find_tokenizer, local_base, tokenizer_files
-from hf_dsvllm.weights import TensorFolder, TensorSource, sha256_of, torch_dtype
+from hf_dsvllm.weights import TensorFolder, TensorSource, torch_dtype
 from hf_dsvllm.zero_checkpoint import ZeroCheckpoint, write_adapter
 
 __all__ = ["ORIGINAL", "Job", "inputs_of", "layout_of", "open_job"]

@@ -18,9 +18,10 @@ from hf_dsvllm.errors import ExportError, MissingDependencyError
 from hf_dsvllm.files import atomic_folder, write_json
 from hf_dsvllm.precision import Precision, held_in_fp32
 from hf_dsvllm.shards import write_shards
+from hf_dsvllm.staging import CPU
 from hf_dsvllm.weights import TensorFolder, TensorPlan, check_free_disk
 
-__all__ = ["MERGE_BYTES_PER_ELEMENT", "dequantised_base", "merges_at_once", "quantised_weights", "round_trip"]
+__all__ = ["MERGE_BYTES_PER_ELEMENT", "dequantised_base", "merge_place", "quantised_weights", "round_trip"]
 
 # fp32 weight, product, merged value and norm of one element; measured on DoRA, the most expensive kind
 MERGE_BYTES_PER_ELEMENT = 16
@@ -69,12 +70,14 @@ def round_trip(weight: torch.Tensor, quantization: Mapping[str, Any]) -> torch.T
     return functional.dequantize_4bit(packed, state)
 
 
-def merges_at_once(largest_elements: int) -> int:
-    """How many tensors of that size may be merged on the GPU side by side; 0 where there is none or no room."""
-    if not torch.cuda.is_available():
-        return 0
-    free, _ = torch.cuda.mem_get_info()
-    return max(0, free - GPU_MARGIN_BYTES) // max(1, largest_elements * MERGE_BYTES_PER_ELEMENT)
+def merge_place(largest_bytes: int) -> tuple[torch.device, int | None]:
+    """Where tensors are merged of which one takes up to `largest_bytes`, and the bytes that all may take there.
+
+    The GPU, and what is free on it but for a margin; the CPU (whose memory is bounded by who writes) where there is
+    none or no room for even one.
+    """
+    free = torch.cuda.mem_get_info()[0] - GPU_MARGIN_BYTES if torch.cuda.is_available() else 0
+    return (torch.device("cuda", torch.cuda.current_device()), free) if free > largest_bytes else (CPU, None)
 
 
 @outside_zero3()
@@ -101,14 +104,21 @@ def dequantised_base(
         check_free_disk(out, sum(planned.size_bytes for planned in plan))
 
         # On the GPU where there is room: it takes seconds instead of minutes.
-        device = "cuda" if merges_at_once(max((planned.elements for planned in plan), default=0)) else "cpu"
+        device, room = merge_place(max((planned.elements for planned in plan), default=0) * MERGE_BYTES_PER_ELEMENT)
 
         def produce(name: str) -> torch.Tensor:
-            weight = precision.cast(name, tensors.get(name))
-            return round_trip(weight.to(device), quantization).cpu() if name in quantised else weight
+            weight = precision.cast(name, tensors.get(name, device))
+            return round_trip(weight, quantization) if name in quantised else weight
 
         with atomic_folder(out) as folder:
-            write_shards(folder, plan, produce)
+            write_shards(
+                folder,
+                plan,
+                produce,
+                device=device,
+                working_bytes=lambda planned: planned.elements * MERGE_BYTES_PER_ELEMENT,
+                memory_bytes=room,
+            )
             _copy_rest(base, folder, dtype)
     return out
 

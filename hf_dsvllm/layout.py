@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
+import math
 import threading
 from collections.abc import Callable, Mapping, Set
 from pathlib import Path
@@ -12,10 +12,11 @@ from typing import Any
 import torch
 
 from hf_dsvllm.errors import ExportError
-from hf_dsvllm.fourbit import MERGE_BYTES_PER_ELEMENT, merges_at_once, quantised_weights, round_trip
+from hf_dsvllm.fourbit import MERGE_BYTES_PER_ELEMENT, merge_place, quantised_weights, round_trip
 from hf_dsvllm.merge import Adapter, Update, named_for
 from hf_dsvllm.naming import Part, Skeleton, read_skeleton
 from hf_dsvllm.precision import Precision
+from hf_dsvllm.staging import CPU
 from hf_dsvllm.weights import TensorFolder, TensorPlan, TensorSource
 
 __all__ = ["Layout", "cast_layout", "merged_layout"]
@@ -26,8 +27,9 @@ class Layout:
     """What to write and how to make each tensor.
 
     `untied` names parameters that shared their value with another in the base and no longer do; `vocab_size` is set
-    if the adapter resized the embeddings.  `config_changes` follow from both.  `applied` collects the adapter's tensors
-    as they are merged, each with the number of tensors it went into.
+    if the adapter resized the embeddings.  `config_changes` follow from both.  `produce` makes tensors on `device`,
+    where all that are under way may take `memory_bytes`, and an element that changes takes `merge_bytes` more.
+    `applied` collects the adapter's tensors as they are merged, each with the number of tensors it went into.
     """
 
     plan: tuple[TensorPlan, ...]
@@ -35,7 +37,9 @@ class Layout:
     changed: tuple[str, ...]
     untied: tuple[str, ...] = ()
     vocab_size: int | None = None
-    on_gpu: bool = False
+    device: torch.device = CPU
+    memory_bytes: int | None = None
+    merge_bytes: int = 0
     expected: Mapping[str, int] = dataclasses.field(default_factory=dict)
     applied: dict[str, int] = dataclasses.field(default_factory=dict)
 
@@ -59,10 +63,9 @@ class Layout:
         return sum(planned.size_bytes for planned in self.plan)
 
     def working_bytes(self, planned: TensorPlan) -> int:
-        """Host memory that one tensor takes from being read to being written: at least input and output."""
+        """Memory of `device` that one tensor takes from being read to being written: at least input and output."""
         both = planned.elements * 4 + planned.size_bytes
-        merged_here = planned.name in self.changed and not self.on_gpu
-        return both + (planned.elements * MERGE_BYTES_PER_ELEMENT if merged_here else 0)
+        return both + (planned.elements * self.merge_bytes if planned.name in self.changed else 0)
 
     def check_applied(self) -> None:
         """Every tensor of the adapter was merged, exactly as often as planned; ExportError otherwise."""
@@ -118,7 +121,6 @@ def cast_layout(model_dir: Path, tensors: TensorSource, *, dtype: torch.dtype, b
         ),
         produce=cast,
         changed=tuple(outputs),
-        on_gpu=True,  # nothing is computed: only input and output are held
     )
 
 
@@ -141,30 +143,22 @@ def merged_layout(
     skeleton = read_skeleton(base)
     adapter = named_for(adapter, skeleton.parameters)
     quantised = frozenset() if quantization is None else quantised_weights(base, quantization)
-    largest = max(TensorPlan(name=key, shape=tensors.shape(key), dtype=dtype).elements for key in tensors.names)
-    at_once = merges_at_once(largest)
-    device = torch.device("cuda" if at_once else "cpu") if device is None else device
-    # Tensors are made by several threads: host memory is bounded by who writes them, a GPU's here.
-    room = threading.BoundedSemaphore(max(1, at_once)) if device.type == "cuda" else contextlib.nullcontext()
+    largest = max(math.prod(tensors.shape(key)) for key in tensors.names)
+    place, room = merge_place(largest * MERGE_BYTES_PER_ELEMENT)
+    device = place if device is None else device
     precision = Precision(dtype=dtype, held=skeleton.held)
     loaded = None if base_dtype is None else Precision(dtype=base_dtype, held=skeleton.held)
     applied: dict[str, int] = {}
     counting = threading.Lock()
 
     def merged(output: _Output, update: Update | None) -> torch.Tensor:
-        if update is None and output.name not in quantised:
-            return computed(output, None, tensors.get(output.stored))
-        weight = tensors.get(output.stored)
-        with room:
-            return computed(output, update, weight.to(device))
-
-    def computed(output: _Output, update: Update | None, weight: torch.Tensor) -> torch.Tensor:
+        weight = tensors.get(output.stored, device)
         weight = weight if loaded is None else loaded.cast(output.name, weight)
         if output.name in quantised and quantization is not None:
             weight = round_trip(weight, quantization)
         if update is not None:
             weight = adapter.apply(update, weight, output.part, output.name.rpartition(".")[0] in skeleton.transposed)
-        return precision.cast(output.name, weight).cpu()
+        return precision.cast(output.name, weight)
 
     def produce(key: str) -> torch.Tensor:
         update = updates.get(of_key[key].name)
@@ -207,7 +201,9 @@ def merged_layout(
         changed=changed,
         untied=tuple(untied),
         vocab_size=_new_vocab_size(skeleton, of_key, shapes),
-        on_gpu=device.type == "cuda",
+        device=device,
+        memory_bytes=room if device == place else None,
+        merge_bytes=MERGE_BYTES_PER_ELEMENT,
         expected=expected,
         applied=applied,
     )

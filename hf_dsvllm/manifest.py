@@ -12,14 +12,15 @@ from typing import Any
 
 from hf_dsvllm.errors import ExportError
 from hf_dsvllm.files import write_json
+from hf_dsvllm.hashing import hash_files
 from hf_dsvllm.verify import Verification
 from hf_dsvllm.verify_engine import EngineVerification
-from hf_dsvllm.weights import hash_files
 
 __all__ = ["MANIFEST", "REPORT", "ExportReport", "check_manifest", "reusable", "versions", "write_manifest"]
 
 REPORT = "export_report.json"
 MANIFEST = "manifest.json"
+EMPTY: Mapping[str, str] = {}
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -62,9 +63,11 @@ class ExportReport:
         return (*(() if skipped is None else (f"not compared with what was trained: {skipped}",)), *self.notes)
 
 
-def write_manifest(folder: Path, inputs: Mapping[str, Any]) -> None:
-    """Hashes of base, adapter, tokenizer and of every file in `folder`, as manifest.json."""
-    written = hash_files(sorted(item for item in folder.iterdir() if item.is_file() and item.name != MANIFEST))
+def write_manifest(folder: Path, inputs: Mapping[str, Any], hashed: Mapping[str, str] = EMPTY) -> None:
+    """Hashes of base, adapter, tokenizer and of every file in `folder` (some known as `hashed`), as manifest.json."""
+    files = sorted(item for item in folder.iterdir() if item.is_file() and item.name != MANIFEST)
+    found = hash_files(item for item in files if item.name not in hashed) | dict(hashed)
+    written = {item.name: found[item.name] for item in files}
     groups: dict[str, dict[str, Any]] = {}
     for key, value in inputs.items():
         group, slash, name = key.partition("/")

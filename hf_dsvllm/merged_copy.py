@@ -36,7 +36,14 @@ def merged_copy(base: Path, adapter: Path, out: Path, *, dtype: torch.dtype) -> 
         layout = merged_layout(base, tensors, read_adapter(adapter), base_dtype=None, dtype=dtype, quantization=None)
         check_free_disk(out, layout.weights_bytes)
         with atomic_folder(out) as folder:
-            write_shards(folder, layout.plan, layout.produce, working_bytes=layout.working_bytes)
+            write_shards(
+                folder,
+                layout.plan,
+                layout.produce,
+                device=layout.device,
+                working_bytes=layout.working_bytes,
+                memory_bytes=layout.memory_bytes,
+            )
             config = json.loads((base / "config.json").read_text(encoding="utf-8"))
             config.pop("torch_dtype", None)
             changes = layout.config_changes | {"dtype": str(dtype).removeprefix("torch.")}

@@ -23,17 +23,31 @@ __all__ = ["supervised", "wait_end", "wait_ready"]
 POLL_S = 0.5
 
 
+class Supervised(subprocess.Popen[bytes]):
+    """A supervised process; `asked` once it was sent one of our own signals."""
+
+    asked = False
+
+    def ask(self, number: int) -> None:
+        """Pass a signal on."""
+        self.asked = True
+        self.send_signal(number)
+
+    @property
+    def ended_as_asked(self) -> bool:
+        """Whether it ended because it was to: vLLM's exit code after a signal is 0, the signal's, or (0.26, 0.32) 1."""
+        return self.asked or self.returncode in (0, 128 + signal.SIGINT, 128 + signal.SIGTERM)
+
+
 @contextlib.contextmanager
-def supervised(line: Sequence[str], env: Mapping[str, str]) -> Iterator[subprocess.Popen[bytes]]:
+def supervised(line: Sequence[str], env: Mapping[str, str]) -> Iterator[Supervised]:
     """Run vLLM under the supervisor with our output; SIGINT and SIGTERM are passed on; nothing is left afterwards."""
     engine_id = uuid.uuid4().hex[:16]
     read_end, write_end = os.pipe()
     command = [sys.executable, "-I", "-S", supervisor.__file__, "--death_fd", str(read_end)]
     command += ["--owner_pid", str(os.getpid()), "--engine_id", engine_id]
     command += ["--record", str(record_path(engine_id)), "--", *line]
-    process = subprocess.Popen(
-        command, stdin=subprocess.DEVNULL, env=dict(env), pass_fds=(read_end,), start_new_session=True
-    )
+    process = Supervised(command, stdin=subprocess.DEVNULL, env=dict(env), pass_fds=(read_end,), start_new_session=True)
     os.close(read_end)
     try:
         with _passing_signals(process):
@@ -44,13 +58,13 @@ def supervised(line: Sequence[str], env: Mapping[str, str]) -> Iterator[subproce
 
 
 @contextlib.contextmanager
-def _passing_signals(process: subprocess.Popen[bytes]) -> Iterator[None]:
+def _passing_signals(process: Supervised) -> Iterator[None]:
     """Only the main thread can have signal handlers; elsewhere the caller ends us by other means."""
     if threading.current_thread() is not threading.main_thread():
         yield
         return
     numbers = (signal.SIGINT, signal.SIGTERM)
-    before = {number: signal.signal(number, lambda got, _frame: process.send_signal(got)) for number in numbers}
+    before = {number: signal.signal(number, lambda got, _frame: process.ask(got)) for number in numbers}
     try:
         yield
     finally:
@@ -59,7 +73,7 @@ def _passing_signals(process: subprocess.Popen[bytes]) -> Iterator[None]:
 
 
 def wait_ready(
-    process: subprocess.Popen[bytes],
+    process: Supervised,
     url: str,
     names: Sequence[str],
     key: str | None,
@@ -73,7 +87,7 @@ def wait_ready(
     with httpx.Client(base_url=url, headers=headers, timeout=5.0, trust_env=False) as client:
         while time.monotonic() < deadline:
             if process.poll() is not None:
-                if _was_asked(process.returncode):
+                if process.ended_as_asked:
                     return False
                 what = "vLLM" if health else "The gateway"
                 raise EngineError(f"{what} did not start (exit code {process.returncode}); its output above says why.")
@@ -94,17 +108,12 @@ def _model_names(answer: httpx.Response) -> list[str]:
     return [model["id"] for model in answer.raise_for_status().json()["data"]]
 
 
-def wait_end(running: Sequence[subprocess.Popen[bytes]]) -> int:
+def wait_end(running: Sequence[Supervised]) -> int:
     """The exit code of the first process that ends; the others are ended by leaving their contexts."""
     while True:
         for process in running:
             code = process.poll()
             if code is not None:
-                return 0 if _was_asked(code) else code
+                return 0 if process.ended_as_asked else code
         with contextlib.suppress(subprocess.TimeoutExpired):
             running[-1].wait(POLL_S)
-
-
-def _was_asked(code: int) -> bool:
-    """vLLM ends with 0 or by the signal we passed on."""
-    return code in (0, 128 + signal.SIGINT, 128 + signal.SIGTERM)

@@ -21,6 +21,8 @@ import torch
 
 from hf_dsvllm.errors import ExportError
 from hf_dsvllm.files import write_json
+from hf_dsvllm.hashing import HashBehind
+from hf_dsvllm.staging import CPU, download, own_stream
 from hf_dsvllm.weights import FLOATS, INDEX, OTHERS, SINGLE, TensorPlan
 
 __all__ = ["DEFAULT_SHARD_BYTES", "shard_names", "write_shards"]
@@ -36,18 +38,21 @@ def write_shards(
     plan: Sequence[TensorPlan],
     produce: Callable[[str], torch.Tensor],
     *,
+    device: torch.device = CPU,
     max_shard_size_bytes: int = DEFAULT_SHARD_BYTES,
     working_bytes: Callable[[TensorPlan], int] = lambda planned: 3 * planned.size_bytes,
     memory_bytes: int | None = None,
     workers: int | None = None,
     single: str = SINGLE,
-) -> tuple[str, ...]:
-    """Write `produce(name)` for every planned tensor to `folder`; return the file names.
+    hashed: bool = False,
+) -> dict[str, str]:
+    """Write `produce(name)` for every planned tensor to `folder`; return the SHA-256 of each file, "" if not `hashed`.
 
-    `produce` is called from up to `workers` threads.  `working_bytes` is the host memory one tensor takes while it is
-    made and written; tensors under way together take at most `memory_bytes` (two shards if not given), a larger one is
-    made alone.  `single` is the file's name if one holds everything.  A tensor of another shape or dtype than planned,
-    or with NaN or infinity, and a disk that is full or fails raise ExportError; the files are then incomplete.
+    `produce` is called from up to `workers` threads and makes tensors on `device`.  `working_bytes` is the memory one
+    takes there while it is made and written; tensors under way together take at most `memory_bytes` (two shards if not
+    given), a larger one is made alone.  `single` is the file's name if one holds everything.  A tensor of another shape
+    or dtype than planned, or with NaN or infinity, and a disk that is full or fails raise ExportError; the files are
+    then incomplete.
     """
     groups = list(_grouped(plan, max_shard_size_bytes))
     names = shard_names(len(groups), single)
@@ -55,7 +60,9 @@ def write_shards(
     workers = workers or (1 if total < SMALL_BYTES else min(WORKERS, os.cpu_count() or 1))
     gate = _MemoryGate(2 * max_shard_size_bytes if memory_bytes is None else memory_bytes)
     with contextlib.ExitStack() as stack:
-        shards = [stack.enter_context(_Shard(folder / name, group)) for name, group in zip(names, groups, strict=True)]
+        shards = [
+            stack.enter_context(_Shard(folder / name, group, hashed)) for name, group in zip(names, groups, strict=True)
+        ]
         tasks = [
             (shard, planned)
             for row in zip_longest(*groups)
@@ -64,7 +71,7 @@ def write_shards(
         ]
 
         def work(shard: _Shard, planned: TensorPlan) -> None:
-            with gate.hold(working_bytes(planned)):
+            with gate.hold(working_bytes(planned)), own_stream(device):
                 shard.write(planned, _checked(planned, produce(planned.name)))
 
         if workers == 1:
@@ -72,11 +79,12 @@ def write_shards(
                 work(*task)
         else:
             _run(tasks, work, gate, workers)
+        found = {name: shard.sha256() for name, shard in zip(names, shards, strict=True)}
     if len(groups) > 1:
         weight_map = {planned.name: name for name, group in zip(names, groups, strict=True) for planned in group}
         with _writing(folder / INDEX):
             write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-    return names
+    return found
 
 
 def shard_names(count: int, single: str = SINGLE) -> tuple[str, ...]:
@@ -89,7 +97,7 @@ def shard_names(count: int, single: str = SINGLE) -> tuple[str, ...]:
 class _Shard:
     """One safetensors file: its header is written at opening, tensors are put to their places in any order."""
 
-    def __init__(self, path: Path, group: Sequence[TensorPlan]) -> None:
+    def __init__(self, path: Path, group: Sequence[TensorPlan], hashed: bool) -> None:
         entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
         self._offsets: dict[str, int] = {}
         offset = 0
@@ -107,23 +115,43 @@ class _Shard:
         self._start = 8 + len(header)
         self._path = path
         with _writing(path):
-            self._descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o666)
+            self._descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o666)
             _write_exactly(self._descriptor, memoryview(len(header).to_bytes(8, "little") + header), 0)
+        self._hash = HashBehind(self._descriptor, self._start + offset) if hashed else None
+        self._written(0, self._start)
 
     def __enter__(self) -> _Shard:
         return self
 
     def __exit__(self, *_: object) -> None:
+        if self._hash is not None:
+            self._hash.close()
         with _writing(self._path):  # where a network's disk says that it is full
             os.close(self._descriptor)
 
     def write(self, planned: TensorPlan, tensor: torch.Tensor) -> None:
         """Put one tensor to its place."""
-        raw = memoryview(tensor.reshape(-1).view(torch.uint8).numpy())
         offset = self._start + self._offsets[planned.name]
+
+        def put(data: memoryview, at: int) -> None:
+            with _writing(self._path):
+                _write_exactly(self._descriptor, data, offset + at)
+            _start_writeback(self._descriptor, offset + at, len(data))
+            self._written(offset + at, len(data))
+
+        if tensor.is_cuda:
+            download(tensor, put)
+        else:
+            put(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()), 0)
+
+    def sha256(self) -> str:
+        """Of the whole file, once everything was put; "" if it is not wanted."""
         with _writing(self._path):
-            _write_exactly(self._descriptor, raw, offset)
-        _start_writeback(self._descriptor, offset, len(raw))
+            return "" if self._hash is None else self._hash.finish()
+
+    def _written(self, offset: int, size: int) -> None:
+        if self._hash is not None:
+            self._hash.wrote(offset, size)
 
 
 class _MemoryGate:
@@ -237,4 +265,4 @@ def _checked(planned: TensorPlan, tensor: torch.Tensor) -> torch.Tensor:
             f"{planned.name} has {bad} NaN or infinite values: the training diverged, the snapshot is damaged, "
             f"or a value exceeds the range of {planned.dtype}; export an earlier snapshot or another dtype."
         )
-    return tensor.contiguous().cpu()
+    return tensor.contiguous()

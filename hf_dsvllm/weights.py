@@ -1,4 +1,4 @@
-"""Folders of safetensors: one tensor at a time, read with plain reads; hashes of what was read.
+"""Folders of safetensors: one tensor at a time, read with plain reads.
 
 Memory maps are not used: their pages count as memory of the process, and a merge that streams 16 GB would seem to hold
 them.  Knows nothing of adapters or models.
@@ -7,13 +7,11 @@ them.  Knows nothing of adapters or models.
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import math
 import os
 import shutil
-from collections.abc import Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Protocol
@@ -22,6 +20,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from hf_dsvllm.errors import ExportError
+from hf_dsvllm.hashing import hash_files
+from hf_dsvllm.staging import CPU, upload
 
 __all__ = [
     "INDEX",
@@ -30,8 +30,6 @@ __all__ = [
     "TensorPlan",
     "TensorSource",
     "check_free_disk",
-    "hash_files",
-    "sha256_of",
     "torch_dtype",
 ]
 
@@ -41,7 +39,6 @@ SINGLE = "model.safetensors"
 FLOATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 OTHERS = {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
           "BOOL": torch.bool}  # fmt: skip
-HASHERS = 8  # SHA-256 runs at about 1.5 GB/s on a core with SHA extensions; a disk array is faster than one of them
 
 
 def torch_dtype(name: str) -> torch.dtype:
@@ -51,19 +48,6 @@ def torch_dtype(name: str) -> torch.dtype:
         return dtypes[name.removeprefix("torch.")]
     except KeyError:
         raise ExportError(f"dtype={name!r} is not one an export can have; use one of {', '.join(dtypes)}.") from None
-
-
-def sha256_of(path: Path) -> str:
-    """SHA-256 of a file's bytes, in hexadecimal."""
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def hash_files(files: Iterable[Path]) -> dict[str, str]:
-    """File name -> SHA-256, several files at a time (hashing leaves the interpreter's lock alone)."""
-    paths = list(files)
-    with ThreadPoolExecutor(min(HASHERS, os.cpu_count() or 1)) as pool:
-        return dict(zip([path.name for path in paths], pool.map(sha256_of, paths), strict=True))
 
 
 def check_free_disk(folder: Path, needed_bytes: int) -> None:
@@ -113,8 +97,8 @@ class TensorSource(Protocol):
     def dtype(self, name: str) -> torch.dtype:
         """Dtype of a tensor, without reading it."""
 
-    def get(self, name: str) -> torch.Tensor:
-        """Read one tensor; safe to call from several threads."""
+    def get(self, name: str, device: torch.device = CPU) -> torch.Tensor:
+        """Read one tensor onto `device`; safe to call from several threads."""
 
     def flat(self, name: str, begin: int, end: int) -> torch.Tensor:
         """The elements `begin` to `end` of a flattened tensor, and nothing else read."""
@@ -194,10 +178,10 @@ class TensorFolder:
             )
         return FLOATS[entry.code]
 
-    def get(self, name: str) -> torch.Tensor:
-        """Read one tensor into memory of its own; safe to call from several threads."""
+    def get(self, name: str, device: torch.device = CPU) -> torch.Tensor:
+        """Read one tensor into memory of its own, or onto a GPU; safe to call from several threads."""
         entry = self._entry(name)
-        return self._read(name, 0, entry.size_bytes).reshape(entry.shape)
+        return self._read(name, 0, entry.size_bytes, device).reshape(entry.shape)
 
     def flat(self, name: str, begin: int, end: int) -> torch.Tensor:
         """The elements `begin` to `end` of a flattened tensor, and nothing else read."""
@@ -263,12 +247,18 @@ class TensorFolder:
                 size_bytes=end - begin,
             )
 
-    def _read(self, name: str, begin: int, end: int) -> torch.Tensor:
+    def _read(self, name: str, begin: int, end: int, device: torch.device = CPU) -> torch.Tensor:
         """The bytes `begin` to `end` of a tensor, as a vector of its dtype."""
         entry = self._entry(name)
         dtype = (FLOATS | OTHERS).get(entry.code) or self.dtype(name)
+
+        def read(into: memoryview, at: int) -> None:
+            _read_exactly(self._open[entry.file], into, entry.offset + begin + at, entry.file)
+
+        if device.type == "cuda":
+            return upload(read, end - begin, device).view(dtype)
         raw = torch.empty(end - begin, dtype=torch.uint8)
-        _read_exactly(self._open[entry.file], memoryview(raw.numpy()), entry.offset + begin, entry.file)
+        read(memoryview(raw.numpy()), 0)
         return raw.view(dtype)
 
     def _entry(self, name: str) -> _Entry:

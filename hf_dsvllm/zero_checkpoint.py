@@ -24,7 +24,9 @@ import torch
 from safetensors.torch import save_file
 
 from hf_dsvllm.errors import ExportError
-from hf_dsvllm.weights import TensorFolder, hash_files
+from hf_dsvllm.hashing import hash_files
+from hf_dsvllm.staging import CPU
+from hf_dsvllm.weights import TensorFolder
 
 __all__ = ["ZeroCheckpoint", "write_adapter"]
 
@@ -82,10 +84,10 @@ class ZeroCheckpoint:
         self._span(name)
         return torch.float32
 
-    def get(self, name: str) -> torch.Tensor:
+    def get(self, name: str, device: torch.device = CPU) -> torch.Tensor:
         """One whole tensor in fp32."""
         span = self._span(name)
-        return self.flat(name, 0, math.prod(span.shape)).reshape(span.shape)
+        return self.flat(name, 0, math.prod(span.shape)).reshape(span.shape).to(device)
 
     def flat(self, name: str, begin: int, end: int) -> torch.Tensor:
         """The elements `begin` to `end` of a flattened tensor, and nothing else read."""

@@ -28,7 +28,7 @@ def table(cases: list[dict[str, Any]]) -> str:
     lines = [
         "# Weights into vLLM", "",
         f"{first['card']}; {versions}. Random weights of a Qwen3 shape; the trainer's are changed between rounds.",
-        "Before and after: mean |Δ log p| of fixed prompts, vLLM's against the trainer's. First token: since the sync began.",
+        "Before and after: mean |Δ log p| of fixed prompts, vLLM's against the trainer's. Seconds since it began.",
         "", "| " + " | ".join(HEAD) + " |", "|" + " --- |" * len(HEAD),
     ]  # fmt: skip
     for each in cases:

@@ -44,7 +44,10 @@ class Handler(http.server.BaseHTTPRequestHandler):
         self.wfile.write(body)
     def log_message(self, *words):
         pass
-http.server.HTTPServer((value("--host"), int(value("--port"))), Handler).serve_forever()
+try:
+    http.server.HTTPServer((value("--host"), int(value("--port"))), Handler).serve_forever()
+except KeyboardInterrupt:
+    sys.exit(1)  # as vLLM 0.26 and 0.32 do
 """
 
 

@@ -21,7 +21,7 @@ from hf_dsvllm.weights import TensorPlan
 PLAN = [TensorPlan(name=f"layer.{number}", shape=(64, 64), dtype=torch.float32) for number in range(8)]
 
 
-def write(folder: Path, workers: int) -> tuple[str, ...]:
+def write(folder: Path, workers: int) -> dict[str, str]:
     def produce(_: str) -> torch.Tensor:
         return torch.ones(64, 64)
 
