@@ -185,7 +185,6 @@ def _write(
             folder,
             layout.plan,
             produce,
-            device=layout.device,
             # vLLM and PEFT read an adapter from one file
             max_shard_size_bytes=max_shard_size_bytes if merged else layout.weights_bytes,
             working_bytes=layout.working_bytes,

@@ -115,7 +115,6 @@ def dequantised_base(
                 folder,
                 plan,
                 produce,
-                device=device,
                 working_bytes=lambda planned: planned.elements * MERGE_BYTES_PER_ELEMENT,
                 memory_bytes=room,
             )

@@ -40,7 +40,6 @@ def merged_copy(base: Path, adapter: Path, out: Path, *, dtype: torch.dtype) -> 
                 folder,
                 layout.plan,
                 layout.produce,
-                device=layout.device,
                 working_bytes=layout.working_bytes,
                 memory_bytes=layout.memory_bytes,
             )

@@ -22,7 +22,7 @@ import torch
 from hf_dsvllm.errors import ExportError
 from hf_dsvllm.files import write_json
 from hf_dsvllm.hashing import HashBehind
-from hf_dsvllm.staging import CPU, download, own_stream
+from hf_dsvllm.staging import download
 from hf_dsvllm.weights import FLOATS, INDEX, OTHERS, SINGLE, TensorPlan
 
 __all__ = ["DEFAULT_SHARD_BYTES", "shard_names", "write_shards"]
@@ -38,7 +38,6 @@ def write_shards(
     plan: Sequence[TensorPlan],
     produce: Callable[[str], torch.Tensor],
     *,
-    device: torch.device = CPU,
     max_shard_size_bytes: int = DEFAULT_SHARD_BYTES,
     working_bytes: Callable[[TensorPlan], int] = lambda planned: 3 * planned.size_bytes,
     memory_bytes: int | None = None,
@@ -48,7 +47,7 @@ def write_shards(
 ) -> dict[str, str]:
     """Write `produce(name)` for every planned tensor to `folder`; return the SHA-256 of each file, "" if not `hashed`.
 
-    `produce` is called from up to `workers` threads and makes tensors on `device`.  `working_bytes` is the memory one
+    `produce` is called from up to `workers` threads; its tensors may lie on a GPU.  `working_bytes` is the memory one
     takes there while it is made and written; tensors under way together take at most `memory_bytes` (two shards if not
     given), a larger one is made alone.  `single` is the file's name if one holds everything.  A tensor of another shape
     or dtype than planned, or with NaN or infinity, and a disk that is full or fails raise ExportError; the files are
@@ -71,7 +70,7 @@ def write_shards(
         ]
 
         def work(shard: _Shard, planned: TensorPlan) -> None:
-            with gate.hold(working_bytes(planned)), own_stream(device):
+            with gate.hold(working_bytes(planned)):
                 shard.write(planned, _checked(planned, produce(planned.name)))
 
         if workers == 1:

@@ -1,33 +1,23 @@
-"""Bytes between files and a GPU: through small page-locked buffers, on a stream for each thread.
+"""Bytes between files and a GPU, through small page-locked buffers that are used again.
 
 A plain `.to("cuda")` or `.cpu()` goes through pageable memory that is new for every tensor, whose pages the kernel
-clears first, and all threads wait for each other on one stream: merging 8B parameters on an H200 wrote 1.3 GB/s to
-memory that takes 22 (docs/lab-notes.md).  Here a buffer is filled while the GPU empties the other one.
+clears first: merging 8B parameters on an H200 wrote 1.3 GB/s to memory that takes 22 (docs/lab-notes.md).  Here a
+buffer is filled while the GPU empties the other one.  All threads share the default stream: bitsandbytes (0.50)
+launches its quantisation there, whatever stream is current.
 """
 
 from __future__ import annotations
 
-import contextlib
 import threading
 from collections.abc import Callable
 
 import torch
 
-__all__ = ["CPU", "STAGED_BYTES", "download", "own_stream", "upload"]
+__all__ = ["CPU", "download", "upload"]
 
 CPU = torch.device("cpu")
 CHUNK_BYTES = 32 << 20  # long enough for a copy at the link's full rate, short beside a tensor
-STAGED_BYTES = 2 * CHUNK_BYTES  # host memory of one thread
 _of_thread = threading.local()
-
-
-def own_stream(device: torch.device) -> contextlib.AbstractContextManager[object]:
-    """Work of this thread on a GPU that does not wait for other threads'; nothing on a CPU."""
-    if device.type != "cuda":
-        return contextlib.nullcontext()
-    if not hasattr(_of_thread, "stream"):
-        _of_thread.stream = torch.cuda.Stream(device)
-    return torch.cuda.stream(_of_thread.stream)
 
 
 def upload(read: Callable[[memoryview, int], None], size_bytes: int, device: torch.device) -> torch.Tensor:
