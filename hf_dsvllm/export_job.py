@@ -20,7 +20,8 @@ from hf_dsvllm.layout import Layout, cast_layout, merged_layout
 from hf_dsvllm.merge import Adapter, read_adapter
 from hf_dsvllm.source import Source, find_tokenizer, local_base, tokenizer_files
 from hf_dsvllm.weights import TensorFolder, TensorSource, torch_dtype
-from hf_dsvllm.zero_checkpoint import ZeroCheckpoint, write_adapter
+from hf_dsvllm.zero_adapter import write_adapter
+from hf_dsvllm.zero_checkpoint import ZeroCheckpoint
 
 __all__ = ["ORIGINAL", "Job", "inputs_of", "layout_of", "open_job"]
 

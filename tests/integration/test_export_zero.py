@@ -15,7 +15,8 @@ from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
 from hf_dsvllm.errors import ExportError
 from hf_dsvllm.export import export_model
-from hf_dsvllm.zero_checkpoint import ZeroCheckpoint, write_adapter
+from hf_dsvllm.zero_adapter import write_adapter
+from hf_dsvllm.zero_checkpoint import ZeroCheckpoint
 from tests.conftest import torchrun
 from tests.tiny import write_tiny_model, write_tiny_tokenizer
 
