@@ -70,8 +70,7 @@ def export_model(
     weights.  `format="adapter"` writes the adapter alone, as vLLM applies it.  `prove_in_vllm` starts vLLM (of
     `vllm_python`, or this environment) on the result.  An existing `out` made from the same inputs, and unchanged
     since, is returned as it is, unless it lacks a proof that can be given now; another one needs `overwrite`.  Raises
-    ExportError; then nothing at `out` looks
-    finished.
+    ExportError; then nothing at `out` looks finished.
     """
     started = time.monotonic()
     found = find_source(source, which)

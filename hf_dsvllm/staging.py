@@ -1,8 +1,8 @@
 """Bytes between files and a GPU, through small page-locked buffers that are used again.
 
 A plain `.to("cuda")` or `.cpu()` goes through pageable memory that is new for every tensor, whose pages the kernel
-clears first: merging 8B parameters on an H200 wrote 1.3 GB/s to memory that takes 22 (docs/lab-notes.md).  Here a
-buffer is filled while the GPU empties the other one.  All threads share the default stream: bitsandbytes (0.50)
+clears first; merging 8B parameters that way on an H200 wrote 1.3 GB/s to memory that takes 22 (docs/lab-notes.md).
+Here a buffer is filled while the GPU empties the other one.  All threads share the default stream: bitsandbytes (0.50)
 launches its quantisation there, whatever stream is current.
 """
 

@@ -184,6 +184,8 @@ class Measurement:
         """Rates of one GPU, of 2 and of 4; once per folder."""
         count = len(self.lanes)
         self.rates.setdefault("host", host_record(self.options.gpus, self.options.threads))
+        if self.options.note:
+            self.rates["notes"] = [*self.rates.get("notes", ()), self.options.note]
         if "one" not in self.rates:
             jobs = [self.start("one", "calibrate", self.lanes[:1], 120.0)]
             if count >= 4 and "collectives_2" not in self.rates:
@@ -353,6 +355,7 @@ def main() -> None:
     parser.add_argument("--least_s", type=float, default=15.0, help="no cell is started with less time left")
     parser.add_argument("--steps", type=int, default=5)
     parser.add_argument("--grow_gib", type=int, default=0, help="memory to touch in the background at the start")
+    parser.add_argument("--note", help="a sentence for the report: what was special about these cells")
     parser.add_argument("--only", nargs="*", help="cells whose name contains one of these words")
     options = parser.parse_args()
     measurement = Measurement(options)

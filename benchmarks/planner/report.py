@@ -329,6 +329,7 @@ def page(results: Path) -> str:
         [
             "# The planner against measurements",
             about(rows, rates),
+            *rates.get("notes", ()),
             f"{len(rows)} cells: " + ", ".join(f"{count} {status}" for status, count in counts.items() if count) + ".",
             summary(rows),
             "## Fits or not",
