@@ -12,7 +12,7 @@ from typing import Any
 
 from hf_dsvllm.errors import HardwareError
 
-__all__ = ["CARDS_MIB", "Gpu", "Machine", "cpu_flags", "detect", "parse_machine"]
+__all__ = ["CARDS_MIB", "Gpu", "Machine", "count_and_card", "cpu_flags", "detect", "parse_machine"]
 
 MIB = 1024**2
 
@@ -244,15 +244,20 @@ def parse_machine(name: str) -> Machine:
 
     Raises HardwareError for a card that is not in the catalogue (with the nearest names) or comes in several sizes.
     """
-    match = re.fullmatch(r"\s*(?:(\d+)\s*[x×*]\s*)?(\S.*?)\s*", name, flags=re.IGNORECASE)
-    if match is None:
+    count, word = count_and_card(name)
+    if not word:
         raise HardwareError("the name of a machine is empty; write for example 4xH100-80GB")
-    count = int(match[1] or 1)
     if count < 1:
         raise HardwareError(f"{name!r} has no GPU; write for example 1xH100-80GB")
-    card = find_card(match[2])
+    card = find_card(word)
     gpus = tuple(Gpu(name=card, memory_bytes=CARDS_MIB[card] * MIB, index=index) for index in range(count))
     return Machine(gpus=gpus, cpu_count=None, ram_bytes=None)
+
+
+def count_and_card(name: str) -> tuple[int, str]:
+    """`4xH100-80GB` → 4 and the card as typed, known or not; 1 without a count."""
+    match = re.fullmatch(r"\s*(?:(\d+)\s*[x×*]\s*)?(\S.*?)\s*", name, flags=re.IGNORECASE)
+    return (1, "") if match is None else (int(match[1] or 1), match[2])
 
 
 def find_card(name: str) -> str:

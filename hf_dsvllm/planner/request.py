@@ -7,7 +7,7 @@ import difflib
 import re
 
 from hf_dsvllm.errors import ConfigError, DsvllmError, HardwareError, Problem
-from hf_dsvllm.hardware import Machine, detect, parse_machine
+from hf_dsvllm.hardware import Machine, count_and_card, detect, parse_machine
 from hf_dsvllm.model_shape import ModelShape, load_shape
 from hf_dsvllm.planner.cards import Rates, machine_rates, rates_of
 from hf_dsvllm.planner.footprint import Traced
@@ -138,7 +138,7 @@ def number_problems(request: Request, shape: ModelShape | None, machine: Machine
                 f"--seq_len {longest} or less",
             )
         )
-    count = len(machine.gpus) if machine else 0
+    count = len(machine.gpus) if machine else count_and_card(request.gpus or "")[0]
     if count > 1 and request.global_batch >= 1 and request.global_batch % count:
         down = request.global_batch // count * count
         choices = " or ".join(str(value) for value in (down, down + count) if value)

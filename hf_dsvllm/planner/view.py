@@ -32,17 +32,18 @@ def show(
 
 
 def print_plan(plan: Plan, request: Request, *, explain: bool) -> None:
+    from rich.box import SIMPLE_HEAD
     from rich.console import Console
     from rich.table import Table
 
     job = plan.job
     console = Console(highlight=False)
     title = f"{request.model} on {job.machine.describe()}, {job.length:,} tokens, {job.global_batch} sequences a step"
-    table = Table(title=title)
-    for heading in HEADINGS:
-        table.add_column(heading, overflow="fold", no_wrap=heading == "preset")
-    for row in table_rows(plan):
-        table.add_row(*row)
+    table = Table(title=title, box=SIMPLE_HEAD, padding=(0, 1, 0, 0), pad_edge=False)
+    for heading in HEADINGS:  # in 80 columns, only verdicts are wrapped
+        table.add_column(heading.replace(" ", "\n"), overflow="fold", no_wrap=heading != "verdict")
+    for preset, *cells in table_rows(plan):
+        table.add_row(preset.replace(" (", "\n("), *cells)
     console.print(table, markup=False)
     for sentence in sentences(plan):
         console.print(sentence, markup=False)

@@ -16,6 +16,7 @@ from hf_dsvllm.planner.cards import CARDS, rates_of
 from hf_dsvllm.planner.explain import command_line, sentences, suggestions
 from hf_dsvllm.planner.request import Request, job_of, parse_bytes
 from hf_dsvllm.planner.search import Job, Plan, make_plan, usable_bytes
+from hf_dsvllm.planner.view import show
 
 GIB = 2**30
 QWEN3 = {  # hidden, intermediate, layers, heads, key-value heads, tied
@@ -180,6 +181,25 @@ def test_all_problems_of_a_request_come_in_one_message(tmp_path: Path):
     assert "--global_batch 30 or 33" in text
     assert "did you mean full?" in text
     assert "--host_ram much is not a size" in text
+
+
+def test_a_batch_is_held_against_the_number_of_cards_that_nobody_knows(tmp_path: Path):
+    (tmp_path / "config.json").write_text(json.dumps(config("8b")), encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"(?s)'H1000' is not known.*--global_batch 60 or 64"):
+        job_of(Request(model=str(tmp_path), gpus="4xH1000", global_batch=63))
+
+
+def test_the_table_keeps_its_words_whole_in_80_columns(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+):
+    (tmp_path / "config.json").write_text(json.dumps(config("8b")), encoding="utf-8")
+    monkeypatch.setenv("COLUMNS", "80")
+    request = Request(model=str(tmp_path), gpus="1xA10-24GB", seq_len=4096, host_ram="64GB", eval_sequences=64)
+    show(request, job_of(request))
+    words = capsys.readouterr().out.split()
+    assert {"recompute", "tokens/s", "verdict", "zero3_offload_optimizer", "zero3_offload+lora", "shared)"} <= set(
+        words
+    )
 
 
 def test_an_unknown_model_and_an_unknown_card_are_named_with_the_nearest_cards(tmp_path: Path):
