@@ -14,7 +14,6 @@ from __future__ import annotations
 
 import argparse
 import contextlib
-import os
 import subprocess
 import sys
 from pathlib import Path
@@ -24,7 +23,7 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE / "speed"), str(HERE / "planner")]
 
 from arms import Arm, arms, dry_arms, shadowed  # noqa: E402
-from measure import Measurement  # noqa: E402
+from measure import Measurement, options_parser, parse, run_to_the_end  # noqa: E402
 from rows import read  # noqa: E402
 from tables import write_report  # noqa: E402
 
@@ -98,23 +97,12 @@ def chosen(arm: Arm, words: list[str] | None) -> bool:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--out", type=Path, required=True, help="folder of results; kept between calls")
-    parser.add_argument("--copy_to", type=Path, help="folder that results and logs are copied to after every arm")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--gpus", type=int, default=1)
-    parser.add_argument("--threads", type=int, help="of each process; default: the CPUs shared out")
-    parser.add_argument("--budget_s", type=float, default=560.0)
-    parser.add_argument("--cell_s", type=float, default=100.0, help="longest time of one arm")
-    parser.add_argument("--least_s", type=float, default=15.0, help="no arm is started with less time left")
-    parser.add_argument("--steps", type=int, default=7)
-    parser.add_argument("--grow_gib", type=int, default=0, help="host memory to touch in the background at the start")
-    parser.add_argument("--only", nargs="*", help="cases (lora8), or parts of names that hold a dash")
+    only = "cases (lora8), or parts of names that hold a dash"
+    parser = options_parser(__doc__.splitlines()[0], gpus=1, cell_s=100.0, steps=7, only=only)
     parser.add_argument("--again", action="store_true", help="run arms that failed or took too long once more")
     parser.add_argument("--list", action="store_true", help="print the arms and end")
     parser.add_argument("--report", action="store_true", help="write the tables and the plot, and end")
-    options = parser.parse_args()
-    options.threads = options.threads or max(1, (os.cpu_count() or 1) // max(1, options.gpus))
+    options = parse(parser)
     options.out.mkdir(parents=True, exist_ok=True)
     if options.list:
         for arm in dry_arms() if options.device == "cpu" else arms():
@@ -124,13 +112,7 @@ def main() -> None:
     if options.report:
         write_report(options.out)
         return
-    measurement = SpeedMeasurement(options)
-    try:
-        measurement.run()
-    finally:
-        measurement.save()
-        for lane in measurement.lanes:
-            lane.process.kill()
+    run_to_the_end(SpeedMeasurement(options))
 
 
 if __name__ == "__main__":
