@@ -6,6 +6,8 @@ ARGS ?=
 
 export TORCH_EXTENSIONS_DIR := $(CURDIR)/.cache/torch_extensions
 export PATH := $(CURDIR)/.venv/bin:$(PATH)
+# Kept bytecode halves the imports of every process: uv compiles nothing when it installs.
+unexport PYTHONDONTWRITEBYTECODE
 
 .DEFAULT_GOAL := help
 .PHONY: help setup demo test test-all lint format clean
