@@ -118,7 +118,7 @@ def merge_ours(args: argparse.Namespace) -> dict[str, Any]:
     """
     import torch
 
-    from hf_dsvllm import export
+    from hf_dsvllm.export import make as export
 
     run, out = args.work / f"run-{args.shape}-{args.kind}", args.work / "out-ours"
     warm_up()
@@ -135,7 +135,7 @@ def merge_ours(args: argparse.Namespace) -> dict[str, Any]:
 
 def merge_proven(args: argparse.Namespace) -> dict[str, Any]:
     """The whole export with its proof."""
-    from hf_dsvllm.export import export_model
+    from hf_dsvllm.export.make import export_model
 
     run, out = args.work / f"run-{args.shape}-{args.kind}", args.work / "out-proven"
     warm_up()
@@ -231,7 +231,7 @@ def measure_zero(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def zero_ours(args: argparse.Namespace) -> dict[str, Any]:
-    from hf_dsvllm import export
+    from hf_dsvllm.export import make as export
 
     export._where_to_compare = lambda *_: ("cpu", "left out of this measurement")
     warm_up()
@@ -261,7 +261,7 @@ def zero_equal(args: argparse.Namespace) -> dict[str, Any]:
     """Every tensor of both, bit by bit."""
     import torch
 
-    from hf_dsvllm.weights import TensorFolder
+    from hf_dsvllm.tensors.weights import TensorFolder
 
     with TensorFolder(args.work / "out-zero-ours") as ours, TensorFolder(args.work / "out-zero-deepspeed") as theirs:
         shared = sorted(set(ours.names) & set(theirs.names))

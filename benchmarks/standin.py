@@ -106,8 +106,8 @@ def write_random_model(shape: Shape, out: Path) -> None:
     import torch
     from transformers import AutoModelForCausalLM, GenerationConfig
 
-    from hf_dsvllm.shards import write_shards
-    from hf_dsvllm.weights import TensorPlan
+    from hf_dsvllm.tensors.shards import write_shards
+    from hf_dsvllm.tensors.weights import TensorPlan
 
     config = random_config(shape)
     end, pad = config.eos_token_id, config.pad_token_id

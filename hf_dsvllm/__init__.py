@@ -27,7 +27,7 @@ if TYPE_CHECKING:
         Problem,
         WiringError,
     )
-    from hf_dsvllm.export import ExportReport, export_model
+    from hf_dsvllm.export.make import ExportReport, export_model
     from hf_dsvllm.session import Session, prepare
     from hf_dsvllm.tasks import EvalTask, load_task
 
@@ -41,7 +41,7 @@ _EXPORTS = {
     "EvalFileError": "errors",
     "EvalTask": "tasks",
     "ExportError": "errors",
-    "ExportReport": "export",
+    "ExportReport": "export.make",
     "HardwareError": "errors",
     "MissingDependencyError": "errors",
     "ModelShapeError": "errors",
@@ -49,7 +49,7 @@ _EXPORTS = {
     "Problem": "errors",
     "Session": "session",
     "WiringError": "errors",
-    "export_model": "export",
+    "export_model": "export.make",
     "friendly": "console",
     "load_task": "tasks",
     "prepare": "session",

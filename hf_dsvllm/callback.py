@@ -13,21 +13,21 @@ from transformers import TrainerCallback
 
 from hf_dsvllm._compat import log_through_trainer, note_best
 from hf_dsvllm.console import is_main_process, say
-from hf_dsvllm.delivery import Asked
 from hf_dsvllm.errors import DsvllmError, EngineError, WiringError
+from hf_dsvllm.evaluation.delivery import Asked
+from hf_dsvllm.evaluation.rounds import Round, Rounds
+from hf_dsvllm.evaluation.sample_tables import log_samples
+from hf_dsvllm.evaluation.steering import best_snapshot, is_best, keep_best
 from hf_dsvllm.fields import steers
-from hf_dsvllm.live_weights import send
+from hf_dsvllm.live.restore import restore
+from hf_dsvllm.live.snapshot import Snapshot, prune, publish
+from hf_dsvllm.live.stream import send
 from hf_dsvllm.measure import RunMeasure
-from hf_dsvllm.restore import restore
-from hf_dsvllm.rounds import Round, Rounds
-from hf_dsvllm.sample_tables import log_samples
-from hf_dsvllm.snapshot import Snapshot, prune, publish
-from hf_dsvllm.steering import best_snapshot, is_best, keep_best
 from hf_dsvllm.wiring import check_wiring, read_wiring
 
 if TYPE_CHECKING:
-    from hf_dsvllm.canary import LogProbs
     from hf_dsvllm.engine.sync import SyncResult, WeightSync
+    from hf_dsvllm.evaluation.canary import LogProbs
     from hf_dsvllm.session import Session
 
 __all__ = ["SessionCallback"]

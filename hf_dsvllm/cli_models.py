@@ -11,7 +11,7 @@ import typer
 
 from hf_dsvllm.console import say
 from hf_dsvllm.errors import ExportError
-from hf_dsvllm.source import Format, Target, Which
+from hf_dsvllm.export.source import Format, Target, Which
 
 __all__ = ["WithArgumentsForVllm", "chat", "export", "parse_size", "serve", "serve_arguments"]
 
@@ -46,7 +46,7 @@ def export(
 ) -> None:
     """Merge, check and write a trained model as one folder that transformers and vLLM load."""
     size = parse_size(max_shard_size)
-    from hf_dsvllm.export import export_model
+    from hf_dsvllm.export.make import export_model
 
     report = export_model(
         source,
@@ -66,7 +66,7 @@ def export(
         say(remark)
     print(report.out)
     if push_to_hub is not None:
-        from hf_dsvllm.hub import push_to_hub as push
+        from hf_dsvllm.export.hub import push_to_hub as push
 
         print(push(Path(report.out), push_to_hub))
     say(f"serve it: hf-dsvllm serve {shlex.quote(report.out)}")
@@ -114,11 +114,11 @@ def serve(
 
     What stands after -- goes to vLLM as it is.
     """
-    from hf_dsvllm import serve as serving
+    from hf_dsvllm.serve import command as serving
 
     extra = context.meta.get(VLLM_ARGS, [])
     if emit is not None:
-        from hf_dsvllm.deploy import deployment
+        from hf_dsvllm.serve.deploy import deployment
 
         planned = serving.plan_serving(paths, host=host, port=port, name=name, device=serving.detect_device())
         again = serve_arguments(paths, host, port, name, max_model_len, vllm_python, extra)
@@ -170,6 +170,6 @@ def chat(
     temperature: Annotated[float, typer.Option(min=0.0, help="0 is greedy.")] = 0.7,
 ) -> None:
     """Talk with a served model in the terminal; the key is taken from VLLM_API_KEY."""
-    from hf_dsvllm.chat import chat as talk
+    from hf_dsvllm.serve.chat import chat as talk
 
     talk(url, model=model, system=system, max_tokens=max_tokens, temperature=temperature)

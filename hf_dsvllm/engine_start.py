@@ -11,18 +11,18 @@ from typing import Any
 
 import torch
 
-from hf_dsvllm.adapter_format import why_merge_live
 from hf_dsvllm.console import say
 from hf_dsvllm.engine.remote import RemoteServer
 from hf_dsvllm.engine.server import EngineServer, EngineSpec, find_vllm
 from hf_dsvllm.engine_size import EngineSize, gpus_needed, load_config, size_engine
 from hf_dsvllm.errors import DsvllmError
+from hf_dsvllm.export.adapter_format import why_merge_live
+from hf_dsvllm.export.source import local_base
 from hf_dsvllm.files import write_text
-from hf_dsvllm.fourbit import dequantised_base
 from hf_dsvllm.model_shape import load_shape
 from hf_dsvllm.placement import Place
-from hf_dsvllm.source import local_base
 from hf_dsvllm.tasks import EvalTask
+from hf_dsvllm.tensors.fourbit import dequantised_base
 
 __all__ = ["follow_adapters", "start_engine"]
 

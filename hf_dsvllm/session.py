@@ -19,10 +19,8 @@ import torch
 
 from hf_dsvllm import adapters, speedups
 from hf_dsvllm._compat import keep_4bit_weights_packed, keep_out_of_uploads
-from hf_dsvllm.adapter_format import serving_problems
 from hf_dsvllm.arguments import full_dtype, resolve_preset, training_device
 from hf_dsvllm.callback import SessionCallback
-from hf_dsvllm.canary import Canary, canary_of
 from hf_dsvllm.checks import check_before_loading, load_tokenizer, predict_memory
 from hf_dsvllm.console import is_main_process, say
 from hf_dsvllm.ds_config import swap_buffer_elements
@@ -31,22 +29,24 @@ from hf_dsvllm.engine.server import EngineServer
 from hf_dsvllm.engine_size import largest_parameter
 from hf_dsvllm.engine_start import follow_adapters, start_engine
 from hf_dsvllm.errors import ConfigError, DsvllmError, ExportError, GpuMemoryError, WiringError
-from hf_dsvllm.eval_result import Sampling, harness_tasks, lower_is_better
-from hf_dsvllm.evaluation import EVALS, Evaluator
+from hf_dsvllm.evaluation.canary import Canary, canary_of
+from hf_dsvllm.evaluation.evaluator import EVALS, Evaluator
+from hf_dsvllm.evaluation.result import Sampling, harness_tasks, lower_is_better
+from hf_dsvllm.evaluation.steering import Steering
+from hf_dsvllm.export.adapter_format import serving_problems
+from hf_dsvllm.export.fingerprint import fingerprint_of
+from hf_dsvllm.export.source import Which, best_step
 from hf_dsvllm.features import choose
 from hf_dsvllm.fields import asks_for_answers
 from hf_dsvllm.files import write_json
-from hf_dsvllm.fingerprint import fingerprint_of
 from hf_dsvllm.forecast import comparison, forecast, learn_from, out_of_memory_advice
 from hf_dsvllm.launch import read_launch
+from hf_dsvllm.live.snapshot import SNAPSHOTS, Snapshot
 from hf_dsvllm.measure import RunMeasure
 from hf_dsvllm.model_shape import load_shape
 from hf_dsvllm.placement import Place, choose_place, visible_gpus
 from hf_dsvllm.ranks import Ranks
 from hf_dsvllm.run_folder import leave, occupy, set_aside_evaluations
-from hf_dsvllm.snapshot import SNAPSHOTS, Snapshot
-from hf_dsvllm.source import Which, best_step
-from hf_dsvllm.steering import Steering
 from hf_dsvllm.tasks import load_tasks
 from hf_dsvllm.traps import Fix
 from hf_dsvllm.wiring import Wiring
@@ -331,7 +331,7 @@ class Session:
     def _export(self, snapshot: Snapshot) -> None:
         if self.args.export_to == "none":
             return
-        from hf_dsvllm.export import export_model
+        from hf_dsvllm.export.make import export_model
 
         out = Path(self.args.export_to) if self.args.export_to else self.run_dir / "export"
         asked: list[tuple[Which, str, Path]] = [("latest", f"{snapshot.kind} of step {snapshot.step}", out)]

@@ -10,7 +10,7 @@ import torch
 from peft import LoraConfig, PeftModel, get_peft_model
 from transformers import AutoModelForCausalLM, AutoTokenizer, LlamaConfig
 
-from hf_dsvllm.export import export_model
+from hf_dsvllm.export.make import export_model
 from tests.tiny import write_tiny_model
 
 NF4 = {

@@ -32,9 +32,9 @@ sys.path.insert(0, str(Path(__file__).resolve().parent.parent))  # the other ben
 import torch
 from standin import SHAPES, random_config, write_random_model, write_tokenizer
 
-from hf_dsvllm import live_weights
 from hf_dsvllm.engine import EngineClient, EngineServer, EngineSpec, WeightSync
-from hf_dsvllm.snapshot import publish
+from hf_dsvllm.live import stream as live_weights
+from hf_dsvllm.live.snapshot import publish
 from hf_dsvllm.transfer.libnccl import Nccl
 
 GIB = 1 << 30

@@ -15,10 +15,10 @@ from typing import Any
 import pytest
 import torch
 
-from hf_dsvllm.canary import TOLERANCES, LogProbs, engine_logprobs, judge
 from hf_dsvllm.engine import EngineClient, EngineServer, EngineSpec, WeightSync
-from hf_dsvllm.fourbit import dequantised_base
-from hf_dsvllm.merged_copy import merged_copy
+from hf_dsvllm.evaluation.canary import TOLERANCES, LogProbs, engine_logprobs, judge
+from hf_dsvllm.export.merged_copy import merged_copy
+from hf_dsvllm.tensors.fourbit import dequantised_base
 from tests.scripts.canaries import PROMPTS
 from tests.scripts.runs import Runs, train_all
 

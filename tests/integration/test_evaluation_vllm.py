@@ -16,10 +16,10 @@ import torch
 import yaml
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_dsvllm.delivery import Asked
 from hf_dsvllm.engine import EngineServer, EngineSpec
-from hf_dsvllm.evaluation import Evaluator, HarnessTasks, Sampling
-from hf_dsvllm.snapshot import Snapshot
+from hf_dsvllm.evaluation.delivery import Asked
+from hf_dsvllm.evaluation.evaluator import Evaluator, HarnessTasks, Sampling
+from hf_dsvllm.live.snapshot import Snapshot
 from hf_dsvllm.tasks import load_task
 from tests.tiny import write_tiny_model
 

@@ -14,14 +14,14 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-from hf_dsvllm.adapter_format import why_merge_live
 from hf_dsvllm.errors import ExportError
-from hf_dsvllm.export import REPORT
-from hf_dsvllm.fourbit import dequantised_base, quantised_weights
-from hf_dsvllm.manifest import MANIFEST, check_manifest
-from hf_dsvllm.restore import restore
+from hf_dsvllm.export.adapter_format import why_merge_live
+from hf_dsvllm.export.make import REPORT
+from hf_dsvllm.export.manifest import MANIFEST, check_manifest
+from hf_dsvllm.live.restore import restore
+from hf_dsvllm.live.snapshot import Snapshot, publish
 from hf_dsvllm.session import Session
-from hf_dsvllm.snapshot import Snapshot, publish
+from hf_dsvllm.tensors.fourbit import dequantised_base, quantised_weights
 from tests.export_runs import NF4, export, logits, move, nothing_finished, run, write_run, write_wide_base
 from tests.tiny import write_tiny_model
 

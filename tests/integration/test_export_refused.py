@@ -15,15 +15,15 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from hf_dsvllm import export as export_module
-from hf_dsvllm import layout as layout_module
-from hf_dsvllm import shards as shards_module
-from hf_dsvllm import weights as weights_module
-from hf_dsvllm.claim import claimed
 from hf_dsvllm.errors import ExportError
-from hf_dsvllm.export import REPORT
-from hf_dsvllm.fingerprint import fingerprint
-from hf_dsvllm.manifest import MANIFEST
+from hf_dsvllm.export import layout as layout_module
+from hf_dsvllm.export import make as export_module
+from hf_dsvllm.export.claim import claimed
+from hf_dsvllm.export.fingerprint import fingerprint
+from hf_dsvllm.export.make import REPORT
+from hf_dsvllm.export.manifest import MANIFEST
+from hf_dsvllm.tensors import shards as shards_module
+from hf_dsvllm.tensors import weights as weights_module
 from tests.export_runs import NF4, export, move, nothing_finished, run, write_run, write_wide_base
 from tests.tiny import write_tiny_model
 

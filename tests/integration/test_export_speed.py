@@ -14,7 +14,7 @@ FOLDER = Path(__file__).resolve().parents[2] / "benchmarks"
 
 @pytest.fixture
 def benchmark(monkeypatch: pytest.MonkeyPatch) -> Any:
-    from hf_dsvllm import export
+    from hf_dsvllm.export import make as export
 
     monkeypatch.syspath_prepend(str(FOLDER))
     monkeypatch.setattr(export, "_where_to_compare", export._where_to_compare)  # put back afterwards

@@ -17,10 +17,10 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from hf_dsvllm import verify_engine
 from hf_dsvllm.engine import EngineClient, EngineServer, EngineSpec, WeightSync
 from hf_dsvllm.errors import ExportError
-from hf_dsvllm.export import ExportReport, export_model
+from hf_dsvllm.export import verify_engine
+from hf_dsvllm.export.make import ExportReport, export_model
 from tests.export_runs import NF4, move, write_run
 from tests.tiny import write_tiny_model
 

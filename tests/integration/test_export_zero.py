@@ -14,9 +14,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, Qwen3MoeConfig
 
 from hf_dsvllm.errors import ExportError
-from hf_dsvllm.export import export_model
-from hf_dsvllm.zero_adapter import write_adapter
-from hf_dsvllm.zero_checkpoint import ZeroCheckpoint
+from hf_dsvllm.export.make import export_model
+from hf_dsvllm.tensors.zero_adapter import write_adapter
+from hf_dsvllm.tensors.zero_checkpoint import ZeroCheckpoint
 from tests.conftest import torchrun
 from tests.tiny import write_tiny_model, write_tiny_tokenizer
 
@@ -185,7 +185,7 @@ def test_a_checkpoint_cannot_run_code(tmp_path: Path) -> None:
 
 
 def test_an_adapter_file_that_is_whole_is_read_before_any_partitions(tmp_path: Path) -> None:
-    from hf_dsvllm.source import find_source
+    from hf_dsvllm.export.source import find_source
 
     (tmp_path / "adapter_config.json").write_text("{}")
     (tmp_path / "global_step1").mkdir()

@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import load_file
 
 from hf_dsvllm._compat import keep_4bit_weights_packed
-from hf_dsvllm.fourbit import dequantised_base
-from hf_dsvllm.merged_copy import merged_copy
+from hf_dsvllm.export.merged_copy import merged_copy
+from hf_dsvllm.tensors.fourbit import dequantised_base
 from tests.scripts.runs import Runs, train_all
 from tests.tiny import write_tiny_model
 

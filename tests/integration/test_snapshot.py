@@ -10,9 +10,9 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from hf_dsvllm import snapshot as snapshot_module
 from hf_dsvllm.errors import ExportError
-from hf_dsvllm.snapshot import prune, publish
+from hf_dsvllm.live import snapshot as snapshot_module
+from hf_dsvllm.live.snapshot import prune, publish
 from tests.scripts.runs import Runs, train_all
 from tests.tiny import write_tiny_model
 

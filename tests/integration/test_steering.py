@@ -18,9 +18,9 @@ from hf_dsvllm.arguments import DsvllmTrainingArguments
 from hf_dsvllm.callback import SessionCallback
 from hf_dsvllm.engine.sync import SyncResult
 from hf_dsvllm.errors import EngineError
+from hf_dsvllm.evaluation.rounds import Round, Rounds
+from hf_dsvllm.evaluation.steering import Steering
 from hf_dsvllm.ranks import Ranks
-from hf_dsvllm.rounds import Round, Rounds
-from hf_dsvllm.steering import Steering
 from tests.tiny import write_tiny_model
 
 KEY = "eval_gen_questions_exact_match"

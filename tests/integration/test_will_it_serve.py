@@ -15,11 +15,11 @@ import torch
 from peft import LoraConfig, get_peft_model
 from transformers import AutoModelForCausalLM
 
-from hf_dsvllm.adapter_format import will_it_serve
-from hf_dsvllm.canary import TOLERANCES, engine_logprobs, judge, trainer_logprobs
 from hf_dsvllm.engine import EngineServer, EngineSpec
-from hf_dsvllm.evaluation import Evaluator, Sampling
-from hf_dsvllm.snapshot import publish
+from hf_dsvllm.evaluation.canary import TOLERANCES, engine_logprobs, judge, trainer_logprobs
+from hf_dsvllm.evaluation.evaluator import Evaluator, Sampling
+from hf_dsvllm.export.adapter_format import will_it_serve
+from hf_dsvllm.live.snapshot import publish
 from tests.tiny import VOCAB_SIZE, write_tiny_model
 
 pytestmark = [

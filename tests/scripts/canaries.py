@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
-from hf_dsvllm.canary import Canary, canary_prompts
-from hf_dsvllm.snapshot import publish
+from hf_dsvllm.evaluation.canary import Canary, canary_prompts
+from hf_dsvllm.live.snapshot import publish
 
 PROMPTS = canary_prompts([list(range(5 + k, 65 + 2 * k, 1 + k % 3)) for k in range(6)])
 

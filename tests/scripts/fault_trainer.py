@@ -136,9 +136,9 @@ def tokenizer(place: Place) -> Any:
 def watch_snapshots(place: Place) -> None:
     """Note which answer the weights of each step give, and stop at publish.N with the snapshot half-way there."""
     import hf_dsvllm.callback
-    import hf_dsvllm.snapshot
+    import hf_dsvllm.live.snapshot
 
-    publish, atomic_folder = hf_dsvllm.callback.publish, hf_dsvllm.snapshot.atomic_folder
+    publish, atomic_folder = hf_dsvllm.callback.publish, hf_dsvllm.live.snapshot.atomic_folder
     decode = tokenizer(place).decode
     expected = {0: answer(place.model, decode)}
     written = []
@@ -159,7 +159,7 @@ def watch_snapshots(place: Place) -> None:
                 os.truncate(weights_file(snapshot.path), 2000)
         return snapshot
 
-    hf_dsvllm.snapshot.atomic_folder = watched
+    hf_dsvllm.live.snapshot.atomic_folder = watched
     hf_dsvllm.callback.publish = noted
 
 

@@ -20,8 +20,8 @@ from pathlib import Path
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM
 
-from hf_dsvllm.export import export_model
-from hf_dsvllm.manifest import check_manifest
+from hf_dsvllm.export.make import export_model
+from hf_dsvllm.export.manifest import check_manifest
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ import torch
 
 from hf_dsvllm.engine import EngineClient, WeightSync
 from hf_dsvllm.errors import EngineError
-from hf_dsvllm.live_weights import send, stream
+from hf_dsvllm.live.stream import send, stream
 from tests import weight_taker
 from tests.weight_taker import FakeServer, FakeVllm, gpu_spec, served
 

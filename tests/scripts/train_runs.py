@@ -88,7 +88,7 @@ def train(run: dict[str, Any], model: Path, out: Path) -> dict[str, Any]:
     from trl import ModelConfig
 
     from hf_dsvllm import DsvllmTrainingArguments, prepare
-    from hf_dsvllm.restore import restore
+    from hf_dsvllm.live.restore import restore
     from hf_dsvllm.wiring import read_wiring
 
     processes = int(os.environ["WORLD_SIZE"])

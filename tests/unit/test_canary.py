@@ -12,7 +12,8 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
-from hf_dsvllm.canary import (
+from hf_dsvllm.errors import EngineError
+from hf_dsvllm.evaluation.canary import (
     LONGEST,
     TOLERANCES,
     Canary,
@@ -23,7 +24,6 @@ from hf_dsvllm.canary import (
     trainer_logprobs,
     why_no_canary,
 )
-from hf_dsvllm.errors import EngineError
 from hf_dsvllm.tasks import EvalSample, EvalTask
 from tests.tiny import write_tiny_model
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
-from hf_dsvllm.chat import chat
 from hf_dsvllm.errors import EngineError
+from hf_dsvllm.serve.chat import chat
 
 
 class Server(http.server.ThreadingHTTPServer):

@@ -8,8 +8,8 @@ from pathlib import Path
 
 import pytest
 
-from hf_dsvllm.claim import claimed, replacing
 from hf_dsvllm.errors import ExportError
+from hf_dsvllm.export.claim import claimed, replacing
 
 
 def export(out: Path, text: str = "new") -> Path:
@@ -106,6 +106,6 @@ def test_a_folder_of_somebody_else_is_refused(tmp_path: Path, monkeypatch: pytes
     def refuse(path: Path, *_: object) -> int:
         raise PermissionError(errno.EACCES, os.strerror(errno.EACCES), str(path))
 
-    monkeypatch.setattr("hf_dsvllm.claim.os.open", refuse)
+    monkeypatch.setattr("hf_dsvllm.export.claim.os.open", refuse)
     with pytest.raises(ExportError, match=r"\.out\.lock cannot be written: Permission denied; name another"):
         export(tmp_path / "out")

@@ -216,7 +216,7 @@ def test_serving_what_is_no_model_is_one_error(run: Run, tmp_path: Path) -> None
 
 
 def test_the_exit_code_of_the_server_is_ours(run: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("hf_dsvllm.serve.serve", lambda path, **options: 3)
+    monkeypatch.setattr("hf_dsvllm.serve.command.serve", lambda path, **options: 3)
     assert run("serve", str(tmp_path))[0] == 3
 
 

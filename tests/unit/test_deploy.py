@@ -16,12 +16,12 @@ import pytest
 import yaml
 from ray.serve.schema import ServeDeploySchema
 
-from hf_dsvllm.deploy import deployment
 from hf_dsvllm.errors import EngineError
-from hf_dsvllm.gateway import find_envoy
-from hf_dsvllm.serve import PlannedServer
-from hf_dsvllm.serve_plan import plan_servers
-from hf_dsvllm.serve_share import Share
+from hf_dsvllm.serve.command import PlannedServer
+from hf_dsvllm.serve.deploy import deployment
+from hf_dsvllm.serve.gateway import find_envoy
+from hf_dsvllm.serve.plan import plan_servers
+from hf_dsvllm.serve.share import Share
 from tests.unit.test_serve import write_adapter
 from tests.unit.test_serve_several import write_model
 

@@ -9,14 +9,15 @@ from typing import Any
 
 import pytest
 
-from hf_dsvllm import evaluation, metrics
-from hf_dsvllm.delivery import Asked
+from hf_dsvllm import metrics
 from hf_dsvllm.engine.client import Completion
 from hf_dsvllm.engine.sync import SyncResult
 from hf_dsvllm.errors import EngineError
-from hf_dsvllm.evaluation import Evaluator, HarnessTasks, Sampling
+from hf_dsvllm.evaluation import evaluator as evaluation
+from hf_dsvllm.evaluation.delivery import Asked
+from hf_dsvllm.evaluation.evaluator import Evaluator, HarnessTasks, Sampling
 from hf_dsvllm.harness import HarnessScores, TaskResult, Worker
-from hf_dsvllm.snapshot import Snapshot
+from hf_dsvllm.live.snapshot import Snapshot
 from hf_dsvllm.task_settings import TaskSettings
 from hf_dsvllm.tasks import EvalSample, EvalTask
 

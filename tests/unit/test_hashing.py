@@ -11,10 +11,10 @@ from pathlib import Path
 import pytest
 import torch
 
-from hf_dsvllm import hashing, staging
-from hf_dsvllm.hashing import HashBehind, sha256_of
-from hf_dsvllm.shards import write_shards
-from hf_dsvllm.weights import TensorFolder, TensorPlan
+from hf_dsvllm.tensors import hashing, staging
+from hf_dsvllm.tensors.hashing import HashBehind, sha256_of
+from hf_dsvllm.tensors.shards import write_shards
+from hf_dsvllm.tensors.weights import TensorFolder, TensorPlan
 
 
 @pytest.fixture

@@ -17,7 +17,7 @@ import pytest
 PUSH = """
 import sys
 from pathlib import Path
-from hf_dsvllm.hub import push_to_hub
+from hf_dsvllm.export.hub import push_to_hub
 print(push_to_hub(Path(sys.argv[1]), "me/orders", token="hf_x"))
 """
 

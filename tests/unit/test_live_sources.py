@@ -10,8 +10,8 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from hf_dsvllm.live_sources import plain_source
-from hf_dsvllm.live_weights import stream, why_no_stream
+from hf_dsvllm.live.sources import plain_source
+from hf_dsvllm.live.stream import stream, why_no_stream
 
 
 def llama(**changes: Any) -> Any:

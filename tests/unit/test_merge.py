@@ -13,9 +13,9 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MixtralConfig, Qwen3MoeConfig
 
 from hf_dsvllm.errors import ExportError
-from hf_dsvllm.layout import Layout, merged_layout
-from hf_dsvllm.merge import read_adapter
-from hf_dsvllm.weights import TensorFolder
+from hf_dsvllm.export.layout import Layout, merged_layout
+from hf_dsvllm.export.merge import read_adapter
+from hf_dsvllm.tensors.weights import TensorFolder
 
 LLAMA = {
     "hidden_size": 64,

@@ -30,7 +30,7 @@ LIGHT = (
     "hf_dsvllm.metrics",
     "hf_dsvllm.model_shape",
     "hf_dsvllm.presets",
-    "hf_dsvllm.serve",
+    "hf_dsvllm.serve.command",
     "hf_dsvllm.tasks",
 )
 MAX_LINES = 400
@@ -135,6 +135,17 @@ def test_every_module_of_the_architecture_table_exists_and_is_in_a_layer() -> No
     for name in modules:
         assert (ROOT / "hf_dsvllm" / name).is_dir() or (ROOT / "hf_dsvllm" / f"{name}.py").exists(), name
     assert modules <= layers
+
+
+def test_the_architecture_lists_every_module_of_the_packages_that_it_opens() -> None:
+    text = (ROOT / "docs" / "architecture.md").read_text(encoding="utf-8")
+    listed: dict[str, list[str]] = {}
+    for package, module in re.findall(r"^\| `(\w+)/(\w+)` \|", text, re.MULTILINE):
+        listed.setdefault(package, []).append(module)
+    assert len(listed) >= 5
+    for package, modules in listed.items():
+        there = {path.stem for path in (ROOT / "hf_dsvllm" / package).glob("*.py")} - {"__init__"}
+        assert sorted(modules) == sorted(there), package
 
 
 def test_nothing_imports_vllm_but_what_runs_inside_its_process() -> None:

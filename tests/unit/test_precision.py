@@ -11,10 +11,10 @@ from peft import LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, DeepseekV3Config
 
-from hf_dsvllm.fourbit import dequantised_base
-from hf_dsvllm.live_weights import stream
+from hf_dsvllm.live.snapshot import publish
+from hf_dsvllm.live.stream import stream
 from hf_dsvllm.precision import Precision, held_in_fp32
-from hf_dsvllm.snapshot import publish
+from hf_dsvllm.tensors.fourbit import dequantised_base
 from tests.export_runs import NF4, export, write_run
 from tests.tiny import write_tiny_model
 

@@ -9,14 +9,14 @@ from typing import Any
 import pytest
 import torch
 
-from hf_dsvllm.delivery import Asked, Delivery
 from hf_dsvllm.engine.remote import RemoteServer
 from hf_dsvllm.engine.sync import SyncResult
 from hf_dsvllm.errors import EngineError, WiringError
+from hf_dsvllm.evaluation.delivery import Asked, Delivery
+from hf_dsvllm.evaluation.rounds import Rounds
+from hf_dsvllm.live.restore import restore
+from hf_dsvllm.live.snapshot import Snapshot
 from hf_dsvllm.ranks import Ranks
-from hf_dsvllm.restore import restore
-from hf_dsvllm.rounds import Rounds
-from hf_dsvllm.snapshot import Snapshot
 
 
 def answered(asked: Asked) -> Any:

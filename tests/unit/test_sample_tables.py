@@ -11,7 +11,7 @@ from typing import Any
 
 import pytest
 
-from hf_dsvllm.sample_tables import MAX_TEXT, log_samples, read_samples
+from hf_dsvllm.evaluation.sample_tables import MAX_TEXT, log_samples, read_samples
 
 PROMPT = [{"role": "user", "content": "a | b <i>"}]
 

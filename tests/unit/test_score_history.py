@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
-from hf_dsvllm.score_history import ScoreHistory, answers_file, metric_key
+from hf_dsvllm.evaluation.history import ScoreHistory, answers_file, metric_key
 
 KEY = metric_key("t", "exact_match")
 PROMPTS = 40

@@ -17,9 +17,9 @@ import httpx
 import psutil
 import pytest
 
-from hf_dsvllm import serve as serve_module
 from hf_dsvllm.errors import EngineError, MissingDependencyError
-from hf_dsvllm.serve import check_extra, curl_command, detect_port_free, serve, vllm_command, vllm_environment
+from hf_dsvllm.serve import command as serve_module
+from hf_dsvllm.serve.command import check_extra, curl_command, detect_port_free, serve, vllm_command, vllm_environment
 from tests.tiny import write_tiny_model
 
 PYTHON = Path("/opt/vllm/bin/python")
@@ -285,7 +285,7 @@ def start_serving(
     model: Path, fake_vllm: Path, port: int, extra: tuple[str, ...] = (), host: str = "127.0.0.1"
 ) -> subprocess.Popen[str]:
     script = (
-        "import sys; from pathlib import Path; from hf_dsvllm.serve import serve; "
+        "import sys; from pathlib import Path; from hf_dsvllm.serve.command import serve; "
         f"sys.exit(serve(Path({str(model)!r}), host={host!r}, port={port}, device='cpu', extra={extra!r}))"
     )
     # A site folder of its own: the stand-in must win over an installed vLLM in the child alone.

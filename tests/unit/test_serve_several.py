@@ -16,13 +16,13 @@ from pathlib import Path
 import httpx
 import pytest
 
-from hf_dsvllm import serve as serve_module
 from hf_dsvllm.errors import EngineError, MissingDependencyError
-from hf_dsvllm.gateway import find_envoy, gateway_config
 from hf_dsvllm.hardware import Gpu, Machine
-from hf_dsvllm.serve import detect_port_free, plan_serving, serve
-from hf_dsvllm.serve_plan import plan_servers
-from hf_dsvllm.serve_share import FEWEST_TOKENS, RESERVE_BYTES, USABLE, Need, share_gpus
+from hf_dsvllm.serve import command as serve_module
+from hf_dsvllm.serve.command import detect_port_free, plan_serving, serve
+from hf_dsvllm.serve.gateway import find_envoy, gateway_config
+from hf_dsvllm.serve.plan import plan_servers
+from hf_dsvllm.serve.share import FEWEST_TOKENS, RESERVE_BYTES, USABLE, Need, share_gpus
 from tests.unit.test_serve import fake_vllm, write_adapter
 
 GIB = 1 << 30
@@ -252,7 +252,7 @@ def test_several_models_are_served_and_end_together(tmp_path: Path, fake_vllm: P
     for name in ("small", "large"):
         write_model(tmp_path / name)
     script = (
-        "import sys; from hf_dsvllm.serve import serve; "
+        "import sys; from hf_dsvllm.serve.command import serve; "
         f"sys.exit(serve([{str(tmp_path / 'small')!r}, 'big={tmp_path / 'large'}'], port={free_port}, device='cpu'))"
     )
     env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(fake_vllm), os.getcwd()])}

@@ -12,11 +12,11 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from hf_dsvllm import shards as shards_module
 from hf_dsvllm.errors import ExportError
 from hf_dsvllm.files import atomic_folder
-from hf_dsvllm.shards import write_shards
-from hf_dsvllm.weights import TensorPlan
+from hf_dsvllm.tensors import shards as shards_module
+from hf_dsvllm.tensors.shards import write_shards
+from hf_dsvllm.tensors.weights import TensorPlan
 
 PLAN = [TensorPlan(name=f"layer.{number}", shape=(64, 64), dtype=torch.float32) for number in range(8)]
 

@@ -10,8 +10,8 @@ from typing import Any
 
 import pytest
 
+from hf_dsvllm.evaluation.steering import Steering, best_so_far
 from hf_dsvllm.fields import steers
-from hf_dsvllm.steering import Steering, best_so_far
 
 
 def nothing_fresh() -> Any:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from hf_dsvllm.task_scores import Drawn, TaskScores, cut_at_stop, score_task
+from hf_dsvllm.evaluation.scores import Drawn, TaskScores, cut_at_stop, score_task
 from hf_dsvllm.tasks import EvalSample, EvalTask
 
 SAMPLES = tuple(

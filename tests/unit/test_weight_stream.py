@@ -12,9 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-from hf_dsvllm import live_weights
 from hf_dsvllm.engine import EngineClient, EngineRefusal, WeightSync
 from hf_dsvllm.errors import EngineError
+from hf_dsvllm.live import stream as live_weights
 from hf_dsvllm.transfer.base import packed
 from hf_dsvllm.transfer.ipc import IpcTransfer, Parcel, merged_handles
 from tests import weight_taker

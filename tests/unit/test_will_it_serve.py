@@ -13,8 +13,8 @@ from peft import IA3Config, LoraConfig, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from hf_dsvllm.adapter_format import servable_adapter, serving_problems, why_merge_live, will_it_serve
-from hf_dsvllm.merged_copy import merged_copy, same_shape
+from hf_dsvllm.export.adapter_format import servable_adapter, serving_problems, why_merge_live, will_it_serve
+from hf_dsvllm.export.merged_copy import merged_copy, same_shape
 from tests.tiny import write_tiny_model
 
 

@@ -14,8 +14,8 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from hf_dsvllm.errors import ExportError
-from hf_dsvllm.zero_adapter import write_adapter
-from hf_dsvllm.zero_checkpoint import ZeroCheckpoint
+from hf_dsvllm.tensors.zero_adapter import write_adapter
+from hf_dsvllm.tensors.zero_checkpoint import ZeroCheckpoint
 
 TRAINED = {"first": torch.arange(7.0), "second": 10 + torch.arange(6.0).reshape(2, 3)}
 FROZEN = {"fixed": 100 + torch.arange(5.0)}

@@ -17,9 +17,9 @@ from hf_dsvllm._compat import outside_zero3
 from hf_dsvllm.errors import ExportError, MissingDependencyError
 from hf_dsvllm.files import atomic_folder, write_json
 from hf_dsvllm.precision import Precision, held_in_fp32
-from hf_dsvllm.shards import write_shards
-from hf_dsvllm.staging import CPU
-from hf_dsvllm.weights import TensorFolder, TensorPlan, check_free_disk
+from hf_dsvllm.tensors.shards import write_shards
+from hf_dsvllm.tensors.staging import CPU
+from hf_dsvllm.tensors.weights import TensorFolder, TensorPlan, check_free_disk
 
 __all__ = ["MERGE_BYTES_PER_ELEMENT", "dequantised_base", "merge_place", "quantised_weights", "round_trip"]
 

@@ -19,10 +19,10 @@ import torch
 from hf_dsvllm.adapters import vocabulary_was_resized
 from hf_dsvllm.engine.server import LORA_RANKS, lora_rank_bound
 from hf_dsvllm.errors import ExportError, Problem
+from hf_dsvllm.export.layout import Layout
+from hf_dsvllm.export.merge import CONFIG, HANDLED, HARMLESS_INITS, WEIGHTS, Adapter, Update, read_adapter
 from hf_dsvllm.files import atomic_folder, write_json
-from hf_dsvllm.layout import Layout
-from hf_dsvllm.merge import CONFIG, HANDLED, HARMLESS_INITS, WEIGHTS, Adapter, Update, read_adapter
-from hf_dsvllm.weights import TensorPlan
+from hf_dsvllm.tensors.weights import TensorPlan
 
 __all__ = [
     "Serving",

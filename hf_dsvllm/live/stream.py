@@ -17,7 +17,7 @@ from hf_dsvllm.console import is_main_process
 from hf_dsvllm.engine.bodies import TransferBackend
 from hf_dsvllm.engine.sync import SyncResult, WeightSync
 from hf_dsvllm.errors import DsvllmError, EngineError
-from hf_dsvllm.live_sources import Source, conversions, sources, why_no_stream
+from hf_dsvllm.live.sources import Source, conversions, sources, why_no_stream
 from hf_dsvllm.precision import Precision, held_in_fp32
 from hf_dsvllm.ranks import from_all, from_main, is_distributed
 from hf_dsvllm.transfer import IpcTransfer, NcclTransfer

@@ -21,9 +21,9 @@ import torch
 
 from hf_dsvllm.errors import ExportError
 from hf_dsvllm.files import write_json
-from hf_dsvllm.hashing import HashBehind
-from hf_dsvllm.staging import download
-from hf_dsvllm.weights import FLOATS, INDEX, OTHERS, SINGLE, TensorPlan
+from hf_dsvllm.tensors.hashing import HashBehind
+from hf_dsvllm.tensors.staging import download
+from hf_dsvllm.tensors.weights import FLOATS, INDEX, OTHERS, SINGLE, TensorPlan
 
 __all__ = ["DEFAULT_SHARD_BYTES", "shard_names", "write_shards"]
 

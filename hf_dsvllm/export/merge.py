@@ -19,8 +19,8 @@ from typing import Any
 import torch
 
 from hf_dsvllm.errors import ExportError
-from hf_dsvllm.naming import Part
-from hf_dsvllm.weights import TensorFolder
+from hf_dsvllm.export.naming import Part
+from hf_dsvllm.tensors.weights import TensorFolder
 
 __all__ = ["CONFIG", "WEIGHTS", "Adapter", "Update", "is_adapter", "named_for", "read_adapter"]
 

@@ -20,8 +20,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 
 from hf_dsvllm.errors import ExportError
-from hf_dsvllm.hashing import hash_files
-from hf_dsvllm.staging import CPU, upload
+from hf_dsvllm.tensors.hashing import hash_files
+from hf_dsvllm.tensors.staging import CPU, upload
 
 __all__ = [
     "INDEX",

@@ -20,8 +20,8 @@ from hf_dsvllm.adapters import vocabulary_was_resized
 from hf_dsvllm.console import is_main_process
 from hf_dsvllm.errors import ExportError
 from hf_dsvllm.files import atomic_folder, write_json
-from hf_dsvllm.live_sources import plain_source
-from hf_dsvllm.live_weights import gathered
+from hf_dsvllm.live.sources import plain_source
+from hf_dsvllm.live.stream import gathered
 from hf_dsvllm.precision import Precision, held_in_fp32
 from hf_dsvllm.ranks import from_main
 

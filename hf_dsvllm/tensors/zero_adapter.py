@@ -12,8 +12,8 @@ import torch
 from safetensors.torch import save_file
 
 from hf_dsvllm.errors import ExportError
-from hf_dsvllm.weights import TensorFolder
-from hf_dsvllm.zero_checkpoint import ZeroCheckpoint
+from hf_dsvllm.tensors.weights import TensorFolder
+from hf_dsvllm.tensors.zero_checkpoint import ZeroCheckpoint
 
 __all__ = ["write_adapter"]
 

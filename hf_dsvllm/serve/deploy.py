@@ -16,9 +16,9 @@ from typing import Any
 import yaml
 
 from hf_dsvllm.errors import EngineError
-from hf_dsvllm.gateway import Backend, gateway_config
-from hf_dsvllm.serve import LOOPBACK, PlannedServer, check_extra
-from hf_dsvllm.source import Target
+from hf_dsvllm.export.source import Target
+from hf_dsvllm.serve.command import LOOPBACK, PlannedServer, check_extra
+from hf_dsvllm.serve.gateway import Backend, gateway_config
 
 __all__ = ["deployment"]
 

@@ -22,8 +22,8 @@ from typing import Any
 import torch
 
 from hf_dsvllm.errors import ExportError
-from hf_dsvllm.hashing import hash_files
-from hf_dsvllm.staging import CPU
+from hf_dsvllm.tensors.hashing import hash_files
+from hf_dsvllm.tensors.staging import CPU
 
 __all__ = ["ZeroCheckpoint"]
 

@@ -10,7 +10,7 @@ from typing import Literal
 
 from hf_dsvllm.engine import EngineClient, EngineServer, EngineSpec
 from hf_dsvllm.errors import ExportError
-from hf_dsvllm.verify import LOGPROB_FACTOR, Comparison
+from hf_dsvllm.export.verify import LOGPROB_FACTOR, Comparison
 
 __all__ = ["EngineVerification", "compare_in_engine", "prove_in_vllm"]
 

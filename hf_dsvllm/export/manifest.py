@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from hf_dsvllm.errors import ExportError
+from hf_dsvllm.export.verify import Verification
+from hf_dsvllm.export.verify_engine import EngineVerification
 from hf_dsvllm.files import write_json
-from hf_dsvllm.hashing import hash_files
-from hf_dsvllm.verify import Verification
-from hf_dsvllm.verify_engine import EngineVerification
+from hf_dsvllm.tensors.hashing import hash_files
 
 __all__ = ["MANIFEST", "REPORT", "ExportReport", "check_manifest", "reusable", "versions", "write_manifest"]
 

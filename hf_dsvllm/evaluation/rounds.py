@@ -14,8 +14,8 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 from hf_dsvllm.console import is_main_process
-from hf_dsvllm.delivery import Asked
 from hf_dsvllm.errors import DsvllmError
+from hf_dsvllm.evaluation.delivery import Asked
 from hf_dsvllm.ranks import Ranks
 
 __all__ = ["Round", "Rounds"]

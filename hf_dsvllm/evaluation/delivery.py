@@ -10,17 +10,17 @@ from pathlib import Path
 
 import torch
 
-from hf_dsvllm.adapter_format import servable_adapter
-from hf_dsvllm.canary import Canary, LogProbs
 from hf_dsvllm.console import say
 from hf_dsvllm.engine.client import EngineClient
 from hf_dsvllm.engine.remote import RemoteServer
 from hf_dsvllm.engine.server import EngineServer
 from hf_dsvllm.engine.sync import SyncResult, WeightSync
 from hf_dsvllm.errors import EngineError
-from hf_dsvllm.merged_copy import merged_copy, same_shape
-from hf_dsvllm.snapshot import Snapshot
-from hf_dsvllm.source import local_base
+from hf_dsvllm.evaluation.canary import Canary, LogProbs
+from hf_dsvllm.export.adapter_format import servable_adapter
+from hf_dsvllm.export.merged_copy import merged_copy, same_shape
+from hf_dsvllm.export.source import local_base
+from hf_dsvllm.live.snapshot import Snapshot
 
 __all__ = ["Asked", "Delivery"]
 

@@ -12,11 +12,11 @@ from pathlib import Path
 import torch
 
 from hf_dsvllm._compat import outside_zero3
+from hf_dsvllm.export.layout import merged_layout
+from hf_dsvllm.export.merge import read_adapter
 from hf_dsvllm.files import atomic_folder, write_json
-from hf_dsvllm.layout import merged_layout
-from hf_dsvllm.merge import read_adapter
-from hf_dsvllm.shards import write_shards
-from hf_dsvllm.weights import TensorFolder, check_free_disk
+from hf_dsvllm.tensors.shards import write_shards
+from hf_dsvllm.tensors.weights import TensorFolder, check_free_disk
 
 __all__ = ["merged_copy", "same_shape"]
 

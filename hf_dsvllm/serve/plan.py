@@ -11,7 +11,7 @@ from typing import Any
 
 from hf_dsvllm.engine.server import lora_rank_bound
 from hf_dsvllm.errors import EngineError
-from hf_dsvllm.source import RunRecord, find_record, has_chat_template
+from hf_dsvllm.export.source import RunRecord, find_record, has_chat_template
 
 __all__ = ["ServedAdapter", "Server", "plan_servers"]
 
@@ -136,7 +136,7 @@ def _adapter_server(path: Path, name: str) -> Server:
 
 def _check_adapter(path: Path, config: dict[str, Any], record: RunRecord | None) -> None:
     """EngineError where vLLM would serve something else; what a configuration means is said by `will_it_serve`."""
-    from hf_dsvllm.adapter_format import will_it_serve  # needs torch, which serving whole models does without
+    from hf_dsvllm.export.adapter_format import will_it_serve  # needs torch, which serving whole models does without
 
     serving = will_it_serve(config)
     said = f"vLLM cannot serve the adapter in {path} as it was trained"
@@ -158,9 +158,9 @@ def _check_adapter(path: Path, config: dict[str, Any], record: RunRecord | None)
 
 def _left_out(path: Path) -> list[str]:
     """What vLLM leaves out of an adapter without saying so, by the names of the tensors: `all-linear` does not tell."""
-    from hf_dsvllm.adapter_format import OTHER_TOWERS
     from hf_dsvllm.adapters import NOT_WRAPPED
-    from hf_dsvllm.weights import TensorFolder
+    from hf_dsvllm.export.adapter_format import OTHER_TOWERS
+    from hf_dsvllm.tensors.weights import TensorFolder
 
     file = path / "adapter_model.safetensors"
     if not file.is_file():

@@ -11,10 +11,10 @@ from typing import TYPE_CHECKING, Any
 from transformers import TrainerCallback
 
 from hf_dsvllm._compat import note_best, quiet_early_stopping
+from hf_dsvllm.evaluation.rounds import Round
 from hf_dsvllm.fields import metric_key, steers
 from hf_dsvllm.files import write_json
-from hf_dsvllm.rounds import Round
-from hf_dsvllm.snapshot import SNAPSHOTS
+from hf_dsvllm.live.snapshot import SNAPSHOTS
 
 if TYPE_CHECKING:
     from hf_dsvllm.callback import SessionCallback

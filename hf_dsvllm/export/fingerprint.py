@@ -13,8 +13,8 @@ from pathlib import Path
 import torch
 
 from hf_dsvllm.errors import ExportError
-from hf_dsvllm.source import local_base
-from hf_dsvllm.weights import TensorFolder
+from hf_dsvllm.export.source import local_base
+from hf_dsvllm.tensors.weights import TensorFolder
 
 __all__ = ["fingerprint", "fingerprint_of"]
 

@@ -14,14 +14,14 @@ import torch
 
 from hf_dsvllm import __version__
 from hf_dsvllm.errors import ExportError
-from hf_dsvllm.fingerprint import fingerprint, fingerprint_of
-from hf_dsvllm.hashing import sha256_of
-from hf_dsvllm.layout import Layout, cast_layout, merged_layout
-from hf_dsvllm.merge import Adapter, read_adapter
-from hf_dsvllm.source import Source, find_tokenizer, local_base, tokenizer_files
-from hf_dsvllm.weights import TensorFolder, TensorSource, torch_dtype
-from hf_dsvllm.zero_adapter import write_adapter
-from hf_dsvllm.zero_checkpoint import ZeroCheckpoint
+from hf_dsvllm.export.fingerprint import fingerprint, fingerprint_of
+from hf_dsvllm.export.layout import Layout, cast_layout, merged_layout
+from hf_dsvllm.export.merge import Adapter, read_adapter
+from hf_dsvllm.export.source import Source, find_tokenizer, local_base, tokenizer_files
+from hf_dsvllm.tensors.hashing import sha256_of
+from hf_dsvllm.tensors.weights import TensorFolder, TensorSource, torch_dtype
+from hf_dsvllm.tensors.zero_adapter import write_adapter
+from hf_dsvllm.tensors.zero_checkpoint import ZeroCheckpoint
 
 __all__ = ["ORIGINAL", "Job", "inputs_of", "layout_of", "open_job"]
 

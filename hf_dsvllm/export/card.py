@@ -7,8 +7,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from hf_dsvllm.manifest import MANIFEST, REPORT, ExportReport
-from hf_dsvllm.source import RunRecord
+from hf_dsvllm.export.manifest import MANIFEST, REPORT, ExportReport
+from hf_dsvllm.export.source import RunRecord
 
 __all__ = ["write_card"]
 

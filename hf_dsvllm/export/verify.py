@@ -16,9 +16,9 @@ from typing import Any, Literal
 import torch
 
 from hf_dsvllm.errors import ExportError
-from hf_dsvllm.fourbit import quantised_weights, round_trip
 from hf_dsvllm.hardware import free_ram_bytes
-from hf_dsvllm.weights import TensorSource
+from hf_dsvllm.tensors.fourbit import quantised_weights, round_trip
+from hf_dsvllm.tensors.weights import TensorSource
 
 __all__ = [
     "Comparison",

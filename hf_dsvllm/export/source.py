@@ -202,7 +202,7 @@ def _kind(folder: Path) -> Kind | None:
 
 def _adapter_left_behind(folder: Path) -> bool:
     """Whether the adapter file is missing or holds empty tensors, as ZeRO-3 leaves it without gathering."""
-    from hf_dsvllm.weights import TensorFolder  # needs torch, which the command line's help does without
+    from hf_dsvllm.tensors.weights import TensorFolder  # needs torch, which the command line's help does without
 
     file = folder / "adapter_model.safetensors"
     if not file.is_file():

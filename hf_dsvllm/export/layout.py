@@ -12,12 +12,12 @@ from typing import Any
 import torch
 
 from hf_dsvllm.errors import ExportError
-from hf_dsvllm.fourbit import MERGE_BYTES_PER_ELEMENT, merge_place, quantised_weights, round_trip
-from hf_dsvllm.merge import Adapter, Update, named_for
-from hf_dsvllm.naming import Part, Skeleton, read_skeleton
+from hf_dsvllm.export.merge import Adapter, Update, named_for
+from hf_dsvllm.export.naming import Part, Skeleton, read_skeleton
 from hf_dsvllm.precision import Precision
-from hf_dsvllm.staging import CPU
-from hf_dsvllm.weights import TensorFolder, TensorPlan, TensorSource
+from hf_dsvllm.tensors.fourbit import MERGE_BYTES_PER_ELEMENT, merge_place, quantised_weights, round_trip
+from hf_dsvllm.tensors.staging import CPU
+from hf_dsvllm.tensors.weights import TensorFolder, TensorPlan, TensorSource
 
 __all__ = ["Layout", "cast_layout", "merged_layout"]
 

@@ -15,21 +15,21 @@ from pathlib import Path
 from typing import Any
 
 from hf_dsvllm import metrics
-from hf_dsvllm.canary import Canary
 from hf_dsvllm.console import say
-from hf_dsvllm.delivery import Asked, Delivery
 from hf_dsvllm.engine.client import Completion
 from hf_dsvllm.engine.remote import RemoteServer
 from hf_dsvllm.engine.server import EngineServer
 from hf_dsvllm.engine.sync import SyncResult
 from hf_dsvllm.errors import EngineError
-from hf_dsvllm.eval_result import EvalResult, HarnessTasks, Sampling, sampling_of
+from hf_dsvllm.evaluation.canary import Canary
+from hf_dsvllm.evaluation.delivery import Asked, Delivery
+from hf_dsvllm.evaluation.history import EVALS, ScoreHistory, answers_file, metric_key
+from hf_dsvllm.evaluation.result import EvalResult, HarnessTasks, Sampling, sampling_of
+from hf_dsvllm.evaluation.scores import Drawn, cut_at_stop, score_task
 from hf_dsvllm.files import write_text
 from hf_dsvllm.forwarder import MODEL, Forwarder, expose_key
 from hf_dsvllm.harness import HarnessScores, Worker, run_tasks
-from hf_dsvllm.score_history import EVALS, ScoreHistory, answers_file, metric_key
 from hf_dsvllm.statistics import Comparison
-from hf_dsvllm.task_scores import Drawn, cut_at_stop, score_task
 from hf_dsvllm.tasks import EvalTask, render_prompt
 
 __all__ = ["EVALS", "EvalResult", "Evaluator", "HarnessTasks", "Sampling", "metric_key", "sampling_of"]

@@ -13,7 +13,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hf_dsvllm.score_history import ANSWERS, EVALS, read_rows
+from hf_dsvllm.evaluation.history import ANSWERS, EVALS, read_rows
 
 __all__ = ["log_samples", "read_samples"]
 

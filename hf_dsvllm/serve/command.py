@@ -23,11 +23,11 @@ from typing import Any, Literal
 
 from hf_dsvllm.engine.server import API_SERVER, FORKING_API_SERVER, SCRUBBED, SCRUBBED_PREFIXES, find_vllm
 from hf_dsvllm.errors import EngineError
-from hf_dsvllm.gateway import find_envoy, gateway_config
 from hf_dsvllm.hardware import detect
-from hf_dsvllm.serve_life import supervised, wait_end, wait_ready
-from hf_dsvllm.serve_plan import Server, plan_servers
-from hf_dsvllm.serve_share import Share, need_of, share_gpus
+from hf_dsvllm.serve.gateway import find_envoy, gateway_config
+from hf_dsvllm.serve.life import supervised, wait_end, wait_ready
+from hf_dsvllm.serve.plan import Server, plan_servers
+from hf_dsvllm.serve.share import Share, need_of, share_gpus
 
 __all__ = [
     "PlannedServer",

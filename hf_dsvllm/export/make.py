@@ -17,19 +17,17 @@ import torch
 from tqdm import tqdm
 
 from hf_dsvllm._compat import outside_zero3
-from hf_dsvllm.adapter_format import adapter_layout, write_adapter_config
-from hf_dsvllm.card import write_card
-from hf_dsvllm.claim import claimed, replacing
 from hf_dsvllm.engine import find_vllm
 from hf_dsvllm.errors import ExportError
-from hf_dsvllm.export_job import Job, inputs_of, layout_of, open_job
-from hf_dsvllm.files import write_json
-from hf_dsvllm.layout import Layout
-from hf_dsvllm.manifest import REPORT, ExportReport, occupied, reusable, versions, write_manifest
-from hf_dsvllm.merge import Adapter
-from hf_dsvllm.shards import DEFAULT_SHARD_BYTES, write_shards
-from hf_dsvllm.source import Format, Which, find_source, has_chat_template, tokenizer_files
-from hf_dsvllm.verify import (
+from hf_dsvllm.export.adapter_format import adapter_layout, write_adapter_config
+from hf_dsvllm.export.card import write_card
+from hf_dsvllm.export.claim import claimed, replacing
+from hf_dsvllm.export.job import Job, inputs_of, layout_of, open_job
+from hf_dsvllm.export.layout import Layout
+from hf_dsvllm.export.manifest import REPORT, ExportReport, occupied, reusable, versions, write_manifest
+from hf_dsvllm.export.merge import Adapter
+from hf_dsvllm.export.source import Format, Which, find_source, has_chat_template, tokenizer_files
+from hf_dsvllm.export.verify import (
     Comparison,
     Verification,
     adapter_reference,
@@ -38,9 +36,11 @@ from hf_dsvllm.verify import (
     partitioned_reference,
     verification_device,
 )
-from hf_dsvllm.verify_engine import EngineVerification
-from hf_dsvllm.verify_engine import prove_in_vllm as in_vllm
-from hf_dsvllm.weights import SINGLE, TensorFolder, check_free_disk, torch_dtype
+from hf_dsvllm.export.verify_engine import EngineVerification
+from hf_dsvllm.export.verify_engine import prove_in_vllm as in_vllm
+from hf_dsvllm.files import write_json
+from hf_dsvllm.tensors.shards import DEFAULT_SHARD_BYTES, write_shards
+from hf_dsvllm.tensors.weights import SINGLE, TensorFolder, check_free_disk, torch_dtype
 
 __all__ = ["REPORT", "ExportReport", "export_model"]
 
