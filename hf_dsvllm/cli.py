@@ -1,4 +1,4 @@
-"""The `hf-dsvllm` command: presets, run, export, serve, report, doctor.  It parses and prints; the work is elsewhere.
+"""The `hf-dsvllm` command: presets, plan, run, export, serve, chat, report, doctor.  It parses and prints; the work is elsewhere.
 
 Results go to stdout and can be redirected to a file, everything said about them to stderr.  No framework is imported
 before a command needs it.
