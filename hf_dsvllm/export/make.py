@@ -8,7 +8,6 @@ import json
 import math
 import shutil
 import time
-from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any, Literal
@@ -25,7 +24,7 @@ from hf_dsvllm.export.claim import claimed, replacing
 from hf_dsvllm.export.job import Job, inputs_of, layout_of, open_job
 from hf_dsvllm.export.layout import Layout
 from hf_dsvllm.export.manifest import REPORT, ExportReport, occupied, reusable, versions, write_manifest
-from hf_dsvllm.export.merge import Adapter
+from hf_dsvllm.export.merge import Adapter, exact_products
 from hf_dsvllm.export.source import Format, Which, find_source, has_chat_template, tokenizer_files
 from hf_dsvllm.export.verify import (
     Comparison,
@@ -49,6 +48,7 @@ ADAPTER_FILE = "adapter_model.safetensors"
 
 
 @outside_zero3()
+@exact_products()
 def export_model(
     source: Path,
     out: Path,
@@ -173,7 +173,7 @@ def _write(
 ) -> dict[str, str]:
     """The weights and what belongs to them; file name -> SHA-256 of the weights."""
     merged = format == "merged"
-    with tqdm(total=len(layout.plan), desc="export", unit="tensor", disable=not progress) as bar, _exact_products():
+    with tqdm(total=len(layout.plan), desc="export", unit="tensor", disable=not progress) as bar:
 
         def produce(name: str) -> torch.Tensor:
             tensor = layout.produce(name)
@@ -206,17 +206,6 @@ def _write(
         if has_chat_template(job.tokenizer) and not has_chat_template(folder):
             raise ExportError(f"The chat template of {job.tokenizer} did not reach the export.")
     return shards
-
-
-@contextlib.contextmanager
-def _exact_products() -> Iterator[None]:
-    """fp32 products in fp32: a training script may have switched the process to TF32, which has 10 bits."""
-    before = torch.get_float32_matmul_precision()
-    torch.set_float32_matmul_precision("highest")
-    try:
-        yield
-    finally:
-        torch.set_float32_matmul_precision(before)
 
 
 def _check_written(folder: Path, layout: Layout) -> None:

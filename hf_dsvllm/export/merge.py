@@ -7,12 +7,13 @@ is refused by name: an export that silently lacks a trained part is worse than n
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import json
 import math
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from hf_dsvllm.errors import ExportError
 from hf_dsvllm.export.naming import Part
 from hf_dsvllm.tensors.weights import TensorFolder
 
-__all__ = ["CONFIG", "WEIGHTS", "Adapter", "Update", "is_adapter", "named_for", "read_adapter"]
+__all__ = ["CONFIG", "WEIGHTS", "Adapter", "Update", "exact_products", "is_adapter", "named_for", "read_adapter"]
 
 CONFIG = "adapter_config.json"
 WEIGHTS = "adapter_model.safetensors"
@@ -159,6 +160,24 @@ class Adapter:
         if delta == tuple(weight.shape) and delta[0] != delta[1]:
             return False
         return bool(self.config.get("fan_in_fan_out"))
+
+
+@contextlib.contextmanager
+def exact_products() -> Iterator[None]:
+    """fp32 products in fp32, merged and compared: training may have switched the process to TF32, which has 10 bits.
+
+    Context manager and decorator.  `torch.get_float32_matmul_precision` raises once `--tf32` or `torch_compile` chose
+    by torch's newer settings, so it is those that are set and put back.
+    """
+    places: tuple[Any, ...] = (torch.backends.cuda.matmul, torch.backends.mkldnn.matmul)
+    before = [place.fp32_precision for place in places]
+    try:
+        for place in places:
+            place.fp32_precision = "ieee"
+        yield
+    finally:
+        for place, precision in zip(places, before, strict=True):
+            place.fp32_precision = precision
 
 
 def is_adapter(folder: Path) -> bool:

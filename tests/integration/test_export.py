@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -15,6 +16,8 @@ from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from hf_dsvllm.errors import ExportError
+from hf_dsvllm.export import merge as merge_module
+from hf_dsvllm.export import verify as verify_module
 from hf_dsvllm.export.adapter_format import why_merge_live
 from hf_dsvllm.export.make import REPORT
 from hf_dsvllm.export.manifest import MANIFEST, check_manifest
@@ -44,6 +47,23 @@ def test_a_run_becomes_a_folder_that_transformers_loads(run: Path, tmp_path: Pat
     assert "quantization_config" not in config
     assert (tmp_path / "out" / "generation_config.json").is_file()
     assert json.loads((tmp_path / "out" / REPORT).read_text())["inputs"] == report.inputs
+
+
+def test_an_export_is_merged_and_proven_in_fp32_after_training_in_tf32(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: set[str] = set()
+    for module, name in ((merge_module.Adapter, "apply"), (verify_module, "_logits")):
+        original = getattr(module, name)
+
+        def noting(*words: object, original: Callable[..., object] = original) -> object:
+            seen.add(torch.backends.cuda.matmul.fp32_precision)
+            return original(*words)
+
+        monkeypatch.setattr(module, name, noting)
+    monkeypatch.setattr(torch.backends, "fp32_precision", "tf32")  # what `--tf32 true` does in transformers 5.19
+    assert export(run, tmp_path / "out").verification.passed
+    assert seen == {"ieee"}
 
 
 def test_shards_are_written_and_read_back(run: Path, tmp_path: Path) -> None:

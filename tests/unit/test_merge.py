@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
@@ -14,7 +15,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MixtralC
 
 from hf_dsvllm.errors import ExportError
 from hf_dsvllm.export.layout import Layout, merged_layout
-from hf_dsvllm.export.merge import read_adapter
+from hf_dsvllm.export.merge import exact_products, read_adapter
 from hf_dsvllm.tensors.weights import TensorFolder
 
 LLAMA = {
@@ -226,6 +227,33 @@ def test_a_delta_that_was_left_out_or_applied_twice_is_noticed(tmp_path: Path) -
         layout.produce(layout.changed[0])
         with pytest.raises(ExportError, match="2 times instead of 1"):
             layout.check_applied()
+
+
+@pytest.fixture
+def tf32() -> Iterator[None]:
+    """The process as `--tf32 true` and `torch_compile` leave it (transformers 5.19, `enable_tf32`)."""
+    before = torch.backends.fp32_precision
+    torch.backends.fp32_precision = "tf32"
+    yield
+    torch.backends.fp32_precision = before
+
+
+@pytest.mark.usefixtures("tf32")
+def test_products_are_exact_also_after_training_in_tf32() -> None:
+    places = torch.backends.cuda.matmul, torch.backends.mkldnn.matmul
+    with exact_products():
+        assert [place.fp32_precision for place in places] == ["ieee", "ieee"]
+    assert [place.fp32_precision for place in places] == ["tf32", "tf32"]
+
+
+def test_products_are_exact_beside_torchs_older_switch() -> None:
+    torch.set_float32_matmul_precision("high")
+    try:
+        with exact_products():
+            assert torch.backends.cuda.matmul.fp32_precision == "ieee"
+        assert torch.get_float32_matmul_precision() == "high"
+    finally:
+        torch.set_float32_matmul_precision("highest")
 
 
 def test_only_adapted_tensors_change(tmp_path: Path) -> None:
