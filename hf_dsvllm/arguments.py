@@ -26,6 +26,7 @@ from hf_dsvllm.ds_config import RunShape, build, get_key
 from hf_dsvllm.errors import ConfigError, DsvllmError, Problem
 from hf_dsvllm.features import choose, feature_problems
 from hf_dsvllm.fields import PresetFields
+from hf_dsvllm.given import note_given
 from hf_dsvllm.launch import Launch, become_single_process, read_launch
 from hf_dsvllm.preflight import (
     evaluation_problems,
@@ -68,9 +69,15 @@ def with_presets(cls: type[Args]) -> type[Args]:
 
     @dataclasses.dataclass
     class WithPresets(PresetFields, cls):  # type: ignore[misc, valid-type]
+        def __new__(new: type, *_args: Any, **keywords: Any) -> Any:
+            made = super().__new__(new)  # type: ignore[misc]
+            note_given(made, keywords)
+            return made
+
         def __post_init__(self) -> None:
             _before(self)
             cls.__post_init__(self)
+            _on_one_gpu(self)
             if self.deepspeed and self.use_cpu:
                 join_deepspeed_on_cpu()
 
@@ -138,8 +145,6 @@ def _before(args: Any) -> None:
     if problems:
         raise ConfigError(problems)
     fixes += _saving(args, config)
-    if preset is not None and planned is None:
-        fixes += auto.keep_activations(args, preset, launch, device)
     fixes += _fused(args, device)
     if config is not None:
         if become_single_process():
@@ -152,6 +157,19 @@ def _before(args: Any) -> None:
     chosen = (*planned.sentences, *map(str, planned.fixes)) if planned else ()
     for line in (*chosen, *map(str, fixes), *_notices(preset, launch)):
         say(line)
+
+
+def _on_one_gpu(args: Any) -> None:
+    """A process without launcher sees every GPU: nn.DataParallel would multiply the batch, and TRL refuses it late."""
+    count = args.n_gpu
+    if args.ds_preset is None or count <= 1:
+        return
+    args._n_gpu = 1
+    several = " --ds_preset ddp" if args.ds_preset == "none" else ""
+    say(
+        f"started without a launcher: training on 1 of {count} GPUs. All of them: torchrun --nproc_per_node {count} "
+        f"SCRIPT …{several}"
+    )
 
 
 def _argument_defaults(args: Any, preset: Preset) -> list[Fix]:

@@ -17,8 +17,9 @@ from typing import Any
 from hf_dsvllm import features
 from hf_dsvllm.errors import DsvllmError, Problem
 from hf_dsvllm.fields import asks_for_answers
+from hf_dsvllm.given import was_given
 from hf_dsvllm.hardware import Machine, detect
-from hf_dsvllm.launch import Launch
+from hf_dsvllm.launch import Launch, read_launch
 from hf_dsvllm.model_shape import load_shape
 from hf_dsvllm.planner.cards import machine_rates
 from hf_dsvllm.planner.explain import sentences, suggestions
@@ -83,7 +84,9 @@ def refused(*problems: Problem) -> AutoChoice:
     return AutoChoice(plan=None, fixes=(), problems=problems)
 
 
-def job_of(args: Any, launch: Launch, device: str, model: str, method: str, argv: Sequence[str]) -> Job:
+def job_of(
+    args: Any, launch: Launch, device: str, model: str, method: str, argv: Sequence[str], lora_r: int | None = None
+) -> Job:
     """The work these arguments describe on this machine; nodes are taken to be alike."""
     machine = detect()
     world, local = launch.world_size, launch.local_world_size
@@ -99,7 +102,7 @@ def job_of(args: Any, launch: Launch, device: str, model: str, method: str, argv
         global_batch=batch,
         method=method,  # type: ignore[arg-type]
         loss="trl" if hasattr(args, "max_length") else "plain",
-        lora_r=int(flag(argv, "--lora_r") or 16),
+        lora_r=lora_r or int(flag(argv, "--lora_r") or 16),
         host_bytes=ram,
         evaluation=evaluation,
         device="cuda" if device == "cuda" else "cpu",
@@ -108,24 +111,22 @@ def job_of(args: Any, launch: Launch, device: str, model: str, method: str, argv
     )
 
 
-def keep_activations(
-    args: Any, preset: Preset, launch: Launch, device: str, argv: Sequence[str] | None = None
-) -> list[Fix]:
-    """Recompute off where a named preset leaves room for all activations; only what TRL's SFT left at its default.
+def keep_activations(args: Any, model_args: Any, preset: Preset, device: str) -> list[Fix]:
+    """Recompute off where a preset leaves room for all activations, unless the user said how it is to be.
 
-    Its formulas cover supervised fine-tuning of a model named on the command line: elsewhere nothing changes.
+    For TRL's SFT on GPUs, which recomputes by default and whose formulas the planner has.  `model_args` is TRL's
+    `ModelConfig`; called before the model is loaded.
     """
-    argv = sys.argv[1:] if argv is None else argv
-    model = flag(argv, "--model_name_or_path") or flag(argv, "--model")
     sft = any(parent.__name__ == "SFTConfig" for parent in type(args).__mro__)
-    if not (sft and model and device == "cuda" and args.gradient_checkpointing):
+    if not (sft and device == "cuda" and args.gradient_checkpointing):
         return []
     if not args.max_length or args.gradient_checkpointing_kwargs or args.activation_offloading:
         return []  # no bound to plan for, or a choice of the user's
-    if "keep_activations" not in features.choose(args.ds_speed):
+    if was_given(args, "gradient_checkpointing") or "keep_activations" not in features.choose(args.ds_speed):
         return []
     try:
-        job = job_of(args, launch, device, model, preset.adapter or "full", argv)
+        model, kind = str(model_args.model_name_or_path), preset.adapter or "full"
+        job = job_of(args, read_launch(), device, model, kind, (), lora_r=model_args.lora_r)
         world, placement = next(iter(placements(job)))
         found = judge(job, preset, world, args.per_device_train_batch_size, False, placement)
     except (DsvllmError, StopIteration):

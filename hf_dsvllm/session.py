@@ -20,6 +20,7 @@ import torch
 from hf_dsvllm import adapters, speedups
 from hf_dsvllm._compat import keep_4bit_weights_packed, keep_out_of_uploads
 from hf_dsvllm.arguments import full_dtype, resolve_preset, training_device
+from hf_dsvllm.auto import keep_activations
 from hf_dsvllm.callback import SessionCallback
 from hf_dsvllm.checks import check_before_loading, load_tokenizer, predict_memory
 from hf_dsvllm.console import is_main_process, say
@@ -68,7 +69,8 @@ def prepare(args: Any, model_args: Any) -> Session:
     device = training_device(args)
     if preset is not None:
         dtype = full_dtype(preset, device)
-        for fix in adapters.apply_to_model_config(model_args, preset, device=device, full_dtype=dtype):
+        fixes = adapters.apply_to_model_config(model_args, preset, device=device, full_dtype=dtype)
+        for fix in (*fixes, *keep_activations(args, model_args, preset, device)):
             say(str(fix))
     session = Session(args, model_args, preset, device)
     problems = adapters.adapter_problems(model_args, preset)

@@ -72,6 +72,8 @@ def check_wiring(wiring: Wiring, preset: Preset | None, config: dict[str, Any] |
             wrong.append(f"ZeRO stage {asked} was asked for, the engine runs stage {wiring.zero_stage}")
     elif wiring.world_size > 1 and not wiring.engine.startswith(AVERAGES_GRADIENTS):
         wrong.append(f"{wiring.world_size} processes train, each its own copy: the engine is {wiring.engine}")
+    if preset is not None and wiring.engine == "DataParallel":
+        wrong.append("one process trains on several GPUs by nn.DataParallel, which multiplies the batch (use torchrun)")
     expected = int(os.environ.get("WORLD_SIZE", "1"))
     if wiring.world_size != expected:
         wrong.append(f"{expected} processes were started, {wiring.world_size} train together")

@@ -17,6 +17,7 @@ from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
+from hf_dsvllm.given import note_given
 from hf_dsvllm.run.for_arguments import ForArguments
 from hf_dsvllm.run.for_models import ForModels
 from hf_dsvllm.run.for_trainers import ForTrainers, bound
@@ -44,9 +45,11 @@ def install(run: Run) -> None:
 def _arguments(door: ForArguments, module: ModuleType) -> None:
     original: Any = module.TrainingArguments
 
-    def __new__(cls: type, *_args: Any, **_kwargs: Any) -> Any:
+    def __new__(cls: type, *_args: Any, **kwargs: Any) -> Any:
         wanted = door.wanted_class(cls)
-        return super(original, wanted).__new__(wanted)
+        made = super(original, wanted).__new__(wanted)
+        note_given(made, kwargs)
+        return made
 
     original.__new__ = __new__
 

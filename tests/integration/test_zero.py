@@ -82,6 +82,7 @@ def test_wiring_as_asked_for_passes() -> None:
         ({"zero_stage": 0}, "zero2", ZERO2, "ZeRO stage 2 was asked for, the engine runs stage 0"),
         ({"world_size": 2}, "zero2", ZERO2, "1 processes were started, 2 train together"),
         ({"world_size": 2, "engine": "Llama"}, "ddp", None, "2 processes train, each its own copy"),
+        ({"zero_stage": None, "engine": "DataParallel"}, "none", None, "by nn.DataParallel"),
         ({}, "lora_zero2", ZERO2, "trains adapters, the model has none"),
         ({"adapter_modules": 3}, "qlora_zero2", ZERO2, "no layer is in 4 bit"),
     ],

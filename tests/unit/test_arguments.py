@@ -192,6 +192,25 @@ def test_saving_writes_nothing_but_plain_values_to_json(tmp_path: Path) -> None:
     torch.save(enter(tmp_path, ds_preset="zero2"), io.BytesIO())
 
 
+@dataclasses.dataclass
+class FourGpus(TrainingArguments):
+    """What transformers finds on a host of four GPUs without a launcher."""
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._n_gpu = 4
+
+
+@pytest.mark.parametrize(("preset", "more"), [("lora", ""), ("qlora", ""), ("none", " --ds_preset ddp")])
+def test_one_process_trains_on_one_gpu_and_says_what_would_use_all(
+    preset: str, more: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    args = enter(tmp_path, FourGpus, ds_preset=preset, per_device_train_batch_size=2)
+    assert (args.n_gpu, args.train_batch_size) == (1, 2)
+    assert f"torchrun --nproc_per_node 4 SCRIPT …{more}" in capsys.readouterr().err
+    assert enter(tmp_path, FourGpus).n_gpu == 4, "without a preset nothing changes"
+
+
 # -- a preset and a configuration of one's own
 
 

@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 
 from hf_dsvllm.features import FEATURES, choose, feature_problems
+from tests.door import enter
 from tests.tiny import write_tiny_model
 
 DEFAULTS = frozenset(feature.name for feature in FEATURES if feature.default)
@@ -186,7 +187,6 @@ def keep(monkeypatch: pytest.MonkeyPatch, *, card: str = "1xH200", device: str =
     """`auto.keep_activations` for a full fine-tune of a 1.7B shape on a named machine, and the arguments after it."""
     from hf_dsvllm import auto
     from hf_dsvllm.hardware import parse_machine
-    from hf_dsvllm.launch import Launch
     from hf_dsvllm.model_shape import shape_from_config
     from hf_dsvllm.planner.cards import rates_of
     from hf_dsvllm.presets import get_preset
@@ -204,9 +204,34 @@ def keep(monkeypatch: pytest.MonkeyPatch, *, card: str = "1xH200", device: str =
     base |= {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": None, "activation_offloading": False}
     asked = {"gen_eval_file": None, "gen_eval_lm_eval": None, "gen_eval_max_new_tokens": 256}
     args = SFTConfig(**(base | asked | changed))
-    launch = Launch(rank=0, local_rank=0, world_size=1, local_world_size=1, launched=True, asked_processes=1)
-    fixes = auto.keep_activations(args, get_preset("zero2"), launch, device, ["--model_name_or_path", "model"])
-    return args, fixes
+    model = SimpleNamespace(model_name_or_path="model", lora_r=16)
+    return args, auto.keep_activations(args, model, get_preset("zero2"), device)
+
+
+def test_recompute_that_was_asked_for_stays(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("sys.argv", ["train.py", "--gradient_checkpointing", "true"])
+    args, fixes = keep(monkeypatch)
+    assert (args.gradient_checkpointing, fixes) == (True, [])
+
+
+def test_prepare_keeps_activations_of_a_model_that_no_command_line_names(
+    model_path: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As in the README's script, or with --config: the model is known from `ModelConfig` alone."""
+    from trl import ModelConfig, SFTConfig
+
+    from hf_dsvllm import auto, prepare
+    from hf_dsvllm.hardware import parse_machine
+
+    monkeypatch.setattr("sys.argv", ["train.py"])
+    monkeypatch.setattr(auto, "detect", lambda: parse_machine("1xH200"))
+    real = auto.keep_activations
+    monkeypatch.setattr("hf_dsvllm.session.keep_activations", lambda *given: real(*given[:-1], "cuda"))
+    args = enter(tmp_path, SFTConfig, ds_preset="lora")
+    assert args.gradient_checkpointing is True
+    prepare(args, ModelConfig(model_name_or_path=model_path))
+    assert args.gradient_checkpointing is False
+    assert "gradient_checkpointing: True → False (the planner predicts" in capsys.readouterr().err
 
 
 def test_activations_are_kept_where_they_fit_and_the_reason_is_said(monkeypatch: pytest.MonkeyPatch) -> None:
