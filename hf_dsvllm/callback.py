@@ -5,9 +5,9 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 from transformers import TrainerCallback
 
@@ -17,7 +17,7 @@ from hf_dsvllm.errors import DsvllmError, EngineError, WiringError
 from hf_dsvllm.evaluation.delivery import Asked
 from hf_dsvllm.evaluation.rounds import Round, Rounds
 from hf_dsvllm.evaluation.sample_tables import log_samples
-from hf_dsvllm.evaluation.steering import best_snapshot, is_best, keep_best
+from hf_dsvllm.evaluation.steering import beats, best_snapshot, is_best, keep_best, loaded_step, score_at
 from hf_dsvllm.fields import steers
 from hf_dsvllm.live.restore import restore
 from hf_dsvllm.live.snapshot import Snapshot, prune, publish
@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
 __all__ = ["SessionCallback"]
 
+T = TypeVar("T")
 logger = logging.getLogger(__name__)
 FAILURES_BEFORE_GIVING_UP = 3
 # Late rounds that may be under way when another is due: one is answered, one is ready to follow.
@@ -110,10 +111,11 @@ class SessionCallback(TrainerCallback):
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.measure.stop(state)
+        loaded = loaded_step(args, state)  # before late scores make another step the best: the Trainer is done loading
         self._take(self._rounds.collect(leave=0))
         for step, scores in self.fresh if steers(args) else ():
             note_best(self.trainer, scores, step=step)
-        step = self._load_best(args, state)
+        step = self._load_best(args, state, loaded)
         if self.session.evaluates and step == state.global_step and step not in self._evaluated:
             self._evaluate(wait=True)  # something stopped training between two steps
         snapshot = self._published
@@ -146,21 +148,15 @@ class SessionCallback(TrainerCallback):
             self._make_room()
         training = self.trainer.model.training
         started = time.monotonic()
-        error: str | None = None
         snapshot: Snapshot | None = None
-        sent: SyncResult | None = None
         ours: LogProbs | None = None
-        try:
-            sent = self._send(step) if publish_first and self.session.streams else None
-            snapshot = self._publish(step) if publish_first and sent is None else None
-            if self.session.canary is not None:
-                ours = self.session.canary.ask_trainer(self.trainer)
-        except Exception as problem:  # whatever it is: the other ranks wait in the broadcast, and training goes on
-            if not isinstance(problem, DsvllmError | OSError):
-                logger.exception("unexpected error while preparing an evaluation")
-            error = f"{type(problem).__name__}: {problem}"
+        sent, error = self._together(lambda: self._send(step) if publish_first and self.session.streams else None)
+        if error is None and publish_first and not self.session.ranks.broadcast(sent is not None):
+            snapshot, error = self._together(lambda: self._publish(step))
+        canary = self.session.canary
+        if error is None and canary is not None:
+            ours, error = self._together(lambda: canary.ask_trainer(self.trainer))
         self.trainer.model.train(training)
-        error = self.session.ranks.broadcast(error)
         if error is not None:
             self._take([Round(step=step, scores={}, error=error)])
             return
@@ -176,6 +172,21 @@ class SessionCallback(TrainerCallback):
         self._rounds.begin(asked)
         if wait or not self.late:
             self._take(self._rounds.collect(leave=0))
+
+    def _together(self, work: Callable[[], T]) -> tuple[T | None, str | None]:
+        """What `work` returns on this rank, and main's error on every rank: known to all before anything else begins.
+
+        Under ZeRO-3 whatever follows may be collective, and a rank alone in it would wait for ever.
+        """
+        found: T | None = None
+        error: str | None = None
+        try:
+            found = work()
+        except Exception as problem:  # whatever it is: the other ranks wait in the broadcast, and training goes on
+            if not isinstance(problem, DsvllmError | OSError):
+                logger.exception("unexpected error while preparing an evaluation")
+            error = f"{type(problem).__name__}: {problem}"
+        return found, self.session.ranks.broadcast(error)
 
     def _send(self, step: int) -> SyncResult | None:
         """The live weights from GPU to GPU into the engine, collective; None, and said why, if they must go by disk."""
@@ -235,13 +246,19 @@ class SessionCallback(TrainerCallback):
                 self._keep(done)
 
     def _publish_a_best(self, done: Round) -> None:
-        """A snapshot of streamed weights, if they are the best so far and still those of the model; collective."""
-        if done.step != self.trainer.state.global_step or not done.step:
+        """A snapshot of streamed weights, if their score, the best so far, may choose the run's weights; collective.
+
+        Scores that steer a streaming run are never late (see placement), so the weights are still the model's.
+        """
+        args, run_dir = self.trainer.args, self.session.run_dir
+        if not steers(args) or done.step != self.trainer.state.global_step or not done.step:
             return
-        run_dir = self.session.run_dir
         wanted = is_main_process() and not (run_dir / "snapshots" / f"step-{done.step}").is_dir()
-        if self.session.ranks.broadcast(wanted and is_best(run_dir, self.trainer.args, done)):
-            self._publish(done.step)
+        if self.session.ranks.broadcast(wanted and is_best(run_dir, args, done)):
+            _, error = self._together(lambda: self._publish(done.step))
+            if error is not None:
+                self._published = None
+                say(f"step {done.step}: its weights, the best so far, could not be kept: {error}")
 
     def _keep(self, done: Round) -> None:
         """Say the scores, keep the best snapshot and those still to be answered, delete the others; rank 0."""
@@ -250,7 +267,8 @@ class SessionCallback(TrainerCallback):
         say(done.result.line() + ("" if done.step == now else f", known at step {now}"))
         run_dir, name = self.session.run_dir, f"step-{done.step}"
         log_samples(self.trainer.args, run_dir, done.step)
-        if (run_dir / "snapshots" / name).is_dir():  # neither the untrained model nor streamed away
+        kept = steers(self.trainer.args) or not self.session.streams  # a stream that went by disk once is no best
+        if kept and (run_dir / "snapshots" / name).is_dir():  # neither the untrained model nor streamed away
             kind = "adapter" if hasattr(self.trainer.model, "peft_config") else "full"
             try:
                 keep_best(run_dir, self.trainer.args, done, kind=kind)
@@ -258,22 +276,17 @@ class SessionCallback(TrainerCallback):
                 say(f"step {done.step}: whether its weights are the best could not be noted: {error}")
         prune(run_dir, keep=[Path(name), *(Path(f"step-{step}") for step in self._rounds.pending)])
 
-    def _load_best(self, args: Any, state: Any) -> int:
-        """With load_best_model_at_end: the best snapshot into the model, unless the Trainer has loaded that step.
+    def _load_best(self, args: Any, state: Any, loaded: int) -> int:
+        """With load_best_model_at_end: the best snapshot into the model, unless the weights of its step are `loaded`.
 
         Returns the step whose weights the model has now.  The Trainer can only load a step it wrote a checkpoint of;
         the best score may belong to one between them, or to one whose checkpoint save_total_limit has deleted.
         """
-        loaded = state.global_step
-        if not args.load_best_model_at_end:
-            return loaded
-        if state.best_model_checkpoint is not None:
-            loaded = int(Path(state.best_model_checkpoint).name.rpartition("-")[2])
-        if not steers(args):
+        if not (args.load_best_model_at_end and steers(args)):
             return loaded
         found = best_snapshot(self.session.run_dir, args) if is_main_process() else None
         best = self.session.ranks.broadcast(found)
-        if best is None or best["step"] == loaded:
+        if best is None or best["step"] == loaded or not beats(args, best["score"], score_at(args, state, loaded)):
             return loaded
         folder = self.session.run_dir / "snapshots" / best["path"]
         try:

@@ -19,9 +19,19 @@ from hf_dsvllm.live.snapshot import SNAPSHOTS
 if TYPE_CHECKING:
     from hf_dsvllm.callback import SessionCallback
 
-__all__ = ["BestSnapshot", "Steering", "best_snapshot", "is_best", "keep_best"]
+__all__ = [
+    "BestSnapshot",
+    "Steering",
+    "beats",
+    "best_snapshot",
+    "is_best",
+    "keep_best",
+    "loaded_step",
+    "score_at",
+]
 
 POINTER = "best.json"
+WANTED = ("should_evaluate", "should_save", "should_log")  # of this step, of TrainerControl
 BestSnapshot = dict[str, Any]
 
 
@@ -37,6 +47,7 @@ class Steering(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Give early stopping and the best checkpoint the scores that arrived between the Trainer's evaluations."""
         fresh, self.scores.fresh = self.scores.fresh, []
+        wanted = {name: getattr(control, name) for name in WANTED}
         if not steers(args):
             return
         for step, scores in fresh:
@@ -46,6 +57,9 @@ class Steering(TrainerCallback):
             self.scores.passing_on = metrics
             self.trainer.callback_handler.on_evaluate(args, state, control, metrics)
             self.scores.passing_on = None
+            # The handler takes this for the evaluation the Trainer still has to make, and logs in it for its own.
+            for name, before in wanted.items():
+                setattr(control, name, getattr(control, name) or before)
             if note_best(self.trainer, metrics, step=step) and args.save_strategy == "best":
                 control.should_save = True
 
@@ -78,9 +92,19 @@ def is_best(run_dir: Path, args: Any, done: Round) -> bool:
     key = deciding_key(args, done.scores)
     if key not in done.scores:
         return False
-    earlier = best_so_far(run_dir / SNAPSHOTS / POINTER, key, before=done.step)
+    return beats(args, done.scores[key], best_so_far(run_dir / SNAPSHOTS / POINTER, key, before=done.step))
+
+
+def beats(args: Any, score: float, other: float | None) -> bool:
+    """Whether `score` is the better one of the metric that decides; None is worse than any."""
     higher = args.greater_is_better is not False or not steers(args)
-    return earlier is None or (done.scores[key] > earlier if higher else done.scores[key] < earlier)
+    return other is None or (score > other if higher else score < other)
+
+
+def score_at(args: Any, state: Any, step: int) -> float | None:
+    """What the metric that steers was at `step`, by the Trainer's history, which a resumed run has from its start."""
+    key = metric_key(args)
+    return next((row[key] for row in reversed(state.log_history) if row.get("step") == step and key in row), None)
 
 
 def deciding_key(args: Any, scores: Mapping[str, float]) -> str:
@@ -100,6 +124,13 @@ def best_snapshot(run_dir: Path, args: Any) -> BestSnapshot | None:
     if best is None or best.get("metric") != metric_key(args):
         return None
     return best if (run_dir / SNAPSHOTS / best["path"]).is_dir() else None
+
+
+def loaded_step(args: Any, state: Any) -> int:
+    """The step whose weights the Trainer ends with: the last, or the best one it has a checkpoint of."""
+    if not args.load_best_model_at_end or state.best_model_checkpoint is None:
+        return int(state.global_step)
+    return int(Path(state.best_model_checkpoint).name.rpartition("-")[2])
 
 
 def read_pointer(pointer: Path) -> BestSnapshot | None:

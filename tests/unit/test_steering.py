@@ -9,6 +9,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from transformers import TrainerControl
 
 from hf_dsvllm.evaluation.steering import Steering, best_so_far
 from hf_dsvllm.fields import steers
@@ -75,9 +76,11 @@ class FakeTrainer:
         self.seen: list[dict[str, float]] = []
         self.is_best = is_best
         self.state = SimpleNamespace(global_step=4)
-        self.callback_handler = SimpleNamespace(
-            on_evaluate=lambda args, state, control, scores: self.seen.append(scores)
-        )
+        self.callback_handler = SimpleNamespace(on_evaluate=self.on_evaluate)
+
+    def on_evaluate(self, args: Any, state: Any, control: TrainerControl, scores: dict[str, float]) -> None:
+        control.should_evaluate = False  # as transformers' CallbackHandler does
+        self.seen.append(scores)
 
     def _determine_best_metric(self, metrics: dict[str, float], trial: None) -> bool:
         return self.is_best
@@ -99,8 +102,18 @@ def test_a_score_between_the_trainers_evaluations_saves_and_stops_like_one_of_th
     scores = SimpleNamespace(fresh=[(4, fresh)], late=False, passing_on=None)
     trainer = FakeTrainer(is_best=is_best)
     args = SimpleNamespace(metric_for_best_model="gen_a_exact_match", save_strategy=strategy, greater_is_better=True)
-    control = SimpleNamespace(should_evaluate=trainer_evaluates, should_save=False)
+    control = TrainerControl(should_evaluate=trainer_evaluates)
     Steering(scores, trainer).on_step_end(args, trainer.state, control)
     assert control.should_save == saved
     assert trainer.seen == ([fresh] if told else [])
     assert scores.fresh == []
+
+
+def test_a_late_score_takes_nothing_from_the_trainers_own_evaluation_of_that_step() -> None:
+    scores = SimpleNamespace(fresh=[(2, {"eval_gen_a_exact_match": 0.5})], late=False, passing_on=None)
+    trainer = FakeTrainer(is_best=False)
+    args = SimpleNamespace(metric_for_best_model="gen_a_exact_match", save_strategy="steps", greater_is_better=True)
+    control = TrainerControl(should_evaluate=True, should_save=True, should_log=True)
+    Steering(scores, trainer).on_step_end(args, trainer.state, control)
+    assert len(trainer.seen) == 1
+    assert (control.should_evaluate, control.should_save, control.should_log) == (True, True, True)

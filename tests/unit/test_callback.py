@@ -1,0 +1,176 @@
+"""What the callback does on a rank at each moment: errors known to all before anything collective, bests kept, ends."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from transformers import TrainerControl
+
+from hf_dsvllm import callback as callback_module
+from hf_dsvllm.callback import SessionCallback
+from hf_dsvllm.evaluation.rounds import Round
+from hf_dsvllm.evaluation.steering import keep_best
+from hf_dsvllm.live.snapshot import Snapshot
+
+KEY = "eval_gen_a_exact_match"
+
+
+class OneOfTwoRanks:
+    """A rank other than 0: what it hears is what rank 0 says, given in advance, else its own words."""
+
+    def __init__(self) -> None:
+        self.main_says: list[Any] = []
+
+    def broadcast(self, value: Any) -> Any:
+        return self.main_says.pop(0) if self.main_says else value
+
+
+class Canary:
+    """Counts its forwards."""
+
+    def __init__(self) -> None:
+        self.forwards = 0
+
+    def ask_trainer(self, trainer: Any) -> Any:
+        self.forwards += 1
+        return ((0.0,),)
+
+
+def made(run_dir: Path, **session: Any) -> SessionCallback:
+    """A callback at step 4 of 8 with a session of stand-ins."""
+    args = SimpleNamespace(
+        metric_for_best_model=KEY, greater_is_better=True, load_best_model_at_end=False, gen_eval_steps=2,
+        gen_eval_on_start=True, report_to=[],
+    )  # fmt: skip
+    state = SimpleNamespace(
+        global_step=4, max_steps=8, best_model_checkpoint=None, best_metric=None, log_history=[],
+        num_input_tokens_seen=0,
+    )  # fmt: skip
+    trainer: Any = SimpleNamespace(
+        model=torch.nn.Linear(1, 1), processing_class=None, args=args, state=state, logged=[]
+    )
+    defaults: dict[str, Any] = {
+        "late": False, "streams": False, "evaluates": True, "canary": Canary(), "ranks": OneOfTwoRanks(),
+        "run_dir": run_dir, "snapshot_dtype": torch.float32, "stop_engine": lambda: None,
+        "evaluator": SimpleNamespace(evaluate=lambda asked: SimpleNamespace(scores={KEY: 0.5}, line=lambda: "scored")),
+        "finish": lambda *_: None,
+    }  # fmt: skip
+    return SessionCallback(SimpleNamespace(**(defaults | session)), trainer)  # type: ignore[arg-type]
+
+
+@pytest.fixture(autouse=True)
+def published(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The steps whose weights were written, by a stand-in that writes nothing but a folder."""
+    steps: list[int] = []
+
+    def publish(model: Any, run_dir: Path, *, step: int, **how: Any) -> Snapshot:
+        steps.append(step)
+        path = run_dir / "snapshots" / f"step-{step}"
+        path.mkdir(parents=True, exist_ok=True)
+        return Snapshot(path=path, kind="full", step=step)
+
+    monkeypatch.setattr(callback_module, "publish", publish)
+    monkeypatch.setattr(callback_module, "log_through_trainer", lambda trainer, scores, step: None)
+    return steps
+
+
+def test_a_rank_whose_main_could_not_publish_is_not_alone_in_the_canarys_forward(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    callback = made(tmp_path)
+    # rank 0: sending nothing went well, nothing was sent, the disk is full
+    callback.session.ranks.main_says = [None, False, "OSError: no space left"]  # type: ignore[attr-defined]
+    callback._evaluate()
+    assert callback.session.canary.forwards == 0  # type: ignore[union-attr, attr-defined]
+    assert "failed and is skipped. OSError: no space left" in capsys.readouterr().err
+
+
+def streamed(step: int, score: float) -> Round:
+    return Round(step=step, scores={KEY: score}, result=SimpleNamespace(line=lambda: f"step {step}"))
+
+
+def test_a_full_disk_costs_a_streaming_run_the_best_snapshot_and_not_the_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*_: Any, **__: Any) -> Snapshot:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(callback_module, "publish", full)
+    callback = made(tmp_path, streams=True)
+    callback._take([streamed(4, 0.5)])
+    assert "step 4: its weights, the best so far, could not be kept: OSError" in capsys.readouterr().err
+    assert callback._published is None
+    assert not (tmp_path / "snapshots").exists()
+
+
+@pytest.mark.parametrize(("metric", "written"), [(KEY, [4]), (None, [])])
+def test_a_stream_writes_the_best_weights_only_where_a_score_chooses_them(
+    metric: str | None, written: list[int], tmp_path: Path, published: list[int]
+) -> None:
+    callback = made(tmp_path, streams=True)
+    callback.trainer.args.metric_for_best_model = metric
+    callback._take([streamed(4, 0.5)])
+    assert published == written
+    assert (tmp_path / "snapshots" / "best.json").exists() == bool(written)
+
+
+def test_a_stream_that_went_by_disk_once_does_not_make_that_step_the_best(tmp_path: Path) -> None:
+    callback = made(tmp_path, streams=True)
+    callback.trainer.args.metric_for_best_model = None
+    (tmp_path / "snapshots" / "step-4").mkdir(parents=True)
+    callback._take([streamed(4, 0.5)])
+    assert not (tmp_path / "snapshots" / "best.json").exists()
+
+
+def test_a_best_that_is_known_after_the_trainer_has_loaded_another_is_loaded_too(
+    tmp_path: Path, published: list[int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Early stopping at step 7, checkpoint-2 is loaded, then the score of step 6 comes: the best, with a checkpoint."""
+    restored: list[Path] = []
+    monkeypatch.setattr(callback_module, "restore", lambda model, folder, kind: restored.append(folder))
+    monkeypatch.setattr(callback_module, "prune", lambda *_, **__: None)
+
+    def note_best(trainer: Any, scores: dict[str, float], *, step: int) -> bool:
+        trainer.state.best_model_checkpoint, trainer.state.best_metric = f"run/checkpoint-{step}", scores[KEY]
+        return True
+
+    monkeypatch.setattr(callback_module, "note_best", note_best)
+    finished: list[Snapshot] = []
+    callback = made(tmp_path, late=True, finish=lambda measure, snapshot: finished.append(snapshot))
+    callback.trainer.args.load_best_model_at_end = True
+    state = callback.trainer.state
+    state.global_step, state.best_model_checkpoint, state.best_metric = 7, "run/checkpoint-2", 0.5
+    folder = tmp_path / "snapshots" / "step-6"
+    folder.mkdir(parents=True)
+    late = Round(step=6, scores={KEY: 0.9}, result=SimpleNamespace(line=lambda: "step 6"))
+
+    def collect(*, leave: int | None = None) -> list[Round]:
+        keep_best(tmp_path, callback.trainer.args, late, kind="full")
+        return [late]
+
+    monkeypatch.setattr(callback._rounds, "collect", collect)
+    callback.on_train_end(callback.trainer.args, state, TrainerControl())
+    assert json.loads((tmp_path / "snapshots" / "best.json").read_text())["step"] == 6
+    assert restored == [folder]
+    assert [snapshot.step for snapshot in finished] == [6]
+
+
+@pytest.mark.parametrize(("of_the_loaded", "restored"), [(0.7, False), (0.2, True), (None, True)])
+def test_a_snapshot_of_a_resumed_run_is_loaded_only_over_weights_that_scored_less(
+    of_the_loaded: float | None, restored: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    loads: list[Path] = []
+    monkeypatch.setattr(callback_module, "restore", lambda model, folder, kind: loads.append(folder))
+    callback = made(tmp_path)
+    args, state = callback.trainer.args, callback.trainer.state
+    args.load_best_model_at_end = True
+    state.log_history = [] if of_the_loaded is None else [{"step": 2, KEY: of_the_loaded}]
+    (tmp_path / "snapshots" / "step-4").mkdir(parents=True)
+    keep_best(tmp_path, args, streamed(4, 0.3), kind="full")
+    assert callback._load_best(args, state, 2) == (4 if restored else 2)
+    assert bool(loads) == restored
