@@ -37,6 +37,7 @@ from hf_dsvllm.evaluation.steering import Steering
 from hf_dsvllm.export.adapter_format import serving_problems
 from hf_dsvllm.export.fingerprint import fingerprint_of
 from hf_dsvllm.export.source import Which, best_step
+from hf_dsvllm.export.trained import trained_record
 from hf_dsvllm.features import choose
 from hf_dsvllm.fields import asks_for_answers
 from hf_dsvllm.files import write_json
@@ -276,6 +277,7 @@ class Session:
             "trainable_parameters": wiring.trainable_parameters,
             "predicted_gib": self._predicted_gib(),
             "versions": _versions(),
+            **trained_record(trainer),
         }
         write_json(self.run_dir / "run.json", record)
         if self.forecast is not None:

@@ -19,17 +19,15 @@ def write_card(folder: Path, report: ExportReport, record: RunRecord | None) -> 
 
     run = {} if record is None else json.loads((record.folder / "run.json").read_text(encoding="utf-8"))
     base = str(run.get("base_model") or report.base or "")
-    datasets = run.get("datasets") or []
     data = ModelCardData(
         base_model=base if "/" in base and not Path(base).exists() else None,
-        datasets=[name for name in datasets if not Path(name).exists()] or None,
         library_name="transformers",
         pipeline_tag="text-generation",
         tags=["hf-dsvllm"],
     )
     sections = [
         f"---\n{data.to_yaml()}\n---\n\n# {folder_name(report)}",
-        _training(run, base, datasets),
+        _training(run, base),
         _scores(record, report.step),
         _proof(report),
         _versions(report.versions),
@@ -42,10 +40,12 @@ def folder_name(report: ExportReport) -> str:
     return Path(report.out).name
 
 
-def _training(run: Mapping[str, Any], base: str, datasets: list[str]) -> str:
+def _training(run: Mapping[str, Any], base: str) -> str:
+    data = run.get("data") or {}
     rows = {
         "base model": _shown(base),
-        "data": ", ".join(_shown(name) for name in datasets),
+        "data": data.get("name"),
+        "examples": f"{data['rows']:,}" if data.get("rows") else None,
         "preset": run.get("preset"),
         "adapter": run.get("adapter"),
         "quantised in training": "4 bit" if run.get("quantization") else None,

@@ -18,6 +18,7 @@ from hf_dsvllm.export.fingerprint import fingerprint, fingerprint_of
 from hf_dsvllm.export.layout import Layout, cast_layout, merged_layout
 from hf_dsvllm.export.merge import Adapter, read_adapter
 from hf_dsvllm.export.source import Source, find_tokenizer, local_base, tokenizer_files
+from hf_dsvllm.export.trained import GENERATION_CONFIG
 from hf_dsvllm.tensors.hashing import sha256_of
 from hf_dsvllm.tensors.weights import TensorFolder, TensorSource, torch_dtype
 from hf_dsvllm.tensors.zero_adapter import write_adapter
@@ -51,6 +52,18 @@ class Job:
         """Where config.json is taken from."""
         own = (self.source.model_dir / "config.json").is_file()
         return self.base if self.base is not None and (self.adapter is not None or not own) else self.source.model_dir
+
+    @property
+    def generation(self) -> Mapping[str, Any] | None:
+        """`generation` of the run's record, for sources that do not bring a configuration of their own."""
+        own = self.config_dir == self.source.model_dir
+        return None if own or self.source.record is None else self.source.record.generation
+
+    @property
+    def generation_file(self) -> Path | None:
+        """The source's own generation config, else the base's."""
+        files = [place / GENERATION_CONFIG for place in (self.source.model_dir, self.base) if place is not None]
+        return next((file for file in files if file.is_file()), None)
 
 
 def open_job(source: Source, dtype: torch.dtype, base_name: str | None, stack: contextlib.ExitStack) -> Job:
@@ -119,6 +132,8 @@ def inputs_of(job: Job, max_shard_size_bytes: int, format: str) -> dict[str, Any
         hashes |= {f"adapter/{name}": digest for name, digest in job.adapter.tensors.sha256().items()}
         hashes["adapter/adapter_config.json"] = sha256_of(job.adapter.path / "adapter_config.json")
     hashes[f"{weights}/config.json"] = sha256_of(job.config_dir / "config.json")
+    if job.generation_file is not None:
+        hashes[f"{weights}/{GENERATION_CONFIG}"] = sha256_of(job.generation_file)
     if job.tokenizer is not None:
         hashes |= {f"tokenizer/{file.name}": sha256_of(file) for file in tokenizer_files(job.tokenizer)}
     return hashes | {
@@ -128,6 +143,7 @@ def inputs_of(job: Job, max_shard_size_bytes: int, format: str) -> dict[str, Any
         "max_shard_size_bytes": max_shard_size_bytes,
         "quantization": None if job.quantization is None else dict(job.quantization),
         "onto_original": job.onto_original,
+        "generation": None if job.generation is None else dict(job.generation),
         "hf_dsvllm": __version__,  # another version may merge otherwise
     }
 

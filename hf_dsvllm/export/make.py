@@ -26,6 +26,7 @@ from hf_dsvllm.export.layout import Layout
 from hf_dsvllm.export.manifest import REPORT, ExportReport, occupied, reusable, versions, write_manifest
 from hf_dsvllm.export.merge import Adapter, exact_products
 from hf_dsvllm.export.source import Format, Which, find_source, has_chat_template, tokenizer_files
+from hf_dsvllm.export.trained import check_trained, with_special_tokens, write_generation_config
 from hf_dsvllm.export.verify import (
     Comparison,
     Verification,
@@ -195,9 +196,8 @@ def _write(
     _check_written(folder if merged else folder / ADAPTER_FILE, layout)
     if merged:
         _write_config(folder, job, layout)
-        for origin in (job.base, job.source.model_dir):
-            if origin is not None and (origin / "generation_config.json").is_file():
-                shutil.copyfile(origin / "generation_config.json", folder / "generation_config.json")
+        write_generation_config(folder, job.generation, job.generation_file)
+        check_trained(folder, job.generation)
     else:
         write_adapter_config(folder, _adapter(job), str(job.base))
     if job.tokenizer is not None:
@@ -222,9 +222,8 @@ def _write_config(folder: Path, job: Job, layout: Layout) -> None:
     config = json.loads((job.config_dir / "config.json").read_text(encoding="utf-8"))
     for key in ("quantization_config", "torch_dtype", "_name_or_path"):
         config.pop(key, None)
-    write_json(
-        folder / "config.json", config | {"dtype": str(job.dtype).removeprefix("torch.")} | layout.config_changes
-    )
+    config |= {"dtype": str(job.dtype).removeprefix("torch.")} | layout.config_changes
+    write_json(folder / "config.json", with_special_tokens(config, job.generation))
 
 
 def _where_to_compare(job: Job, layout: Layout) -> tuple[Literal["cuda", "cpu"], str | None]:

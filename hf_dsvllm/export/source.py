@@ -43,7 +43,8 @@ TOKENIZER_FILES = (
 class RunRecord:
     """The part of RUN/run.json that an export needs; `folder` is RUN.
 
-    `base_fingerprint` is None for runs whose base has no safetensors, and for those before it was recorded.
+    `base_fingerprint` is None for runs whose base has no safetensors, and for those before it was recorded;
+    `generation` is `trained.trained_record`'s, None before that was recorded.
     """
 
     folder: Path
@@ -52,6 +53,7 @@ class RunRecord:
     quantization: Mapping[str, Any] | None
     dtype: str
     base_fingerprint: str | None = None
+    generation: Mapping[str, Any] | None = None
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -166,6 +168,7 @@ def _read_record(folder: Path) -> RunRecord:
             quantization=values["quantization"],
             dtype=str(values["dtype"]).removeprefix("torch."),
             base_fingerprint=values.get("base_fingerprint"),
+            generation=values.get("generation"),
         )
     except (ValueError, KeyError, TypeError) as error:
         raise ExportError(f"{folder / RECORD} is not a run record ({type(error).__name__}: {error}).") from error

@@ -11,11 +11,13 @@ from types import SimpleNamespace
 import pytest
 import torch
 import yaml
+from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
 from hf_dsvllm.errors import ExportError
+from hf_dsvllm.export import make as make_module
 from hf_dsvllm.export import merge as merge_module
 from hf_dsvllm.export import verify as verify_module
 from hf_dsvllm.export.adapter_format import why_merge_live
@@ -47,6 +49,52 @@ def test_a_run_becomes_a_folder_that_transformers_loads(run: Path, tmp_path: Pat
     assert "quantization_config" not in config
     assert (tmp_path / "out" / "generation_config.json").is_file()
     assert json.loads((tmp_path / "out" / REPORT).read_text())["inputs"] == report.inputs
+
+
+def record_training(run: Path, **tokens: int) -> None:
+    """What a run writes when training begins, after TRL's `eos_token` and `align_special_tokens` changed the model."""
+    model = AutoModelForCausalLM.from_pretrained(run.parent / "base")
+    model.generation_config.top_k = 7
+    for key, value in tokens.items():
+        setattr(model.config, key, value)
+        setattr(model.generation_config, key, [value, 0] if key == "eos_token_id" else value)
+    trainer = SimpleNamespace(
+        model=get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", r=2, target_modules=["q_proj"])),
+        train_dataset=Dataset.from_list([{"text": "a"}] * 1200),
+        state=SimpleNamespace(global_step=1), processing_class=None,
+    )  # fmt: skip
+    names = SimpleNamespace(model_name_or_path=run.parent / "base", dtype="bfloat16", use_peft=True, load_in_4bit=False)
+    session = SimpleNamespace(
+        run_dir=run, model_args=names, args=SimpleNamespace(ds_preset="lora"), device="cpu", forecast=None,
+        ds_config=None, _predicted_gib=lambda: None,
+    )  # fmt: skip
+    wiring = SimpleNamespace(world_size=1, zero_stage=0, trainable_parameters=1)
+    Session.start_record(session, trainer, wiring)
+
+
+def test_an_export_stops_where_training_taught_it_to(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    export(run, tmp_path / "before")
+    record_training(run, eos_token_id=1, pad_token_id=2)
+    export(run, tmp_path / "out")
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "out")
+    assert (model.config.eos_token_id, model.config.pad_token_id) == (1, 2)
+    assert (model.generation_config.eos_token_id, model.generation_config.top_k) == ([1, 0], 7)
+    assert "| examples | 1,200 |" in (tmp_path / "out" / "README.md").read_text()
+    with pytest.raises(ExportError, match=r"other inputs \(generation differ"):
+        export(run, tmp_path / "before")
+    monkeypatch.setattr(make_module, "with_special_tokens", lambda config, _: config)
+    with pytest.raises(ExportError, match=r" eos_token_id=\d+ instead of 1"):
+        export(run, tmp_path / "wrong")
+
+
+def test_another_generation_config_of_the_base_is_another_input(run: Path, tmp_path: Path) -> None:
+    export(run, tmp_path / "out")
+    file = tmp_path / "base" / "generation_config.json"
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"top_k": 3}))
+    with pytest.raises(ExportError, match=r"generation_config\.json differ"):
+        export(run, tmp_path / "out")
 
 
 def test_an_export_is_merged_and_proven_in_fp32_after_training_in_tf32(
