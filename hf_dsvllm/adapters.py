@@ -72,7 +72,7 @@ def apply_to_model_config(config: Any, preset: Preset, *, device: str, full_dtyp
     """Set the adapter, quantisation and dtype fields of a TRL `ModelConfig`; returns what was changed and why.
 
     Fields the user set are kept, but for `dtype`: TRL's default of float32 would become the 4-bit compute dtype and
-    twice the memory of a frozen model.
+    twice the memory of a frozen model, and "auto" is no dtype that 4-bit weights could compute in.
     """
     fixes: list[Fix] = []
 
@@ -83,7 +83,8 @@ def apply_to_model_config(config: Any, preset: Preset, *, device: str, full_dtyp
             fixes.append(Fix(field, before, value, why))
 
     defaults = {field.name: field.default for field in dataclasses.fields(config)}
-    if config.dtype == defaults["dtype"] and config.dtype != full_dtype:
+    open_dtype = config.dtype == defaults["dtype"] or (config.dtype == "auto" and preset.adapter == "qlora")
+    if open_dtype and config.dtype != full_dtype:
         change("dtype", full_dtype, _dtype_reason(preset, device))
     if preset.adapter is None:
         return fixes

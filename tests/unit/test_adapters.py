@@ -71,6 +71,13 @@ def test_what_the_user_set_is_kept() -> None:
     assert settled("lora", dtype="float16").dtype == "float16"
 
 
+def test_an_automatic_dtype_is_settled_for_4_bit_weights_alone() -> None:
+    config = settled("qlora", dtype="auto")
+    assert get_quantization_config(config).bnb_4bit_compute_dtype == torch.bfloat16
+    assert settled("qlora_zero3", dtype="auto").bnb_4bit_quant_storage == "bfloat16"
+    assert settled("lora", dtype="auto").dtype == "auto"
+
+
 def test_a_preset_without_adapter_changes_the_dtype_alone() -> None:
     changed = dataclasses.asdict(settled("zero2"))
     plain = dataclasses.asdict(ModelConfig(model_name_or_path="m"))
