@@ -205,13 +205,18 @@ def _precision(args: Any, preset: Preset | None, user_config: dict[str, Any] | N
 
 def _fused(args: Any, device: str) -> list[Fix]:
     """The feature `fused`, where its kernels are: liger-kernel, on GPUs."""
-    if args.ds_preset is None or "fused" not in choose(args.ds_speed) or args.use_liger_kernel or device == "cpu":
+    if args.ds_preset is None or "fused" not in choose(args.ds_speed) or args.use_liger_kernel:
         return []
     parents = type(args).__mro__
-    if any(p.__module__.startswith("trl.") for p in parents) and "SFTConfig" not in {p.__name__ for p in parents}:
-        return []  # TRL's other trainers take the same flag for another loss
-    if importlib.util.find_spec("liger_kernel") is None:
-        say("speed: fused left out, because liger-kernel is not installed: pip install liger-kernel")
+    reason = None
+    if device == "cpu":
+        reason = "its kernels run on GPUs"
+    elif any(p.__module__.startswith("trl.") for p in parents) and "SFTConfig" not in {p.__name__ for p in parents}:
+        reason = "TRL's other trainers take the same flag for another loss"
+    elif importlib.util.find_spec("liger_kernel") is None:
+        reason = "liger-kernel is not installed: pip install liger-kernel"
+    if reason is not None:
+        say(f"speed: fused left out, because {reason}")
         return []
     args.use_liger_kernel = True
     return [Fix("use_liger_kernel", False, True, "norms, rotation and activation as one kernel each (fused)")]

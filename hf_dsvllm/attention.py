@@ -55,15 +55,20 @@ def drop_masks(model: Any) -> None:
 
 def without_mask(decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:
     """The hook: kwargs of the decoder's forward with the mask it needs."""
-    if kwargs.get("past_key_values") is not None or not decoder.training:
+    if kwargs.get("past_key_values") is not None:
         return args, kwargs
     mask = kwargs.get("attention_mask")
     if kwargs.get("cu_seq_lens_q") is not None and decoder.config._attn_implementation == NAME and mask is None:
         # transformers hands a mask of four dimensions on as it is; `varlen_forward` knows this one.
         return args, kwargs | {"attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool)}
-    if mask is not None and mask.dim() == 2 and bool((mask[:, 1:] <= mask[:, :-1]).all()) and bool(mask[:, 0].all()):
+    if decoder.training and mask is not None and mask.dim() == 2 and hides_ends_alone(mask):
         return args, kwargs | {"attention_mask": None}
     return args, kwargs
+
+
+def hides_ends_alone(mask: torch.Tensor) -> bool:
+    """Whether a padding mask, rows x tokens, begins every row with tokens and hides nothing but its end."""
+    return bool((mask[:, 1:] <= mask[:, :-1]).all()) and bool(mask[:, 0].all())
 
 
 def use_varlen(model: Any) -> None:

@@ -22,6 +22,8 @@ def apply(trainer: Any, features: Collection[str]) -> list[str]:
         lines += without_masks(trainer, masks)
     if "lean_adapters" in features:
         lines += lean_adapters(trainer)
+    if "cudnn" in features and not torch.cuda.is_available():
+        lines.append("speed: cudnn left out, because there is no GPU")
     return lines
 
 
@@ -70,15 +72,32 @@ class OutsideAutocast:
 
 def lean_adapters(trainer: Any) -> list[str]:
     """Under autocast a layer's input stays bf16: PEFT copies it to the adapter's fp32, and autocast copies it back."""
-    from peft.tuners.tuners_utils import BaseTunerLayer
-
-    layers = [module for module in trainer.model.modules() if isinstance(module, BaseTunerLayer)]
+    layers = [module for module in trainer.model.modules() if casts_its_input(module)]
+    reason = None
+    if trainer.is_deepspeed_enabled:
+        reason = "DeepSpeed holds adapters in the training dtype: there is nothing to cast"
+    elif not (trainer.args.bf16 or trainer.args.fp16):
+        reason = "nothing is computed under autocast"
+    elif not layers:
+        reason = "no layer has an fp32 adapter whose input PEFT would cast (4-bit layers never do under autocast)"
+    if reason is not None:
+        return [f"speed: lean_adapters left out, because {reason}"]
     device = "cuda" if torch.cuda.is_available() and not trainer.args.use_cpu else "cpu"
     for layer in layers:
         layer.cast_input_dtype_enabled = OutsideAutocast(device)
-    if not layers or trainer.is_deepspeed_enabled:  # the engine holds adapters in bf16: there is nothing to cast
-        return []
     return [f"speed: {len(layers)} adapted layers take their input as it is under autocast (lean_adapters)"]
+
+
+def casts_its_input(module: Any) -> bool:
+    """Whether this is a layer of PEFT's with fp32 adapters, on weights that bitsandbytes did not quantise.
+
+    PEFT's layers on quantised weights cast outside autocast alone (tuners/lora/bnb.py, `requires_conversion`).
+    """
+    from peft.tuners.tuners_utils import BaseTunerLayer
+
+    if not isinstance(module, BaseTunerLayer) or type(module).__module__.endswith(".bnb"):
+        return False
+    return any(parameter.requires_grad and parameter.dtype == torch.float32 for parameter in module.parameters())
 
 
 @contextlib.contextmanager

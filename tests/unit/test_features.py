@@ -131,6 +131,28 @@ def test_padding_on_the_left_keeps_its_mask(model_path: str) -> None:
     assert without_mask(decoder, (), {"attention_mask": right})[1]["attention_mask"] is right
 
 
+def test_packed_sequences_are_evaluated_without_a_mask_too(model_path: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from hf_dsvllm import attention
+
+    model = AutoModelForCausalLM.from_pretrained(model_path, attn_implementation="sdpa").eval()
+    packed = {"input_ids": torch.arange(4, 16)[None], "position_ids": torch.tensor([[0, 1, 2, 3, 4, *range(7)]])}
+    starts = torch.tensor([0, 5, 12], dtype=torch.int32)
+    bounds = {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts, "max_length_q": 7, "max_length_k": 7}
+    with torch.no_grad():
+        expected = model(**packed, use_cache=False).logits
+        attention.use_varlen(model)
+        attention.drop_masks(model)
+        seen = []
+        real = attention.one_by_one
+        monkeypatch.setattr(attention, "one_by_one", lambda *given: (seen.append(1), real(*given))[1])
+        found = model(**packed, **bounds, use_cache=False).logits
+    assert len(seen) == model.config.num_hidden_layers
+    torch.testing.assert_close(found, expected, rtol=0, atol=1e-5)
+
+
 @pytest.mark.parametrize(
     "changed",
     [
@@ -150,6 +172,61 @@ def test_other_kinds_of_attention_keep_their_masks(changed: dict[str, Any]) -> N
     assert why_not(SimpleNamespace(config=config)) is None
     vars(config).update(changed)
     assert why_not(SimpleNamespace(config=config)) is not None
+
+
+def mixed(**changed: Any) -> Any:
+    """What `speedups` reads of arguments that train in bf16 under autocast, on a CPU."""
+    return SimpleNamespace(**{"use_cpu": True, "bf16": True, "fp16": False} | changed)
+
+
+@pytest.mark.parametrize(
+    ("kind", "changed", "engine", "why"),
+    [
+        ("4 bit", {}, False, "4-bit layers never do"),
+        ("bf16 adapters", {}, False, "no layer has an fp32 adapter"),
+        ("none", {}, False, "no layer has an fp32 adapter"),
+        ("fp32", {"bf16": False}, False, "nothing is computed under autocast"),
+        ("fp32", {}, True, "DeepSpeed holds adapters in the training dtype"),
+    ],
+)
+def test_lean_adapters_say_why_there_is_nothing_to_change(
+    kind: str, changed: dict[str, bool], engine: bool, why: str
+) -> None:
+    import torch
+    from bitsandbytes.nn import Linear4bit
+    from peft import LoraConfig, get_peft_model
+
+    from hf_dsvllm.speedups import apply
+
+    linear = Linear4bit(64, 64) if kind == "4 bit" else torch.nn.Linear(64, 64, dtype=torch.bfloat16)
+    model: Any = torch.nn.Sequential(linear)
+    model.is_loaded_in_4bit = kind == "4 bit"
+    if kind != "none":
+        model = get_peft_model(model, LoraConfig(target_modules=["0"]), autocast_adapter_dtype=kind != "bf16 adapters")
+        assert (type(model.base_model.model[0]).__name__ == "Linear4bit") == (kind == "4 bit")
+    trainer = SimpleNamespace(model=model, args=mixed(**changed), is_deepspeed_enabled=engine)
+    (line,) = apply(trainer, {"lean_adapters"})
+    assert line.startswith("speed: lean_adapters left out, because")
+    assert why in line
+
+
+def test_what_a_machine_without_gpu_leaves_out_is_said(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import torch
+    from trl import DPOConfig, SFTConfig
+
+    from hf_dsvllm.arguments import _fused
+    from hf_dsvllm.speedups import apply
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    assert apply(SimpleNamespace(), {"cudnn"}) == ["speed: cudnn left out, because there is no GPU"]
+    enter(tmp_path, SFTConfig, ds_preset="lora", ds_speed=["fused"])
+    assert "speed: fused left out, because its kernels run on GPUs" in capsys.readouterr().err
+    other = enter(tmp_path, DPOConfig, ds_preset="lora", ds_speed=["fused"])
+    capsys.readouterr()
+    assert _fused(other, "cuda") == []
+    assert "fused left out, because TRL's other trainers" in capsys.readouterr().err
 
 
 def test_lean_adapters_compute_the_same_under_autocast(model_path: str) -> None:
@@ -174,9 +251,9 @@ def test_lean_adapters_compute_the_same_under_autocast(model_path: str) -> None:
         return loss.detach(), gradient
 
     before = run()
-    arguments = SimpleNamespace(use_cpu=True)
-    (line,) = lean_adapters(SimpleNamespace(model=model, args=arguments, is_deepspeed_enabled=False))
-    assert "lean_adapters" in line
+    trainer = SimpleNamespace(model=model, args=mixed(), is_deepspeed_enabled=False)
+    (line,) = lean_adapters(trainer)
+    assert "speed: 14 adapted layers" in line
     loss, gradient = run()
     assert torch.equal(loss, before[0])
     assert torch.equal(gradient, before[1])
