@@ -31,8 +31,12 @@ from hf_dsvllm.errors import Problem
 
 __all__ = ["Fix", "Request", "correct", "find_problems", "quant_storage_problems"]
 
-# Optimizers that stay themselves when DeepSpeed moves the optimizer to the host: DeepSpeedCPUAdam is AdamW.
-_ADAMW_NAMES = frozenset({"adamw_torch", "adamw_torch_fused", "adamw_hf", "adamw_torch_xla", "adamw_apex_fused"})
+# Optimizers that keep their kind when DeepSpeed moves the optimizer to the host: DeepSpeedCPUAdam in AdamW mode,
+# DeepSpeedCPUAdagrad, DeepSpeedCPULion.  Any other becomes DeepSpeedCPUAdam in its L2 mode (accelerate 1.15,
+# utils/deepspeed.py, map_pytorch_optim_to_deepspeed).
+_KEPT_ON_THE_HOST = frozenset(
+    {"adamw_torch", "adamw_torch_fused", "paged_adamw_32bit", "adagrad", "lion_32bit", "paged_lion_32bit"}
+)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -160,13 +164,16 @@ def _mismatches(request: Request) -> Iterator[Problem]:
 
 
 def _replaced_optimizer(request: Request) -> Iterator[Problem]:
-    """Offload swaps the optimizer for DeepSpeedCPUAdam: 8-bit AdamW, Adafactor and SGD all become AdamW."""
+    """Offload swaps the optimizer for DeepSpeed's own: 8-bit AdamW, Adafactor and SGD all become Adam, not AdamW."""
     device = get_key(request.config or {}, "zero_optimization.offload_optimizer.device", "none")
     if device not in ("cpu", "nvme") or get_key(request.config or {}, "optimizer.type") is not None:
         return
-    if request.optim not in _ADAMW_NAMES:
+    if get_key(request.config or {}, "zero_force_ds_cpu_optimizer", True) is False:
+        return
+    if request.optim not in _KEPT_ON_THE_HOST:
         yield Problem(
-            f"optim={request.optim} would silently become AdamW: the optimizer is offloaded to {device}",
+            f"optim={request.optim} would silently become Adam with L2 regularisation, not AdamW: the optimizer is "
+            f"offloaded to {device}",
             f"--optim adamw_torch, or a preset without optimizer offload to keep {request.optim}",
         )
 

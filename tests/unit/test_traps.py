@@ -64,7 +64,7 @@ TRAPS: dict[str, tuple[dict[str, Any], dict[str, Any], str, str]] = {
     "bf16 against the Trainer's": (sound(bf16={"enabled": True}), {"bf16": False}, "bf16.enabled=True", '"auto"'),
     "fp16 against the Trainer's": (sound(fp16={"enabled": True}), {}, "fp16.enabled=True but fp16=False", '"auto"'),
     "8-bit Adam offloaded": (
-        zero(offload_optimizer=OFFLOAD), {"optim": "adamw_bnb_8bit"}, "would silently become AdamW", "adamw_torch"
+        zero(offload_optimizer=OFFLOAD), {"optim": "adamw_bnb_8bit"}, "become Adam with L2 regul", "adamw_torch"
     ),
     "Adafactor offloaded": (zero(offload_optimizer=OFFLOAD), {"optim": "adafactor"}, "optim=adafactor", "adamw_torch"),
     "SGD offloaded": (zero(3, offload_optimizer=OFFLOAD), {"optim": "sgd"}, "optim=sgd would", "without optimizer off"),
@@ -306,3 +306,37 @@ def test_every_preset_for_one_process_is_accepted_on_a_cpu(preset: Preset, tmp_p
     args = enter(tmp_path, ds_preset=preset.name, nvme_path=str(tmp_path))
     assert (args.deepspeed is not None) == preset.uses_deepspeed
     assert args.bf16 == (preset.name == "zero2_lowmem"), "CPUs train in float32, where the preset can"
+
+
+def test_the_optimizers_that_offload_leaves_alone_are_those_accelerate_maps_to_their_kind(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Read off accelerate itself: which class it takes for each `optim`, and whether in AdamW's mode."""
+    import deepspeed.ops.adagrad
+    import deepspeed.ops.adam
+    import deepspeed.ops.lion
+    import torch
+    from accelerate.utils.deepspeed import map_pytorch_optim_to_deepspeed
+    from transformers import Trainer, TrainingArguments
+
+    def taken(name: str) -> Any:
+        return lambda groups, **options: (name, options["adamw_mode"])
+
+    for module, name in (("adam", "Adam"), ("adagrad", "Adagrad"), ("lion", "Lion")):
+        monkeypatch.setattr(getattr(deepspeed.ops, module), f"DeepSpeedCPU{name}", taken(name))
+    kept = {}
+    for optim in ("adamw_torch", "paged_adamw_32bit", "adagrad", "lion_32bit", "paged_lion_32bit",
+                  "adamw_bnb_8bit", "adafactor", "sgd", "lion_8bit", "rmsprop"):  # fmt: skip
+        args = TrainingArguments(output_dir=str(tmp_path), optim=optim, use_cpu=True, report_to=[])
+        cls, options = Trainer.get_optimizer_cls_and_kwargs(args)
+        found, decoupled = map_pytorch_optim_to_deepspeed(cls([torch.nn.Parameter(torch.ones(2))], **options))
+        kept[optim] = decoupled or found != "Adam"
+        config = zero(offload_optimizer=OFFLOAD)
+        problems = traps.find_problems(traps.Request(config=config, world_size=1, device="cpu", optim=optim))
+        assert kept[optim] != any("would silently become Adam" in problem.what for problem in problems), optim
+    assert sum(kept.values()) == 5
+
+
+def test_an_optimizer_that_deepspeed_is_told_to_keep_is_no_trap(tmp_path: Path) -> None:
+    config = zero(offload_optimizer=OFFLOAD) | {"zero_force_ds_cpu_optimizer": False}
+    assert problems_of(tmp_path, deepspeed=config, optim="sgd") == ()
