@@ -15,7 +15,7 @@ LAST_DEEPSPEED_WITH_ONEBIT = "0.19.6"
 
 # -- settings shared by several presets
 
-FP32_ACCUMULATION = Setting(
+_FP32_ACCUMULATION = Setting(
     "data_types.grad_accum_dtype",
     "fp32",
     "step peak 2P+16P/N instead of 2P+20P/N with bf16 accumulation; 71.9 against 82.5 GiB for 4B on one H200",
@@ -45,7 +45,9 @@ _STAGE3 = (
         "without it a ZeRO-3 save writes shards and no usable safetensors",
     ),
 )
-_ADAM_ON_CPU = Setting("optim", "adamw_torch", "offload replaces the optimizer with DeepSpeedCPUAdam, which is AdamW")
+_ADAM_ON_CPU = Setting(
+    "optim", "adamw_torch", "offload replaces it with DeepSpeedCPUAdam, in its AdamW mode for this one"
+)
 UNSHARDED = (
     "ZeRO-1 and ZeRO-2 on one GPU shard nothing: use lora or qlora, zero2_offload or zero3_offload, or more GPUs"
 )
@@ -94,7 +96,7 @@ def zero2() -> Preset:
         shards="optimizer states, gradients",
         lives="GPU: 2P weights + 16P/N",
         zero_stage=2,
-        deepspeed=(_OVERLAP, _CONTIGUOUS, _BUCKET, FP32_ACCUMULATION),
+        deepspeed=(_OVERLAP, _CONTIGUOUS, _BUCKET, _FP32_ACCUMULATION),
         constraints=(UNSHARDED,),
     )
 

@@ -109,8 +109,6 @@ def compose(base: Preset, adapter: Preset, *, name: str | None = None) -> Preset
         else "nothing",
         lives=f"{base.lives}, P = adapter parameters; frozen weights: {_frozen_bytes(base, quantised)}",
         adapter=adapter.adapter,
-        # Adapter gradients are small: fp32 accumulation saves nothing there and ZeRO-3 forbids mixed dtypes.
-        deepspeed=tuple(setting for setting in base.deepspeed if setting is not catalogue.FP32_ACCUMULATION),
         arguments=(*base.arguments, *(s for s in adapter.arguments if not base.uses_deepspeed)),
         constraints=tuple(c for c in (*base.constraints, *adapter.constraints) if c != catalogue.UNSHARDED),
     )

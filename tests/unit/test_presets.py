@@ -53,15 +53,15 @@ def test_a_name_like_no_preset_is_answered_with_all_of_them() -> None:
         get_preset("%%%")
 
 
-def test_fp32_accumulation_is_the_default_of_zero2_alone() -> None:
+def test_fp32_accumulation_is_the_default_of_zero2_with_and_without_adapters() -> None:
     def accumulation(name: str) -> str | None:
         found = [setting.value for setting in get_preset(name).deepspeed if "grad_accum_dtype" in setting.key]
         return found[0] if found else None
 
-    assert accumulation("zero2") == "fp32"
-    assert [accumulation(name) for name in ("zero1", "zero2_offload", "zero3", "lora_zero2", "zero2+lora")] == [
-        None
-    ] * 5
+    with_it = ("zero2", "lora_zero2", "qlora_zero2", "zero2+lora")
+    without = ("zero1", "zero2_offload", "zero3", "zero2_offload+lora", "qlora_zero3")
+    assert [accumulation(name) for name in with_it] == ["fp32"] * 4
+    assert [accumulation(name) for name in without] == [None] * 5
 
 
 def test_joining_does_not_depend_on_the_order() -> None:
