@@ -28,7 +28,7 @@ def export(
         str | None,
         typer.Option(help="Base model, instead of the recorded one; original: the weights QLoRA had quantised."),
     ] = None,
-    max_shard_size: Annotated[str, typer.Option("--max_shard_size", help="Largest safetensors file.")] = "5GB",
+    max_shard_size: Annotated[str, typer.Option("--max_shard_size", help="Largest safetensors file.")] = "2GB",
     form: Annotated[
         Format, typer.Option("--format", help="merged: one whole model; adapter: the adapter alone, for vLLM.")
     ] = "merged",

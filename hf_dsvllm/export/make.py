@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import gc
 import json
 import math
 import shutil
@@ -39,6 +40,7 @@ from hf_dsvllm.export.verify import (
 from hf_dsvllm.export.verify_engine import EngineVerification
 from hf_dsvllm.export.verify_engine import prove_in_vllm as in_vllm
 from hf_dsvllm.files import write_json
+from hf_dsvllm.tensors.hashing import HashBehind
 from hf_dsvllm.tensors.shards import DEFAULT_SHARD_BYTES, write_shards
 from hf_dsvllm.tensors.weights import SINGLE, TensorFolder, check_free_disk, torch_dtype
 
@@ -98,13 +100,14 @@ def export_model(
         check_free_disk(out.resolve(), int(layout.weights_bytes * 1.02) + (64 << 20))
         with replacing(out) as folder:
             before_writing = time.monotonic()
-            shards = _write(folder, job, layout, max_shard_size_bytes, progress, format)
+            shards = _write(folder, job, layout, max_shard_size_bytes, progress, format, stack)
             write_seconds = time.monotonic() - before_writing
             comparison = _verify(folder, job, layout, format, device) if skipped is None else None
             verification = None if comparison is None else comparison.verification
             proof = None
             if engine is not None and comparison is not None:
                 proof = _prove(folder, job, comparison, engine, format)
+            hashes = {name: under_way.finish() for name, under_way in shards.items()}
             report = ExportReport(
                 out=str(out),
                 source=str(found.model_dir),
@@ -132,7 +135,7 @@ def export_model(
             )
             write_json(folder / REPORT, dataclasses.asdict(report))
             write_card(folder, report, job.source.record)
-            write_manifest(folder, report.inputs, shards)
+            write_manifest(folder, report.inputs, hashes)
     return report
 
 
@@ -158,6 +161,9 @@ def _engine_device() -> Literal["cuda", "cpu"]:
 
 
 def _prove(folder: Path, job: Job, comparison: Comparison, python: Path, format: Format) -> EngineVerification:  # noqa: A002
+    """The comparison in vLLM, which finds free what the models compared in this process have taken."""
+    gc.collect()
+    torch.cuda.empty_cache()
     if format == "merged":
         return in_vllm(folder, comparison, python=python, device=_engine_device())
     rank = json.loads((folder / "adapter_config.json").read_text(encoding="utf-8"))["r"]
@@ -171,8 +177,9 @@ def _write(
     max_shard_size_bytes: int,
     progress: bool,
     format: Format,  # noqa: A002
-) -> dict[str, str]:
-    """The weights and what belongs to them; file name -> SHA-256 of the weights."""
+    stack: contextlib.ExitStack,
+) -> dict[str, HashBehind]:
+    """The weights and what belongs to them; files of weights, their SHA-256 under way until `stack` ends."""
     merged = format == "merged"
     with tqdm(total=len(layout.plan), desc="export", unit="tensor", disable=not progress) as bar:
 
@@ -192,6 +199,8 @@ def _write(
             single=SINGLE if merged else ADAPTER_FILE,
             hashed=True,
         )
+    for under_way in shards.values():
+        stack.callback(under_way.close)
     layout.check_applied()
     _check_written(folder if merged else folder / ADAPTER_FILE, layout)
     if merged:

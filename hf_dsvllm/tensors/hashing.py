@@ -9,10 +9,12 @@ from collections.abc import Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
+from hf_dsvllm.errors import ExportError
+
 __all__ = ["HashBehind", "hash_files", "sha256_of"]
 
 HASHERS = 8  # SHA-256 runs at about 1.7 GB/s on a core with SHA extensions; a disk array is faster than one of them
-PIECE_BYTES = 8 << 20
+PIECE_BYTES = 2 << 20
 
 
 def sha256_of(path: Path) -> str:
@@ -34,16 +36,18 @@ class HashBehind:
     So the hash of a shard is there a moment after its last byte, instead of seconds later.
     """
 
-    def __init__(self, descriptor: int, size_bytes: int) -> None:
-        """`descriptor` must be readable and stay open until `close`."""
-        self._descriptor = descriptor
+    def __init__(self, descriptor: int, size_bytes: int, path: Path) -> None:
+        """`descriptor` must be readable; it may be closed any time.  `path` is for errors."""
+        self._path = path
+        self._descriptor = os.dup(descriptor)
         self._size = size_bytes
         self._whole = 0  # bytes without a gap
         self._parts: dict[int, int] = {}
         self._changed = threading.Condition()
         self._stopped = False
         self._digest = hashlib.sha256()
-        self._error: OSError | None = None
+        self._done = 0  # bytes hashed
+        self._error: Exception | None = None
         self._thread = threading.Thread(target=self._follow, name="sha256", daemon=True)
         self._thread.start()
 
@@ -58,10 +62,11 @@ class HashBehind:
             self._changed.notify()
 
     def finish(self) -> str:
-        """The hash of the whole file, once all of it was written; OSError if it could not be read back."""
+        """The hash of the whole file, once all of it was written; ExportError if it could not be read back."""
         self._thread.join()
-        if self._error is not None:
-            raise self._error
+        if self._error is not None or self._done != self._size:
+            why = self._error or f"{self._done} of {self._size} bytes were hashed"
+            raise ExportError(f"{self._path} could not be read back ({why}): is the disk failing?") from self._error
         return self._digest.hexdigest()
 
     def close(self) -> None:
@@ -72,20 +77,22 @@ class HashBehind:
         self._thread.join()
 
     def _follow(self) -> None:
-        buffer = memoryview(bytearray(PIECE_BYTES))
-        done = 0
         try:
-            while done < self._size:
-                with self._changed:
-                    self._changed.wait_for(lambda: self._stopped or self._whole > done)  # noqa: B023
-                    end = self._whole
-                    if self._stopped:
-                        return
-                while done < end:
-                    count = os.preadv(self._descriptor, [buffer[: end - done]], done)
+            buffer = memoryview(bytearray(PIECE_BYTES))
+            while self._done < self._size and (end := self._next()) is not None:
+                while self._done < end and not self._stopped:
+                    count = os.preadv(self._descriptor, [buffer[: end - self._done]], self._done)
                     if count == 0:
                         raise OSError(0, "it became shorter while it was written")
                     self._digest.update(buffer[:count])
-                    done += count
-        except OSError as error:
+                    self._done += count
+        except Exception as error:  # also memory that is used up: a part of a hash must not pass for the whole
             self._error = error
+        finally:
+            os.close(self._descriptor)
+
+    def _next(self) -> int | None:
+        """Where the bytes without a gap end, once there are new ones; None if no more are wanted."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._stopped or self._whole > self._done)
+            return None if self._stopped else self._whole

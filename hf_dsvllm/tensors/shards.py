@@ -12,7 +12,7 @@ import ctypes
 import json
 import os
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from itertools import zip_longest
 from pathlib import Path
@@ -27,8 +27,10 @@ from hf_dsvllm.tensors.weights import FLOATS, INDEX, OTHERS, SINGLE, TensorPlan
 
 __all__ = ["DEFAULT_SHARD_BYTES", "shard_names", "write_shards"]
 
-DEFAULT_SHARD_BYTES = 5 * 10**9  # what save_pretrained of transformers 4 wrote, and what vLLM loads in parallel
+# A file is hashed by one core: files of this size are hashed beside each other.  transformers and vLLM take any.
+DEFAULT_SHARD_BYTES = 2 * 10**9
 WORKERS = 8  # enough to keep a GPU, a page cache and a RAID busy; more only adds memory
+WINDOW = 16  # files written at a time; those of the window before may still be open to be hashed
 SMALL_BYTES = 64 << 20  # below it threads cost more than they bring
 CODES = {dtype: code for code, dtype in (FLOATS | OTHERS).items()}
 
@@ -44,8 +46,10 @@ def write_shards(
     workers: int | None = None,
     single: str = SINGLE,
     hashed: bool = False,
-) -> dict[str, str]:
-    """Write `produce(name)` for every planned tensor to `folder`; return the SHA-256 of each file, "" if not `hashed`.
+) -> dict[str, HashBehind]:
+    """Write `produce(name)` for every planned tensor to `folder`; return the SHA-256 of each file, {} if not `hashed`.
+
+    The hashes may be under way still: `finish` or `close` every one.
 
     `produce` is called from up to `workers` threads; its tensors may lie on a GPU.  `working_bytes` is the memory one
     takes there while it is made and written; tensors under way together take at most `memory_bytes` (two shards if not
@@ -57,14 +61,40 @@ def write_shards(
     names = shard_names(len(groups), single)
     total = sum(planned.size_bytes for planned in plan)
     workers = workers or (1 if total < SMALL_BYTES else min(WORKERS, os.cpu_count() or 1))
-    gate = _MemoryGate(2 * max_shard_size_bytes if memory_bytes is None else memory_bytes)
+    limit = 2 * max_shard_size_bytes if memory_bytes is None else memory_bytes
+    found: dict[str, HashBehind] = {}
+    try:
+        for begin in range(0, len(groups), WINDOW):
+            for name in names[max(begin - 2 * WINDOW, 0) : max(begin - WINDOW, 0)] if hashed else ():
+                found[name].finish()
+            window = dict(zip(names[begin : begin + WINDOW], groups[begin : begin + WINDOW], strict=True))
+            found |= _write_window(folder, window, produce, _MemoryGate(limit), working_bytes, workers, hashed)
+    except BaseException:
+        for under_way in found.values():
+            under_way.close()
+        raise
+    if len(groups) > 1:
+        weight_map = {planned.name: name for name, group in zip(names, groups, strict=True) for planned in group}
+        with _writing(folder / INDEX):
+            write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    return found
+
+
+def _write_window(
+    folder: Path,
+    groups: Mapping[str, Sequence[TensorPlan]],
+    produce: Callable[[str], torch.Tensor],
+    gate: _MemoryGate,
+    working_bytes: Callable[[TensorPlan], int],
+    workers: int,
+    hashed: bool,
+) -> dict[str, HashBehind]:
+    """Write the files of `groups` (name -> tensors) beside each other."""
     with contextlib.ExitStack() as stack:
-        shards = [
-            stack.enter_context(_Shard(folder / name, group, hashed)) for name, group in zip(names, groups, strict=True)
-        ]
+        shards = [stack.enter_context(_Shard(folder / name, group, hashed)) for name, group in groups.items()]
         tasks = [
             (shard, planned)
-            for row in zip_longest(*groups)
+            for row in zip_longest(*groups.values())
             for shard, planned in zip(shards, row, strict=True)
             if planned is not None
         ]
@@ -78,12 +108,7 @@ def write_shards(
                 work(*task)
         else:
             _run(tasks, work, gate, workers)
-        found = {name: shard.sha256() for name, shard in zip(names, shards, strict=True)}
-    if len(groups) > 1:
-        weight_map = {planned.name: name for name, group in zip(names, groups, strict=True) for planned in group}
-        with _writing(folder / INDEX):
-            write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
-    return found
+        return {name: shard.hash for name, shard in zip(groups, shards, strict=True) if shard.hash is not None}
 
 
 def shard_names(count: int, single: str = SINGLE) -> tuple[str, ...]:
@@ -94,7 +119,10 @@ def shard_names(count: int, single: str = SINGLE) -> tuple[str, ...]:
 
 
 class _Shard:
-    """One safetensors file: its header is written at opening, tensors are put to their places in any order."""
+    """One safetensors file: its header is written at opening, tensors are put to their places in any order.
+
+    `hash` goes on behind the writing, and is the caller's to finish.
+    """
 
     def __init__(self, path: Path, group: Sequence[TensorPlan], hashed: bool) -> None:
         entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
@@ -116,15 +144,15 @@ class _Shard:
         with _writing(path):
             self._descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o666)
             _write_exactly(self._descriptor, memoryview(len(header).to_bytes(8, "little") + header), 0)
-        self._hash = HashBehind(self._descriptor, self._start + offset) if hashed else None
+        self.hash = HashBehind(self._descriptor, self._start + offset, path) if hashed else None
         self._written(0, self._start)
 
     def __enter__(self) -> _Shard:
         return self
 
-    def __exit__(self, *_: object) -> None:
-        if self._hash is not None:
-            self._hash.close()
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        if self.hash is not None and kind is not None:
+            self.hash.close()
         with _writing(self._path):  # where a network's disk says that it is full
             os.close(self._descriptor)
 
@@ -143,14 +171,9 @@ class _Shard:
         else:
             put(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()), 0)
 
-    def sha256(self) -> str:
-        """Of the whole file, once everything was put; "" if it is not wanted."""
-        with _writing(self._path):
-            return "" if self._hash is None else self._hash.finish()
-
     def _written(self, offset: int, size: int) -> None:
-        if self._hash is not None:
-            self._hash.wrote(offset, size)
+        if self.hash is not None:
+            self.hash.wrote(offset, size)
 
 
 class _MemoryGate:
@@ -239,12 +262,20 @@ def _start_writeback(descriptor: int, offset: int, size: int) -> None:
 
 
 def _grouped(plan: Sequence[TensorPlan], limit_bytes: int) -> Iterator[list[TensorPlan]]:
-    """Consecutive tensors whose sum stays within `limit_bytes`; a larger single tensor is a shard of its own."""
+    """Consecutive tensors, as few files of at most `limit_bytes` as possible, of about one size.
+
+    A larger single tensor is a file of its own; lumps may make one file more.
+    """
+    total = sum(planned.size_bytes for planned in plan)
+    share = total / max(-(-total // limit_bytes), 1)
     group: list[TensorPlan] = []
-    size = 0
+    size = begun = closed = 0  # bytes in this file and before it, files before it
     for planned in plan:
-        if group and size + planned.size_bytes > limit_bytes:
+        middle = begun + size + planned.size_bytes / 2
+        if group and (size + planned.size_bytes > limit_bytes or middle > share * (closed + 1)):
             yield group
+            begun += size
+            closed += 1
             group, size = [], 0
         group.append(planned)
         size += planned.size_bytes

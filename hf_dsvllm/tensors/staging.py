@@ -16,7 +16,7 @@ import torch
 __all__ = ["CPU", "download", "upload"]
 
 CPU = torch.device("cpu")
-CHUNK_BYTES = 32 << 20  # long enough for a copy at the link's full rate, short beside a tensor
+CHUNK_BYTES = 8 << 20  # long enough for a copy at the link's full rate; two for each thread stay page-locked
 _of_thread = threading.local()
 
 
@@ -62,17 +62,19 @@ class _Buffer:
     """Page-locked bytes, and whether a copy to or from them is still on its way."""
 
     def __init__(self, device: torch.device) -> None:
-        self._on_gpu = device.type == "cuda"
-        self._bytes = torch.empty(CHUNK_BYTES, dtype=torch.uint8, pin_memory=self._on_gpu)
-        self._copied = torch.cuda.Event() if self._on_gpu else None
+        on_gpu = device.type == "cuda"
+        self._device = device
+        self._bytes = torch.empty(CHUNK_BYTES, dtype=torch.uint8, pin_memory=on_gpu)
+        # Who waits sleeps: a thread that spins takes the core from one that merges or hashes.
+        self._copied = torch.cuda.Event(blocking=True) if on_gpu else None
 
     def first(self, count: int) -> torch.Tensor:
         return self._bytes[:count]
 
     def in_use(self) -> None:
-        """A copy was queued on the current stream."""
+        """A copy was queued on the current stream of the tensor's device, which need not be the thread's own."""
         if self._copied is not None:
-            self._copied.record()
+            self._copied.record(torch.cuda.current_stream(self._device))
 
     def wait(self) -> None:
         """Return when the last copy is done."""

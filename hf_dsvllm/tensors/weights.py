@@ -6,12 +6,13 @@ them.  Knows nothing of adapters or models.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 from types import TracebackType
 from typing import Protocol
@@ -35,6 +36,7 @@ __all__ = [
 
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
+KEPT_OPEN = 64  # files; of a folder with more, the others are opened for each read: a process may have 1,024
 # The dtypes an unquantised checkpoint can have; others are named in an error.
 FLOATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 OTHERS = {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
@@ -127,6 +129,7 @@ class TensorFolder:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._entries: dict[str, _Entry] = {}
+        self._files: list[Path] = []
         self._open: dict[Path, int] = {}
         try:
             for file in self._find_files():
@@ -159,7 +162,7 @@ class TensorFolder:
     @property
     def files(self) -> tuple[Path, ...]:
         """The safetensors files, sorted."""
-        return tuple(sorted(self._open))
+        return tuple(sorted(self._files))
 
     def __contains__(self, name: str) -> bool:
         return name in self._entries
@@ -231,9 +234,13 @@ class TensorFolder:
                 f"{file} ({file.stat().st_size} bytes) cannot be read as safetensors: {error}. "
                 "It is probably truncated: copy or download it again."
             ) from error
-        descriptor = self._open[file] = os.open(file, os.O_RDONLY)
-        length = int.from_bytes(os.pread(descriptor, 8, 0), "little")
-        for name, values in json.loads(os.pread(descriptor, length, 8)).items():
+        self._files.append(file)
+        if len(self._open) < KEPT_OPEN:
+            self._open[file] = os.open(file, os.O_RDONLY)
+        with self._descriptor(file) as descriptor:
+            length = int.from_bytes(os.pread(descriptor, 8, 0), "little")
+            header = json.loads(os.pread(descriptor, length, 8))
+        for name, values in header.items():
             if name == "__metadata__":
                 continue
             if name in self._entries:
@@ -253,13 +260,26 @@ class TensorFolder:
         dtype = (FLOATS | OTHERS).get(entry.code) or self.dtype(name)
 
         def read(into: memoryview, at: int) -> None:
-            _read_exactly(self._open[entry.file], into, entry.offset + begin + at, entry.file)
+            with self._descriptor(entry.file) as descriptor:
+                _read_exactly(descriptor, into, entry.offset + begin + at, entry.file)
 
         if device.type == "cuda":
             return upload(read, end - begin, device).view(dtype)
         raw = torch.empty(end - begin, dtype=torch.uint8)
         read(memoryview(raw.numpy()), 0)
         return raw.view(dtype)
+
+    @contextlib.contextmanager
+    def _descriptor(self, file: Path) -> Iterator[int]:
+        """Of a file that is open already, or is opened for one read."""
+        if file in self._open:
+            yield self._open[file]
+            return
+        descriptor = os.open(file, os.O_RDONLY)
+        try:
+            yield descriptor
+        finally:
+            os.close(descriptor)
 
     def _entry(self, name: str) -> _Entry:
         if name not in self._entries:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import weakref
 from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
@@ -112,6 +113,30 @@ def test_an_export_is_merged_and_proven_in_fp32_after_training_in_tf32(
     monkeypatch.setattr(torch.backends, "fp32_precision", "tf32")  # what `--tf32 true` does in transformers 5.19
     assert export(run, tmp_path / "out").verification.passed
     assert seen == {"ieee"}
+
+
+def test_vllm_starts_once_the_compared_models_are_gone(
+    run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    models: list[weakref.ref[object]] = []
+    told: list[str] = []
+    load = verify_module._load_export
+
+    def loading(*words: object) -> object:
+        model = load(*words)
+        model.itself = [model]  # as wrappers do: freed by the collector alone
+        models.append(weakref.ref(model))
+        return model
+
+    def start(*_: object, **__: object) -> None:
+        told.append("gone" if models[0]() is None else "alive")
+
+    monkeypatch.setattr(verify_module, "_load_export", loading)
+    monkeypatch.setattr(torch.cuda, "empty_cache", lambda: told.append("cache emptied"))
+    monkeypatch.setattr(make_module, "find_vllm", lambda *_, **__: Path("python"))
+    monkeypatch.setattr(make_module, "in_vllm", start)
+    export(run, tmp_path / "out", prove_in_vllm=True)
+    assert told == ["cache emptied", "gone"]
 
 
 def test_shards_are_written_and_read_back(run: Path, tmp_path: Path) -> None:

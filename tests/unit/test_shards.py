@@ -16,7 +16,7 @@ from hf_dsvllm.errors import ExportError
 from hf_dsvllm.files import atomic_folder
 from hf_dsvllm.tensors import shards as shards_module
 from hf_dsvllm.tensors.shards import write_shards
-from hf_dsvllm.tensors.weights import TensorPlan
+from hf_dsvllm.tensors.weights import TensorFolder, TensorPlan
 
 PLAN = [TensorPlan(name=f"layer.{number}", shape=(64, 64), dtype=torch.float32) for number in range(8)]
 
@@ -79,3 +79,43 @@ def test_whole_numbers_and_truth_values_are_written_as_they_are(tmp_path: Path) 
     write_shards(tmp_path, plan, tensors.__getitem__)
     written = load_file(tmp_path / "model.safetensors")
     assert all(torch.equal(written[name], each) for name, each in tensors.items())
+
+
+@pytest.fixture
+def few_files() -> Iterator[None]:
+    """This process may open 100 more files than it has."""
+    before = resource.getrlimit(resource.RLIMIT_NOFILE)
+    resource.setrlimit(resource.RLIMIT_NOFILE, (len(os.listdir("/proc/self/fd")) + 100, before[1]))
+    yield
+    resource.setrlimit(resource.RLIMIT_NOFILE, before)
+
+
+@pytest.mark.parametrize("workers", [1, 4])
+@pytest.mark.usefixtures("few_files")
+def test_a_thousand_shards_are_written_hashed_and_read_a_few_at_a_time(tmp_path: Path, workers: int) -> None:
+    plan = [TensorPlan(name=f"layer.{number}", shape=(1,), dtype=torch.float32) for number in range(1000)]
+    found = write_shards(
+        tmp_path, plan, lambda name: torch.tensor([float(name[6:])]), max_shard_size_bytes=4, workers=workers,
+        hashed=True,
+    )  # fmt: skip
+    assert len({under_way.finish() for under_way in found.values()}) == 1000
+    with TensorFolder(tmp_path) as written:
+        assert len(written.files) == 1000
+        assert [written.get(f"layer.{number}").item() for number in range(1000)] == list(range(1000))
+
+
+@pytest.mark.parametrize(
+    ("sizes", "limit", "files"),
+    [
+        ([10] * 8, 50, [40, 40]),  # not 50 and 30
+        ([60, 10, 10, 10], 50, [60, 30]),  # one that is larger is alone
+        ([10, 10, 45, 10, 10], 50, [20, 45, 20]),  # a lump that fits neither side
+        ([], 50, []),
+        ([0, 0], 50, [0]),
+    ],
+)
+def test_shards_are_of_one_size(sizes: list[int], limit: int, files: list[int]) -> None:
+    plan = [TensorPlan(name=str(number), shape=(size,), dtype=torch.int8) for number, size in enumerate(sizes)]
+    groups = list(shards_module._grouped(plan, limit))
+    assert [sum(planned.size_bytes for planned in group) for group in groups] == files
+    assert [planned for group in groups for planned in group] == plan
