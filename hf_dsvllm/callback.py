@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import time
 from collections.abc import Callable, Sequence
 from pathlib import Path
@@ -79,6 +78,7 @@ class SessionCallback(TrainerCallback):
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.measure.step_ends()
+        self.measure.count_skipped(self.trainer)
         if not self.session.evaluates:
             return
         last = state.global_step >= state.max_steps or control.should_training_stop
@@ -101,13 +101,7 @@ class SessionCallback(TrainerCallback):
             metrics.update(self._evaluated.get(step, {}))
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
-        grad_norm = (logs or {}).get("grad_norm")
-        if isinstance(grad_norm, int | float) and not math.isfinite(grad_norm):
-            self.measure.skipped_steps += 1
-            say(
-                f"step {state.global_step}: the gradient norm is {grad_norm}; DeepSpeed skips such a step without a "
-                f"word ({self.measure.skipped_steps} seen so far). Lower the learning rate or check the data."
-            )
+        self.measure.look_at(logs or {}, self.trainer)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.measure.stop(state)

@@ -3,28 +3,36 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import resource
 import statistics
 import time
+from collections.abc import Mapping
 from typing import Any
 
 import torch
 
+from hf_dsvllm.console import say
 from hf_dsvllm.ranks import from_all
 
 __all__ = ["RunMeasure"]
 
 GIB = 1 << 30
+SAID_EACH, SAID_EVERY = 3, 100  # skipped steps that are spoken of: the first ones, then every so many
 TRAINING = ("steps", "between steps", "end")
 
 
 @dataclasses.dataclass(slots=True)
 class RunMeasure:
-    """Stopwatch and memory gauge of one process.  `durations`: seconds of each step, evaluation left out."""
+    """Stopwatch and memory gauge of one process.  `durations`: seconds of each step, evaluation left out.
+
+    `skipped_steps` did not change the weights; `unsound`: one did, by gradients that are no numbers.
+    """
 
     durations: list[float] = dataclasses.field(default_factory=list)
     tokens: int = 0
     skipped_steps: int = 0
+    unsound: bool = False
     evaluations: list[Any] = dataclasses.field(default_factory=list)
     host_peaks: list[float] = dataclasses.field(default_factory=list)
     phases: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
@@ -56,6 +64,33 @@ class RunMeasure:
             self.durations.append(time.monotonic() - self._begun)
             self._begun = None
             self.mark("steps")
+
+    def count_skipped(self, trainer: Any) -> None:
+        """After a step: whether it left the weights as they were, which DeepSpeed does where a gradient is inf or NaN.
+
+        In fp16 that is how the loss scale is found: counted, and not spoken of.
+        """
+        if not trainer.accelerator.optimizer_step_was_skipped:
+            return
+        self.skipped_steps += 1
+        if not trainer.args.fp16 and (self.skipped_steps <= SAID_EACH or self.skipped_steps % SAID_EVERY == 0):
+            say(
+                f"step {trainer.state.global_step}: a gradient is inf or NaN, and DeepSpeed left the step out without "
+                f"a word ({self.skipped_steps} so far). Lower the learning rate or check the data."
+            )
+
+    def look_at(self, logs: Mapping[str, Any], trainer: Any) -> None:
+        """Say it once if a step was taken by a gradient that is no number: without DeepSpeed nothing prevents it."""
+        norm = logs.get("grad_norm")
+        if self.unsound or not isinstance(norm, int | float) or math.isfinite(norm):
+            return
+        if trainer.accelerator.optimizer_step_was_skipped:
+            return
+        self.unsound = True
+        say(
+            f"step {trainer.state.global_step}: the gradient norm is {norm}, and the optimizer stepped all the same: "
+            "the weights may be lost. Lower the learning rate, check the data, or go back to an earlier checkpoint."
+        )
 
     def stop(self, state: Any) -> None:
         """Read the number of tokens trained on and the host peak of every process; collective.
