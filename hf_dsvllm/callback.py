@@ -60,8 +60,9 @@ class SessionCallback(TrainerCallback):
     # -- hooks -----------------------------------------------------------------------------------------------------
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
-        self._published = None
+        self._published = self.passing_on = None
         self._evaluated, self.fresh, self._failures = {}, [], 0  # a second train() begins with nothing of the first
+        self._rounds.abandon()
         self.session.ready_engine(self.trainer)
         self.late = self.session.ranks.broadcast(self.late)  # rank 0 knows where vLLM runs
         wiring = read_wiring(self.trainer)
@@ -71,6 +72,8 @@ class SessionCallback(TrainerCallback):
         if self.session.evaluates and args.gen_eval_on_start:
             # The engine started from the very model a fresh run starts from; a resumed run must publish its own.
             self._evaluate(publish_first=state.global_step > 0)
+        elif self.session.evaluates:
+            self._together(lambda: self.session.evaluator.delivery.rest_until_asked() if is_main_process() else None)
         self.measure.start()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
@@ -152,6 +155,8 @@ class SessionCallback(TrainerCallback):
             ours, error = self._together(lambda: canary.ask_trainer(self.trainer))
         self.trainer.model.train(training)
         if error is not None:
+            if self.session.streams:  # which may have woken the engine
+                self._together(lambda: self.session.evaluator.rest() if is_main_process() else None)
             self._take([Round(step=step, scores={}, error=error)])
             return
         spent = time.monotonic() - started

@@ -247,13 +247,11 @@ class Session:
             try:
                 with speedups.attention_order(self.features):
                     return train(*args, **kwargs)
-            except torch.OutOfMemoryError as error:
+            except BaseException as error:
+                # The interpreter waits for threads that wait for answers; a later train() starts another engine.
                 self.stop_engine()
-                raise GpuMemoryError(out_of_memory_advice(self.forecast, str(error))) from error
-            except BaseException:
-                # The interpreter waits for threads that wait for answers; a later train() starts the engine again.
-                if self.server is not None:
-                    self.server.stop()
+                if isinstance(error, torch.OutOfMemoryError):
+                    raise GpuMemoryError(out_of_memory_advice(self.forecast, str(error))) from error
                 raise
 
         return explained
@@ -298,13 +296,13 @@ class Session:
         return None if memory is None else round(memory.peak_bytes / 2**30, 2)
 
     def stop_engine(self) -> None:
-        """Stop vLLM and free its memory; safe to call twice."""
-        if self._evaluator is not None:
-            self._evaluator.close()
-            self._evaluator = None
-        elif self.server is not None:
-            self.server.stop()
-        self.server = None
+        """Stop vLLM for good and free its memory; safe to call twice.  A later training starts another."""
+        evaluator, server = self._evaluator, self.server
+        self._evaluator = self.server = None
+        if evaluator is not None:
+            evaluator.close()
+        elif server is not None:
+            server.close()
 
     def finish(self, measure: RunMeasure, snapshot: Snapshot) -> None:
         """Write measured.json, export the last snapshot; an export that fails is an error on every rank."""

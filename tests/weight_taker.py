@@ -291,6 +291,7 @@ def stand_in(patch: pytest.MonkeyPatch) -> FakeNccl:
     EXPORTS.clear()
     patch.setattr("hf_dsvllm.transfer.ipc.reduce_tensor", export)
     patch.setattr("hf_dsvllm.transfer.ipc.gpu_uuid", lambda: GPU)
+    patch.setattr("hf_dsvllm.transfer.ipc.worker_uuids", lambda named, workers: (GPU, "GPU-1")[:workers])
     patch.setattr("hf_dsvllm.transfer.nccl.Nccl", lambda: NCCL)
     name = "vllm.distributed.device_communicators.pynccl_wrapper"
     module = types.ModuleType(name)

@@ -7,10 +7,12 @@ Every call has a deadline, and every failure is an EngineError that carries the 
 from __future__ import annotations
 
 import concurrent.futures
+import contextlib
 import dataclasses
+import math
 import os
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -57,6 +59,7 @@ class EngineClient:
     def __init__(self, address: Path | str, default_timeout_s: float = 600.0) -> None:
         """`address` is a Unix socket, or an http(s) URL; `default_timeout_s` bounds every call that names no other."""
         self.default_timeout_s = default_timeout_s
+        self._deadline = math.inf
         self._http = open_http(address)
 
     def connect(self, address: Path | str) -> None:
@@ -68,11 +71,20 @@ class EngineClient:
         """Close the connections."""
         self._http.close()
 
+    @contextlib.contextmanager
+    def until(self, deadline: float) -> Iterator[None]:
+        """No call in the block outlives `deadline`, by time.monotonic, whatever timeout it has."""
+        before, self._deadline = self._deadline, deadline
+        try:
+            yield
+        finally:
+            self._deadline = before
+
     def health(self) -> bool:
         """Whether the server answers and its engine lives; never raises."""
         try:
             return self._http.get("/health", timeout=5.0).status_code == httpx.codes.OK
-        except httpx.HTTPError:
+        except (httpx.HTTPError, RuntimeError):  # RuntimeError: closed meanwhile
             return False
 
     def version(self) -> str:
@@ -257,6 +269,7 @@ class EngineClient:
         limit_s = self.default_timeout_s if timeout_s is None else timeout_s
         if deadline is not None:
             limit_s = deadline - time.monotonic()
+        limit_s = min(limit_s, self._deadline - time.monotonic())
         if limit_s <= 0:
             raise EngineError(
                 f"{method} {path} was not sent: its deadline had passed. Raise the timeout or ask for less."
@@ -268,6 +281,10 @@ class EngineClient:
                 f"{method} {path} had no answer within {limit_s:.1f} s. Raise the timeout, ask for less, or see the "
                 "engine's log in the run folder (engine/vllm-<n>.log)."
             ) from None
+        except RuntimeError:
+            if not self._http.is_closed:
+                raise
+            raise EngineError(f"{method} {path} was not sent: evaluation has ended and the client is closed.") from None
         except httpx.HTTPError as error:
             raise EngineError(
                 f"{method} {path} failed: {error or type(error).__name__}. The vLLM process is probably gone; its log "

@@ -86,13 +86,17 @@ class RemoteServer:
             max_lora_rank=LORA_RANKS[-1] if "/v1/load_lora_adapter" in routes else None,
         )
 
-    def restart(self, *, model: Path | str | None = None) -> None:
+    def restart(self, *, model: Path | str | None = None, eager: bool = False) -> None:
         """Not ours to do: always EngineError."""
-        del model
+        del model, eager
         raise EngineError(
             f"The server at {self.url} has failed, and a remote server is not ours to restart. Start it again there; "
             "the next evaluation finds it."
         )
+
+    def close(self) -> None:
+        """As `stop`: there is nothing of ours that could be started again."""
+        self.stop()
 
     def stop(self) -> None:
         """Let it forget our adapters; it runs on for others.  Never raises: at the end of a run it may be gone."""

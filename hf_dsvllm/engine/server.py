@@ -14,6 +14,7 @@ import os
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 import uuid
 from collections.abc import Mapping
@@ -221,6 +222,9 @@ class EngineServer:
         self._engine_id = ""
         self._log: Path | None = None
         self._started_at = 0.0
+        # Starts and ends exclude each other: a thread may start an engine anew while another ends it.
+        self._changing = threading.RLock()
+        self._closed = False
 
     @classmethod
     def start(cls, spec: EngineSpec, run_dir: Path) -> EngineServer:
@@ -308,20 +312,34 @@ class EngineServer:
         """Stop, and start again on a new socket, with the weights in the folder `model` if given; returns at once.
 
         A folder without a tokenizer is served with the tokenizer of the first model.  `eager`: without compiled code.
+        EngineError once it is closed.
         """
+        with self._changing:
+            if self._closed:
+                raise EngineError("The vLLM server was closed: evaluation has ended.")
+            self.stop()
+            if eager:
+                self.spec = dataclasses.replace(self.spec, enforce_eager=True)
+            if model is not None:
+                tokenizer = self.spec.tokenizer
+                if tokenizer is None and not (Path(model) / "tokenizer_config.json").exists():
+                    tokenizer = self.spec.model
+                self.spec = dataclasses.replace(self.spec, model=model, tokenizer=tokenizer)
+            self._launch()
+
+    def close(self) -> None:
+        """`stop` for good: whoever still waits for it in another thread cannot start it again."""
+        self._closed = True
         self.stop()
-        if eager:
-            self.spec = dataclasses.replace(self.spec, enforce_eager=True)
-        if model is not None:
-            tokenizer = self.spec.tokenizer
-            if tokenizer is None and not (Path(model) / "tokenizer_config.json").exists():
-                tokenizer = self.spec.model
-            self.spec = dataclasses.replace(self.spec, model=model, tokenizer=tokenizer)
-        self._launch()
 
     def stop(self) -> None:
         """End every process of the engine and remove its socket; safe to call twice, and a no-op in a forked child."""
-        if self._process is None or os.getpid() != self._owner_pid:
+        if os.getpid() == self._owner_pid:  # in a child the lock may be held by a thread that is not there
+            with self._changing:
+                self._end()
+
+    def _end(self) -> None:
+        if self._process is None:
             return
         process, self._process = self._process, None
         if self._death_pipe is not None:

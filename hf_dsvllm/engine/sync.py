@@ -29,6 +29,8 @@ SyncPath = Literal["hot-load", "reload", "restart", "ipc", "nccl"]
 State = Literal["awake", "asleep", "weights gone", "weights due", "no cache"]
 # After so many streams that failed in a row files are used: each failure may cost a start of the server.
 STREAM_FAILURES = 2
+RESUME_S = 10.0
+SLEEP_S = 120.0  # level 1 took up to 12 s; one that hangs must not hold training up for a whole evaluation's deadline
 logger = logging.getLogger(__name__)
 
 
@@ -75,6 +77,7 @@ class WeightSync:
         self._pushes = 0
         self._paused = False
         self._stream_failures = 0
+        self._distrusted: str | None = None
         self._address = self._where()
 
     # -- what the server can do ------------------------------------------------------------------------------------
@@ -91,6 +94,8 @@ class WeightSync:
         self._follow()
         if self.broken is not None:
             return None, f"the server has to be started again first: {self.broken}"
+        if self._distrusted is not None:
+            return None, f"weights came out wrong by a stream: {self._distrusted}"
         if self._stream_failures >= STREAM_FAILURES:
             return None, f"{self._stream_failures} streams in a row failed"
         try:
@@ -207,16 +212,16 @@ class WeightSync:
         self.broken = None
         self.generation += 1
 
-    # -- without a folder: called by live_weights.send on rank 0 ----------------------------------------------------
+    # -- without a folder: called by live_weights.send on rank 0, within `client.until` its deadline -----------------
 
     def begin_stream(self) -> None:
         """Wake the weights' memory, or let running requests end; after it the sender may start the update."""
         self.phases = {}
         self._pushes += 1
         if self._state == "awake" and self.capabilities().pauses:
+            self._paused = True  # also if the answer does not come: it may be paused all the same
             with self.phase("pause"):
                 self.client.pause()
-            self._paused = True
         self.wake_for_weights()
 
     def end_stream(self, path: TransferBackend, why: str, started: float) -> SyncResult:
@@ -238,9 +243,16 @@ class WeightSync:
         if begun:
             self.broken = reason
         elif self._paused:
-            with contextlib.suppress(EngineError):  # a server that is gone is found out by the next push
-                self.client.resume()
+            try:
+                self.client.resume(timeout_s=RESUME_S)
+            except EngineError as error:
+                self.broken = f"it was paused and does not go on ({error})"
         self._paused = False
+
+    def distrust_streams(self, reason: str) -> None:
+        """What a stream brought turned out to be other weights: the server starts anew, and files are used from now."""
+        self._distrusted = reason
+        self.broken = reason
 
     # -- sleep -----------------------------------------------------------------------------------------------------
 
@@ -264,7 +276,7 @@ class WeightSync:
                 "adapters can sleep"
             )
         with self.phase("sleep"):
-            self.client.sleep(level)
+            self.client.sleep(level, timeout_s=SLEEP_S)
         self._state = "weights gone" if level == 2 else "asleep"
         return None
 
@@ -304,6 +316,11 @@ class WeightSync:
                 self.client.reload_weights(Path(self.server.spec.model))
             self._weights_are_there()
         self.wake_for_answers()
+
+    @property
+    def whole(self) -> bool:
+        """Whether the engine is awake with weights that are somebody's."""
+        return self.broken is None and self._state == "awake"
 
     # -- small things ----------------------------------------------------------------------------------------------
 

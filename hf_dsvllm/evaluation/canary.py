@@ -6,7 +6,7 @@ learning rate moves the numbers less than 16-bit rounding does.
 
     canary = Canary(prompts_of(tasks, tokenizer), dtype="bfloat16")    # every rank, once
     ours = canary.ask_trainer(trainer)                                 # every rank: one forward
-    verdict = canary.prove(client, model_name, ours)                   # rank 0; EngineError unless proven
+    verdict = canary.prove(client, model_name, ours)                   # rank 0; WrongWeights unless proven
 """
 
 from __future__ import annotations
@@ -29,6 +29,7 @@ __all__ = [
     "CanaryVerdict",
     "LogProbs",
     "Tolerance",
+    "WrongWeights",
     "canary_of",
     "canary_prompts",
     "engine_logprobs",
@@ -46,6 +47,10 @@ PROSE = "The capital of France is Paris. Water boils at 100 degrees. Two and two
 LONGEST = 64  # tokens of one prompt: the whole is one batch of a small evaluation
 # Two sets of numbers are told apart where they are this many standard errors from each other.
 CERTAIN = 8.0
+
+
+class WrongWeights(EngineError):
+    """The engine answered, but not with the weights of this step."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -91,11 +96,11 @@ class Canary:
             return trainer_logprobs(trainer.model, self.prompts, deepspeed_engine=trainer.model_wrapped)
 
     def prove(self, client: EngineClient, model: str, ours: LogProbs, *, timeout_s: float | None = None) -> str:
-        """Ask the engine, judge, remember; the sentence of the verdict.  EngineError unless the weights are proven."""
+        """Ask the engine, judge, remember; the sentence of the verdict.  WrongWeights unless they are proven."""
         engines = engine_logprobs(client, model, self.prompts, timeout_s=timeout_s)
         verdict = judge(ours, engines, self._proven, tolerance=self.tolerance)
         if not verdict.ok:
-            raise EngineError(f"{verdict.sentence} No score is logged for weights that are not proven.")
+            raise WrongWeights(f"{verdict.sentence} No score is logged for weights that are not proven.")
         self._proven = ours
         return verdict.sentence
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -16,13 +17,15 @@ from hf_dsvllm.engine.remote import RemoteServer
 from hf_dsvllm.engine.server import EngineServer
 from hf_dsvllm.engine.sync import SyncResult, WeightSync
 from hf_dsvllm.errors import EngineError
-from hf_dsvllm.evaluation.canary import Canary, LogProbs
+from hf_dsvllm.evaluation.canary import Canary, LogProbs, WrongWeights
 from hf_dsvllm.export.adapter_format import servable_adapter
 from hf_dsvllm.export.merged_copy import merged_copy, same_shape
 from hf_dsvllm.export.source import local_base
 from hf_dsvllm.live.snapshot import Snapshot
 
 __all__ = ["Asked", "Delivery"]
+
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -74,9 +77,10 @@ class Delivery:
         except EngineError as failed:
             if self.server.alive or isinstance(self.server, RemoteServer):
                 raise
-            if not self.server.spec.enforce_eager:
-                say(f"vLLM is started once more, without compiled code: {failed}")
+            compiled = not self.server.spec.enforce_eager
             self.server.restart(model=self._first_model, eager=True)
+            if compiled:
+                say(f"vLLM is started once more, without compiled code: {failed}")
             self.client.connect(self.server.uds)
             self.server.wait_ready(self.timeout_s)
 
@@ -84,7 +88,7 @@ class Delivery:
         """The weights asked for into the engine, proven; how they got there, and the sentence of the proof.
 
         Weights that turn out to be others are sent once more to an engine started anew.  EngineError if they cannot be
-        brought there or proven.
+        brought there or proven; what was streamed goes by disk from then on.
         """
         pushed = asked.sent or self._push(asked.snapshot)
         if asked.ours is None or self.canary is None:
@@ -92,6 +96,8 @@ class Delivery:
         try:
             return pushed, self.canary.prove(self.client, pushed.model_name, asked.ours)
         except EngineError as refused:
+            if asked.sent is not None and isinstance(refused, WrongWeights):
+                self.sync.distrust_streams(str(refused))
             if asked.snapshot is None or isinstance(self.server, RemoteServer):
                 raise
             say(f"step {asked.step}: {refused} The engine is started anew.")
@@ -101,9 +107,16 @@ class Delivery:
             return pushed, self.canary.prove(self.client, pushed.model_name, asked.ours)
 
     def revive(self) -> None:
-        """After a failure, start an engine that died or hangs again at once: it loads while training goes on."""
-        if not (self.server.alive and self.client.health()):
-            with contextlib.suppress(EngineError):  # the next evaluation tries once more, and says why it cannot
+        """After a failure, start an engine that died or hangs again at once: it loads while training goes on.
+
+        Where training has its GPU's memory between evaluations it is ended, and the next evaluation starts it.
+        """
+        if self.server.alive and self.client.health():
+            return
+        with contextlib.suppress(EngineError):  # the next evaluation tries once more, and says why it cannot
+            if self.sleeps:
+                self.server.stop()
+            else:
                 self._restart()
 
     @property
@@ -112,20 +125,44 @@ class Delivery:
         return not isinstance(self.server, RemoteServer) and self.server.spec.sleep_mode
 
     def rest(self) -> None:
-        """After an evaluation: give the GPU's memory back to training, where the engine was started to do so."""
-        if not self.sleeps:
+        """After an evaluation, whatever came of it: the GPU's memory back to training, if the engine was started so.
+
+        One that lacks the means stays awake; one that is in no state to sleep is ended until the next evaluation.
+        """
+        if not (self.sleeps and self.server.alive):
             return
         try:
             awake = self.sync.rest()
+            if awake is None:
+                return
+            if self.sync.whole:
+                say(f"vLLM stays awake beside training: {awake}")
+                return
         except EngineError as error:
             awake = str(error)
-        if awake is not None:
-            say(f"vLLM stays awake beside training: {awake}")
+        say(f"vLLM cannot sleep and is ended until the next evaluation: {awake}")
+        try:
+            self.server.stop()
+        except EngineError as error:
+            logger.warning("%s", error)
+
+    def rest_until_asked(self) -> None:
+        """At the start of training, where nothing is asked yet: wait until the engine is there, for it to sleep."""
+        if not self.sleeps:
+            return
+        try:
+            self.wait_ready()
+        except EngineError as error:
+            say(f"vLLM is not ready, which the first evaluation tries again: {error}")
+            self.revive()
+        self.rest()
 
     def close(self) -> None:
-        """Stop the engine, or leave one that is not ours."""
-        self.client.close()
-        self.server.stop()
+        """Stop the engine for good, or leave one that is not ours."""
+        try:
+            self.client.close()
+        finally:
+            self.server.close()
 
     def _restart(self, model: Path | str | None = None) -> None:
         """By default from the first model: a snapshot that it was restarted from may be gone or broken by now."""

@@ -5,6 +5,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import dataclasses
 import json
@@ -88,9 +89,8 @@ class Evaluator:
         except EngineError:
             self.delivery.revive()
             raise
-        if self.door is not None and self.delivery.sleeps:
-            self.door.pause("the engine sleeps between evaluations, and training has its memory")
-        self.delivery.rest()
+        finally:  # whatever failed, training goes on and needs its memory
+            self.rest()
         self._append(result, asked.step if asked.now is None else asked.now())
         return result
 
@@ -131,6 +131,12 @@ class Evaluator:
             total_seconds=weights.publish_seconds + time.monotonic() - started,
         )
 
+    def rest(self) -> None:
+        """Give training its memory back, where the engine sleeps between evaluations."""
+        if self.door is not None and self.delivery.sleeps:
+            self.door.pause("the engine sleeps between evaluations, and training has its memory")
+        self.delivery.rest()
+
     def shut_door(self, step: int) -> None:
         """Nobody asks while weights are on their way: before an evaluation, and before live weights are sent."""
         if self.door is not None:
@@ -138,10 +144,11 @@ class Evaluator:
 
     def close(self) -> None:
         """Stop the engine."""
-        if self.door is not None:
-            self.door.close()
-        self._lm_eval.close()
-        self.delivery.close()
+        with contextlib.ExitStack() as ends:  # each of them, whatever the others raise
+            ends.callback(self.delivery.close)
+            ends.callback(self._lm_eval.close)
+            if self.door is not None:
+                ends.callback(self.door.close)
 
     def _ask(self, task: EvalTask, model: str, deadline: float) -> list[Completion]:
         remaining = deadline - time.monotonic()

@@ -34,6 +34,15 @@ class Round:
     result: Any = None
 
 
+class _Line:
+    """What goes to one thread and comes back from it; one that is `over` is asked nothing more."""
+
+    def __init__(self) -> None:
+        self.asked: queue.SimpleQueue[Asked | None] = queue.SimpleQueue()
+        self.done: queue.SimpleQueue[Round] = queue.SimpleQueue()
+        self.over = False
+
+
 class Rounds:
     """The evaluations under way, in order; `pending` is the same on every rank."""
 
@@ -42,8 +51,7 @@ class Rounds:
         self.evaluate = evaluate
         self.ranks = ranks
         self.pending: list[int] = []
-        self._asked: queue.SimpleQueue[Asked | None] = queue.SimpleQueue()
-        self._done: queue.SimpleQueue[Round] = queue.SimpleQueue()
+        self._line = _Line()
         self._thread: threading.Thread | None = None
 
     def begin(self, asked: Asked) -> None:
@@ -53,9 +61,11 @@ class Rounds:
             return
         if self._thread is None:
             # A daemon: an interrupted run must not wait for answers nobody will read.
-            self._thread = threading.Thread(target=self._work, name="generation evaluation", daemon=True)
+            self._thread = threading.Thread(
+                target=self._work, args=(self._line,), name="generation evaluation", daemon=True
+            )
             self._thread.start()
-        self._asked.put(asked)
+        self._line.asked.put(asked)
 
     def collect(self, *, leave: int | None = None) -> list[Round]:
         """The rounds that have finished since the last call, oldest first; collective, free when none is pending.
@@ -73,23 +83,29 @@ class Rounds:
     def close(self) -> None:
         """End the thread, all of whose rounds are collected; a later `begin` starts another."""
         if self._thread is not None:
-            self._asked.put(None)
+            self._line.asked.put(None)
             self._thread.join()
             self._thread = None
+
+    def abandon(self) -> None:
+        """Forget every round under way, of a training that was interrupted; on every rank, no waiting."""
+        self._line.over = True
+        self._line.asked.put(None)
+        self.pending, self._line, self._thread = [], _Line(), None
 
     def _finished(self, leave: int | None) -> list[Round]:
         found = []
         while len(found) < len(self.pending):
             must_wait = leave is not None and len(self.pending) - len(found) > leave
             try:
-                found.append(self._done.get(timeout=POLL_S) if must_wait else self._done.get_nowait())
+                found.append(self._line.done.get(timeout=POLL_S) if must_wait else self._line.done.get_nowait())
             except queue.Empty:
                 if not must_wait:
                     break
         return found
 
-    def _work(self) -> None:
-        while (asked := self._asked.get()) is not None:
+    def _work(self, line: _Line) -> None:
+        while (asked := line.asked.get()) is not None and not line.over:
             try:
                 result = self.evaluate(asked)
                 done = Round(step=asked.step, scores=dict(result.scores), result=result)
@@ -97,4 +113,4 @@ class Rounds:
                 if not isinstance(problem, DsvllmError | OSError):
                     logger.exception("unexpected error in generation evaluation")
                 done = Round(step=asked.step, scores={}, error=f"{type(problem).__name__}: {problem}")
-            self._done.put(done)
+            line.done.put(done)

@@ -9,7 +9,7 @@ from __future__ import annotations
 import dataclasses
 import time
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 
@@ -20,11 +20,12 @@ from hf_dsvllm.errors import DsvllmError, EngineError
 from hf_dsvllm.live.sources import Source, conversions, sources, why_no_stream
 from hf_dsvllm.precision import Precision, held_in_fp32
 from hf_dsvllm.ranks import from_all, from_main, is_distributed
-from hf_dsvllm.transfer import IpcTransfer, NcclTransfer
+from hf_dsvllm.transfer import IpcTransfer, NcclTransfer, ipc
 from hf_dsvllm.transfer.ipc import Handles, Parcel, merged_handles
 
 __all__ = ["gathered", "send", "stream", "why_no_stream"]
 
+T = TypeVar("T")
 BUCKET_BYTES = 1 << 30
 WHOLE_MODEL = 1 << 62  # a bucket for parameters that need no copy
 TIMEOUT_S = 300.0
@@ -108,17 +109,31 @@ def _must_stream(model: Any, merge_adapters: bool) -> None:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class _Plan:
-    """What rank 0 found out and all ranks follow; `error` stops everybody before anything is gathered."""
+    """What rank 0 found out and all ranks follow; `error` stops everybody before anything is gathered.
+
+    `gpus`: the UUIDs of those with a worker, where it is several by CUDA IPC.
+    """
 
     path: TransferBackend | None = None
     why: str = ""
     error: str | None = None
     workers: int = 1
+    gpus: tuple[str, ...] = ()
 
     @property
     def every_gpu(self) -> bool:
         """Whether ranks besides 0 have a worker on their GPU to give handles to."""
         return self.path == "ipc" and self.workers > 1
+
+    def checked(self) -> _Plan:
+        """The same on every rank, or an error on every one: each worker must find a rank on its GPU; collective."""
+        if not self.every_gpu or self.error is not None:
+            return self
+        alone = sorted(set(self.gpus) - set(from_all(ipc.gpu_uuid())))
+        if len(self.gpus) == self.workers and not alone:
+            return self
+        error = f"vLLM has {self.workers} workers, and no trainer's process is on {', '.join(alone) or 'some GPU'}"
+        return dataclasses.replace(self, error=f"{error}: CUDA IPC needs one on each")
 
 
 def send(
@@ -142,7 +157,7 @@ def send(
     staged = not _lies_ready(model, precision, merge_adapters)
     sender = _Sender(sync, staged=staged, deadline=deadline) if is_main_process() and sync is not None else None
     nobody = _Plan(error="the main process has no engine")
-    plan = from_main(sender.plan(model, merge_adapters) if sender is not None else nobody)
+    plan = from_main(sender.plan(model, merge_adapters) if sender is not None else nobody).checked()
     if plan.error is None:
         _make_room(plan)
         plan = from_main(sender.begin(plan) if sender is not None else plan)
@@ -152,8 +167,9 @@ def send(
     try:
         size = bucket_bytes if staged or plan.path == "nccl" else WHOLE_MODEL
         revert = _reversion(model)
+        failed = False
         for batch in gathered(sources(model, merge_adapters=merge_adapters), size):
-            _hand_over(batch, plan, sender, precision, revert, staged)
+            failed = failed or _hand_over(batch, plan, sender, precision, revert, staged)
     except Exception as problem:  # the others must hear of it, whatever it is
         error = _said(problem)
     _make_room(plan)
@@ -173,23 +189,36 @@ def _hand_over(
     precision: Precision,
     revert: Reversion | None,
     staged: bool,
-) -> None:
-    """One bucket on one rank: handles come from every rank whose GPU has a worker, requests from rank 0 alone."""
+) -> bool:
+    """One bucket on one rank: handles come from every rank whose GPU has a worker, requests from rank 0 alone.
+
+    True, on every rank that exports, once rank 0 has failed: then nobody would open another handle.
+    """
     if not plan.every_gpu:
         if sender is not None:
             sender.send(lambda: _made(batch, precision, revert))
-        return
-    parcel, said = None, None
-    try:
-        parcel = Parcel(_made(batch, precision, revert), staged=staged)
-    except Exception as problem:
-        said = _said(problem)
-    offered = from_all((parcel.handles if parcel is not None else None, said))
+        return False
+    exports = ipc.gpu_uuid() in plan.gpus
+    handles: Handles | None = None
+    parcel, said = _tried(
+        lambda: Parcel(_made(batch, precision, revert), staged=staged) if exports or sender is not None else None
+    )
+    if not any(from_all(said)):
+        handles, said = _tried(lambda: parcel.export() if exports and parcel is not None else None)
+    offered = from_all((handles, said))
     if sender is not None:
-        sender.deliver(parcel, [handles for handles, _ in offered], next((why for _, why in offered if why), None))
-    # The memory behind the handles stays until rank 0 has its answer.
-    from_main(None)
-    del parcel
+        found = [theirs for theirs, _ in offered if theirs is not None]
+        sender.deliver(plan, parcel, found, next((why for _, why in offered if why), None))
+    # The memory behind the handles, which is the parcel's, stays until rank 0 has its answer.
+    return bool(from_main(sender is not None and sender.failure is not None))
+
+
+def _tried(work: Callable[[], T]) -> tuple[T | None, str | None]:
+    """What `work` returns, or why it failed."""
+    try:
+        return work(), None
+    except Exception as problem:  # the other ranks wait for the word of it
+        return None, _said(problem)
 
 
 class _Sender:
@@ -206,28 +235,35 @@ class _Sender:
     def plan(self, model: Any, merge_adapters: bool) -> _Plan:
         """Whether and how, before anything changes."""
         try:
-            path, why = self.sync.stream_path()
-            refused = why if path is None else why_no_stream(model, merge_adapters=merge_adapters)
-            if path is None or refused is not None:
-                return _Plan(error=refused)
-            workers = self.sync.capabilities().world_size or 1
+            with self.sync.client.until(self.deadline):
+                path, why = self.sync.stream_path()
+                refused = why if path is None else why_no_stream(model, merge_adapters=merge_adapters)
+                if path is None or refused is not None:
+                    return _Plan(error=refused)
+                workers = self.sync.capabilities().world_size or 1
+            if path != "ipc" or workers == 1:
+                return _Plan(path=path, why=why, workers=workers)
+            if workers > _processes():
+                return _Plan(
+                    error=f"vLLM has {workers} GPUs and the trainer {_processes()}: CUDA IPC needs one on each"
+                )
+            gpus = ipc.worker_uuids(self.sync.server.spec.visible_devices, workers)
+            return _Plan(path=path, why=why, workers=workers, gpus=gpus)
         except Exception as problem:
             return _Plan(error=_said(problem))
-        if path == "ipc" and workers > _processes():
-            return _Plan(error=f"vLLM has {workers} GPUs and the trainer {_processes()}: CUDA IPC needs one on each")
-        return _Plan(path=path, why=why, workers=workers)
 
     def begin(self, plan: _Plan) -> _Plan:
         """Everything up to the first tensor; the same plan, or the error."""
         assert plan.path is not None
         try:
-            self.sync.begin_stream()
-            self._transfer = self._connection(plan.path, plan.workers)
-            with self.sync.phase("connect"):
-                self._transfer.open(deadline=self.deadline)
-            self.begun = True
-            with self.sync.phase("start"):
-                self.sync.client.start_weight_update(timeout_s=self._left())
+            with self.sync.client.until(self.deadline):
+                self.sync.begin_stream()
+                self._transfer = self._connection(plan.path, plan.workers)
+                with self.sync.phase("connect"):
+                    self._transfer.open(deadline=self.deadline)
+                self.begun = True
+                with self.sync.phase("start"):
+                    self.sync.client.start_weight_update()
         except Exception as problem:
             self._fail(problem)
             return _Plan(error=self.failure)
@@ -255,18 +291,17 @@ class _Sender:
         except Exception as problem:
             self._fail(problem)
 
-    def deliver(self, parcel: Parcel | None, handles: list[Handles | None], said: str | None) -> None:
+    def deliver(self, plan: _Plan, parcel: Parcel | None, handles: list[Handles], said: str | None) -> None:
         """The same with handles of several GPUs."""
         if self.failure is not None:
             return
-        whole = [each for each in handles if each is not None]
-        if said is not None or parcel is None or len(whole) < len(handles):
+        if said is not None or parcel is None or len(handles) < plan.workers:
             self._fail(EngineError(said or "a rank could not offer its tensors"))
             return
         try:
             assert isinstance(self._transfer, IpcTransfer)
             with self.sync.phase("update"):
-                self._transfer.deliver(parcel, merged_handles(whole), deadline=self.deadline)
+                self._transfer.deliver(parcel, merged_handles(handles), deadline=self.deadline)
         except Exception as problem:
             self._fail(problem)
 
@@ -277,11 +312,12 @@ class _Sender:
         if self.failure is not None or plan.path is None or self._transfer is None:
             return self.failure or "nothing was sent"
         try:
-            with self.sync.phase("update"):
-                self._transfer.drain(deadline=self.deadline)
-            with self.sync.phase("finish"):
-                self.sync.client.finish_weight_update(timeout_s=self._left())
-            return self.sync.end_stream(plan.path, plan.why, started)
+            with self.sync.client.until(self.deadline):
+                with self.sync.phase("update"):
+                    self._transfer.drain(deadline=self.deadline)
+                with self.sync.phase("finish"):
+                    self.sync.client.finish_weight_update()
+                return self.sync.end_stream(plan.path, plan.why, started)
         except Exception as problem:
             self._fail(problem)
             return self.failure or ""
@@ -290,9 +326,6 @@ class _Sender:
         if self.failure is None:
             self.failure = _said(problem)
             self.sync.break_off(self.failure, begun=self.begun)
-
-    def _left(self) -> float:
-        return max(0.001, self.deadline - time.monotonic())
 
 
 def _make_room(plan: _Plan) -> None:

@@ -20,9 +20,10 @@ from torch.multiprocessing.reductions import reduce_tensor
 from hf_dsvllm.engine.bodies import PACKED_FORMS, PackedIn, init_info, update_info
 from hf_dsvllm.engine.client import EngineClient, EngineRefusal
 from hf_dsvllm.errors import EngineError
+from hf_dsvllm.placement import visible_gpus
 from hf_dsvllm.transfer.base import Bucket, described, left_of, packed, synchronise
 
-__all__ = ["Handles", "IpcTransfer", "Parcel", "gpu_uuid", "merged_handles"]
+__all__ = ["Handles", "IpcTransfer", "Parcel", "gpu_uuid", "merged_handles", "worker_uuids"]
 
 # Arguments of torch's rebuild_cuda_tensor by GPU UUID: a list for single tensors, one entry for a packed buffer.
 Handle: TypeAlias = dict[str, tuple[Any, ...]]
@@ -30,11 +31,10 @@ Handles: TypeAlias = list[Handle]
 
 
 class Parcel:
-    """A bucket as this rank offers it: its handles, and the memory they point to, kept as long as the parcel."""
+    """A bucket as this rank offers it: the memory its handles point to, kept as long as the parcel."""
 
     def __init__(self, bucket: Bucket, *, staged: bool) -> None:
         """`staged` packs copies; otherwise the tensors themselves are offered.  Every rank with a worker makes one."""
-        owner = gpu_uuid()
         if staged:
             buffer, bucket = packed(bucket)
             self.memory = [buffer]
@@ -42,14 +42,28 @@ class Parcel:
             self.memory = [tensor.detach().contiguous() for _, tensor in bucket]
         self.tensors = described(bucket, sizes=staged)
         self.staged = staged
-        # A fresh export each time: torch counts one reader for each, and the workers give each back once.
-        self.handles: Handles = [{owner: reduce_tensor(tensor)[1]} for tensor in self.memory]
+
+    def export(self) -> Handles:
+        """Handles for a worker that will surely be told of them: memory whose handle nobody opens is never freed.
+
+        A fresh export each time: torch counts one reader for each, and the workers give each back once.
+        """
+        owner = gpu_uuid()
+        handles: Handles = [{owner: reduce_tensor(tensor)[1]} for tensor in self.memory]
         synchronise()
+        return handles
 
 
-def gpu_uuid() -> str:
-    """The UUID of this process's GPU as vLLM's workers spell their own."""
-    return str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid)
+def gpu_uuid(index: int | None = None) -> str:
+    """The UUID of this process's GPU, or of the one it sees as `index`, as vLLM's workers spell their own."""
+    return str(torch.cuda.get_device_properties(torch.cuda.current_device() if index is None else index).uuid)
+
+
+def worker_uuids(visible_devices: str | None, workers: int) -> tuple[str, ...]:
+    """The UUIDs of the GPUs that `workers` of a server use: the first of its CUDA_VISIBLE_DEVICES, None for ours."""
+    ours = visible_gpus()
+    theirs = ours if visible_devices is None else visible_devices.split(",")
+    return tuple(gpu_uuid(ours.index(gpu)) for gpu in theirs[:workers])
 
 
 def merged_handles(ranks: Sequence[Handles]) -> Handles:
@@ -92,7 +106,7 @@ class IpcTransfer:
 
         Parcels that are not staged must be kept until the update is finished: see the top of this file.
         """
-        chosen = parcel.handles if handles is None else handles
+        chosen = parcel.export() if handles is None else handles
         body = update_info("ipc", self._packed_in, parcel.tensors, handles=pickled(chosen, packed=parcel.staged))
         self.client.update_weights(body, timeout_s=left_of(deadline))
 

@@ -167,13 +167,22 @@ def test_a_send_brings_all_weights_or_fails_on_every_rank_with_the_same_words(na
                               "arrived": True}, case  # fmt: skip
         assert other[case] == {"path": main[case]["path"]}
     failures = [case for case in main if case not in ("ipc", "nccl", "two GPUs")]
-    assert len(failures) == 11
+    assert len(failures) == 13
+    said = {"rank 1 fails": "no handle for this memory", "elsewhere": "no trainer's process is on GPU-7"}
     for case in failures:
-        reason = "no handle for this memory" if case == "rank 1 fails" else f"{case.split()[1]} was told to fail"
+        reason = said.get(case) or f"{case.split()[-1]} was told to fail"
         assert "step 3: the weights could not be streamed to vLLM: " in main[case]["error"]
         assert reason in main[case]["error"], case
-        assert other[case] == {"error": main[case]["error"]}
-        assert main[case]["marked"] == ("/init" not in case), case
+        assert other[case]["error"] == main[case]["error"]
+        assert main[case]["marked"] == ("/init" not in case and case != "elsewhere"), case
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("name", SENDING)
+def test_no_rank_exports_memory_that_nobody_will_open(name: str, runs: Runs) -> None:
+    for found in runs.sends(name):
+        assert found["two GPUs: /update_weights"]["exports"] == 1, "the bucket that was refused, and none after it"
+        assert found["elsewhere"]["exports"] == 0
 
 
 def load_tiny(folder: Path) -> Any:

@@ -51,8 +51,9 @@ class PresetScores:
         self.lag = lag
         self.trainer: Any = None
         self.asked: list[Any] = []
-        self.delivery = SimpleNamespace(wait_ready=lambda: None, sync=None)
+        self.delivery = SimpleNamespace(wait_ready=lambda: None, rest_until_asked=lambda: None, sync=None)
         self.shut_door = lambda step: None
+        self.rest = lambda: None
 
     def evaluate(self, asked: Any) -> Any:
         step = asked.step

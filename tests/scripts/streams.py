@@ -57,6 +57,18 @@ def try_sends(model: Any, out: Path, name: str) -> None:
         several = FakeVllm("ipc")
         several.workers = 2
         found["two GPUs"] = one_send(model, several)
+        several = FakeVllm("ipc")
+        several.workers, several.failing["/update_weights"] = 2, "refuse"
+        before = len(weight_taker.EXPORTS)
+        found["two GPUs: /update_weights"] = one_send(model, several)
+        found["two GPUs: /update_weights"]["exports"] = len(weight_taker.EXPORTS) - before
+        several = FakeVllm("ipc")
+        several.workers = 2
+        before = len(weight_taker.EXPORTS)
+        with pytest.MonkeyPatch.context() as elsewhere:
+            elsewhere.setattr("hf_dsvllm.transfer.ipc.worker_uuids", lambda named, workers: (weight_taker.GPU, "GPU-7"))
+            found["elsewhere"] = one_send(model, several)
+        found["elsewhere"]["exports"] = len(weight_taker.EXPORTS) - before
         if rank == 1:
             patch.setattr("hf_dsvllm.transfer.ipc.reduce_tensor", no_handle)
         several = FakeVllm("ipc")

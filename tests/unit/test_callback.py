@@ -174,3 +174,18 @@ def test_a_snapshot_of_a_resumed_run_is_loaded_only_over_weights_that_scored_les
     keep_best(tmp_path, args, streamed(4, 0.3), kind="full")
     assert callback._load_best(args, state, 2) == (4 if restored else 2)
     assert bool(loads) == restored
+
+
+def test_weights_that_were_sent_and_not_asked_about_put_the_engine_to_sleep_again(tmp_path: Path) -> None:
+    rested: list[int] = []
+
+    class Fails(Canary):
+        def ask_trainer(self, trainer: Any) -> Any:
+            raise RuntimeError("out of memory")
+
+    callback = made(tmp_path, streams=True, canary=Fails())
+    callback.session.evaluator.rest = lambda: rested.append(1)  # type: ignore[method-assign]
+    callback._send = lambda step: SimpleNamespace()  # type: ignore[method-assign, assignment, return-value]
+    callback._evaluate()
+    assert rested == [1]
+    assert callback._failures == 1

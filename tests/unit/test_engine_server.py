@@ -5,6 +5,8 @@ from __future__ import annotations
 import dataclasses
 import os
 import sys
+import threading
+import time
 from pathlib import Path
 
 import pytest
@@ -13,6 +15,7 @@ from hf_dsvllm.engine import EngineServer, EngineSpec, command, environment, fin
 from hf_dsvllm.engine.diagnosis import explain_log, telling_lines
 from hf_dsvllm.engine.server import UDS_LIMIT_BYTES, VLLM_SOCKET_NAME_BYTES, new_socket_folder
 from hf_dsvllm.errors import EngineError, MissingDependencyError
+from hf_dsvllm.evaluation.delivery import Delivery
 
 CPU = EngineSpec(model=Path("/models/m"), python=Path("/venv/bin/python"), device="cpu", dtype="float32")
 GPU = dataclasses.replace(CPU, device="cuda", dtype="bfloat16")
@@ -183,6 +186,60 @@ def test_a_forked_child_that_exits_leaves_the_engine_alone(tmp_path: Path) -> No
             os._exit(0)
         os.waitpid(child, 0)
         assert server.alive
+    finally:
+        server.stop()
+
+
+def sleeping_python(folder: Path) -> Path:
+    """An engine that starts and never answers."""
+    script = folder / "python"
+    script.write_text("#!/bin/sh\nexec sleep 300\n")
+    script.chmod(0o755)
+    return script
+
+
+def test_who_waits_for_an_engine_does_not_start_it_again_once_it_is_closed(tmp_path: Path) -> None:
+    server = EngineServer.start(dataclasses.replace(CPU, python=sleeping_python(tmp_path)), tmp_path)
+    delivery = Delivery(server, run_dir=tmp_path, timeout_s=60.0)
+    said: list[str] = []
+
+    def wait() -> None:
+        try:
+            delivery.wait_ready()
+        except EngineError as error:
+            said.append(str(error))
+
+    waiting = threading.Thread(target=wait)
+    waiting.start()
+    time.sleep(0.3)
+    delivery.close()
+    waiting.join(30.0)
+    assert not server.alive
+    assert said == ["The vLLM server was closed: evaluation has ended."]
+    with pytest.raises(EngineError, match="the client is closed"):
+        delivery.client.version()
+    assert not delivery.client.health()
+
+
+def test_an_engine_that_is_closed_while_it_starts_again_is_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    server = EngineServer.start(dataclasses.replace(CPU, python=sleeping_python(tmp_path)), tmp_path)
+    starting = threading.Event()
+
+    def slowly() -> Path:
+        starting.set()
+        time.sleep(0.5)
+        return new_socket_folder()
+
+    monkeypatch.setattr("hf_dsvllm.engine.server.new_socket_folder", slowly)
+    restarting = threading.Thread(target=server.restart)
+    restarting.start()
+    assert starting.wait(30.0)
+    server.close()
+    restarting.join(30.0)
+    try:
+        assert not server.alive
     finally:
         server.stop()
 

@@ -72,7 +72,7 @@ def task(**settings: Any) -> EvalTask:
 def evaluator(run: Path, engine: Engine, **more: Any) -> Evaluator:
     spec = SimpleNamespace(served_name="base", tokenizer=None, model="model", max_model_len=64, sleep_mode=False)
     server: Any = SimpleNamespace(
-        uds=run / "socket", alive=True, spec=spec, wait_ready=lambda _: None, stop=lambda: None
+        uds=run / "socket", alive=True, spec=spec, wait_ready=lambda _: None, close=lambda: None
     )
     sampling = Sampling(max_new_tokens=9, temperature=0.0, seed=5, timeout_s=60.0, stop_token_ids=(2,))
     made = Evaluator(
@@ -245,3 +245,19 @@ def test_scores_that_came_late_say_at_which_step_they_were_known(tmp_path: Path)
     made.evaluate(Asked(step=10, snapshot=snapshot(tmp_path, 10), now=lambda: 13))
     known = [(row["step"], row.get("late"), row.get("evaluated_at_step")) for row in score_rows(tmp_path)]
     assert known == [(0, None, None), (10, True, 13)]
+
+
+@pytest.mark.parametrize("error", [EngineError("the deadline has passed"), RuntimeError("a metric of your own")])
+def test_whatever_fails_the_engine_does_not_stay_awake_beside_training(error: Exception, tmp_path: Path) -> None:
+    made = evaluator(tmp_path, Engine())
+    made.delivery.server.spec.sleep_mode = True  # type: ignore[misc]
+    slept: list[bool] = []
+    made.delivery.sync.rest = lambda: slept.append(True)  # type: ignore[method-assign, assignment]
+
+    def fail(*_: Any, **__: Any) -> Any:
+        raise error
+
+    made.delivery.client.generate = fail  # type: ignore[method-assign]
+    with pytest.raises(type(error)):
+        made.evaluate(Asked(step=0))
+    assert slept == [True]

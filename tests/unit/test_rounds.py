@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import threading
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,6 +14,7 @@ import torch
 from hf_dsvllm.engine.remote import RemoteServer
 from hf_dsvllm.engine.sync import SyncResult
 from hf_dsvllm.errors import EngineError, WiringError
+from hf_dsvllm.evaluation.canary import WrongWeights
 from hf_dsvllm.evaluation.delivery import Asked, Delivery
 from hf_dsvllm.evaluation.rounds import Rounds
 from hf_dsvllm.live.restore import restore
@@ -46,6 +49,33 @@ def test_a_second_training_of_the_same_trainer_is_answered_too() -> None:
         rounds.begin(Asked(step=1))
         assert [done.step for done in rounds.collect(leave=0)] == [1]
         rounds.close()
+    rounds.close()
+
+
+def test_what_an_interrupted_training_left_is_neither_answered_nor_reported_in_the_next() -> None:
+    seen: list[int] = []
+    first_may_end = threading.Event()
+
+    def slow(asked: Asked) -> Any:
+        seen.append(asked.step)
+        first_may_end.wait(10.0)
+        return SimpleNamespace(scores={"eval_gen_a_b": asked.step / 10})
+
+    rounds = Rounds(slow, Ranks(60.0))
+    rounds.begin(Asked(step=1))
+    rounds.begin(Asked(step=2))
+    while not seen:
+        time.sleep(0.001)
+    left = rounds._thread
+    assert left is not None
+    rounds.abandon()
+    assert rounds.pending == []
+    assert rounds.collect(leave=0) == []
+    first_may_end.set()
+    left.join(10.0)
+    rounds.begin(Asked(step=3))
+    assert [done.step for done in rounds.collect(leave=0)] == [3]
+    assert seen == [1, 3]
     rounds.close()
 
 
@@ -103,3 +133,109 @@ def test_an_engine_that_does_not_start_compiled_is_started_eager(
     Delivery(server, run_dir=tmp_path, timeout_s=5.0).wait_ready()
     assert restarts == [{"model": "base", "eager": True}]
     assert "without compiled code: vLLM did not start" in capsys.readouterr().err
+
+
+class SleepyServer:
+    """A server on a GPU shared with training, as far as a delivery touches it."""
+
+    def __init__(self, folder: Path) -> None:
+        self.spec: Any = SimpleNamespace(model="base", served_name="base", enforce_eager=True, sleep_mode=True)
+        self.uds = folder / "socket"
+        self.alive = True
+        self.ready = True
+        self.restarts = 0
+        self.closed = False
+
+    def wait_ready(self, _: float) -> None:
+        if not self.ready:
+            raise EngineError("vLLM was not ready after 5 s (still running).")
+
+    def restart(self, **_: Any) -> None:
+        self.restarts += 1
+        self.alive = True
+
+    def stop(self) -> None:
+        self.alive = False
+
+    close = stop
+
+
+class Sync:
+    """A WeightSync that answers `rest` with what is given, and notes what it is told."""
+
+    def __init__(self, answer: str | EngineError | None = None, *, whole: bool = True) -> None:
+        self.answer, self.whole = answer, whole
+        self.rests = 0
+        self.distrusted: list[str] = []
+
+    def rest(self) -> str | None:
+        self.rests += 1
+        if isinstance(self.answer, EngineError):
+            raise self.answer
+        return self.answer
+
+    def distrust_streams(self, reason: str) -> None:
+        self.distrusted.append(reason)
+
+
+def shared(tmp_path: Path, sync: Any, *, healthy: bool = True, **more: Any) -> tuple[Delivery, SleepyServer]:
+    server: Any = SleepyServer(tmp_path)
+    delivery = Delivery(server, run_dir=tmp_path, timeout_s=5.0, **more)
+    delivery.sync = sync
+    delivery.client = SimpleNamespace(health=lambda: healthy, connect=lambda _: None)  # type: ignore[assignment]
+    return delivery, server
+
+
+@pytest.mark.parametrize(
+    ("sync", "alive"),
+    [
+        (Sync(None), True),
+        (Sync("vLLM 0.26 cannot load a base again"), True),  # it lacks the means, and lives
+        (Sync("the engine has to be started again", whole=False), False),
+        (Sync(EngineError("POST /sleep had no answer within 120.0 s")), False),
+    ],
+)
+def test_an_engine_in_no_state_to_sleep_is_ended_rather_than_awake_beside_training(
+    sync: Sync, alive: bool, tmp_path: Path
+) -> None:
+    delivery, server = shared(tmp_path, sync)
+    delivery.rest()
+    assert (sync.rests, server.alive, server.restarts) == (1, alive, 0)
+    delivery.rest()
+    assert sync.rests == (2 if alive else 1)
+
+
+def test_a_dead_or_hanging_engine_is_not_loaded_beside_training_on_its_gpu(tmp_path: Path) -> None:
+    delivery, server = shared(tmp_path, Sync(), healthy=False)
+    delivery.revive()
+    assert (server.alive, server.restarts) == (False, 0)
+    server.spec.sleep_mode = False  # its own GPU, or always awake: it loads while training goes on
+    delivery.revive()
+    assert server.restarts == 1
+
+
+@pytest.mark.parametrize("ready", [True, False])
+def test_an_engine_nobody_asks_at_the_start_sleeps_once_it_is_there(ready: bool, tmp_path: Path) -> None:
+    sync = Sync()
+    delivery, server = shared(tmp_path, sync, healthy=ready)
+    server.ready = ready
+    delivery.rest_until_asked()
+    assert (sync.rests, server.alive) == ((1, True) if ready else (0, False))
+
+
+@pytest.mark.parametrize(
+    ("refusal", "told"), [(WrongWeights("other weights"), ["other weights"]), (EngineError("no answer"), [])]
+)
+def test_streamed_weights_that_turn_out_to_be_others_are_told_to_who_streams(
+    refusal: EngineError, told: list[str], tmp_path: Path
+) -> None:
+    def refuse(*_: Any) -> str:
+        raise refusal
+
+    canary: Any = SimpleNamespace(prove=refuse)
+    sync = Sync()
+    delivery, _ = shared(tmp_path, sync, canary=canary)
+    sent = SyncResult(model_name="base", path_used="ipc", why="a test", seconds=0.0)
+    with pytest.raises(EngineError):
+        delivery.deliver(Asked(step=4, sent=sent, ours=((0.0,),)))
+    assert sync.distrusted == told

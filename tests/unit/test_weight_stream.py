@@ -15,6 +15,8 @@ import torch
 from hf_dsvllm.engine import EngineClient, EngineRefusal, WeightSync
 from hf_dsvllm.errors import EngineError
 from hf_dsvllm.live import stream as live_weights
+from hf_dsvllm.live.stream import _Plan as Plan
+from hf_dsvllm.transfer import ipc
 from hf_dsvllm.transfer.base import packed
 from hf_dsvllm.transfer.ipc import IpcTransfer, Parcel, merged_handles
 from tests import weight_taker
@@ -155,12 +157,79 @@ def test_after_two_failures_in_a_row_files_are_used(nccl: FakeNccl, tmp_path: Pa
         assert sync.push(tmp_path, "full", 3).path_used == "reload"
 
 
+def test_after_a_stream_that_brought_other_weights_files_are_used_by_an_engine_started_anew(
+    nccl: FakeNccl, tmp_path: Path
+) -> None:
+    fake = FakeVllm()
+    with syncing(fake) as sync:
+        send(tiny_model(), sync)
+        sync.distrust_streams("they are those of the last evaluation")
+        assert not sync.whole
+        assert sync.stream_path()[0] is None
+        assert sync.push(tmp_path, "full", 8).path_used == "restart"
+        assert sync.whole
+        assert sync.stream_path() == (None, "weights came out wrong by a stream: they are those of the last evaluation")
+
+
 def test_an_engine_on_more_gpus_than_the_trainer_takes_no_handles(nccl: FakeNccl) -> None:
     fake = FakeVllm()
     fake.workers = 4
     with syncing(fake) as sync, pytest.raises(EngineError, match="vLLM has 4 GPUs and the trainer 1"):
         send(tiny_model(), sync)
     assert fake.whole
+
+
+def test_a_rank_without_a_worker_on_its_gpu_gathers_and_exports_nothing(
+    nccl: FakeNccl, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plan = Plan(path="ipc", workers=2, gpus=("GPU-a", "GPU-b"))
+    heard = iter([plan, plan, *[False] * 4, None, "the result"])
+    handed: list[Any] = []
+
+    def from_all(value: Any) -> list[Any]:
+        handed.append(value)
+        return ["GPU-a", "GPU-b"] if value == weight_taker.GPU else [value]
+
+    monkeypatch.setattr(live_weights, "is_main_process", lambda: False)
+    monkeypatch.setattr(live_weights, "from_all", from_all)
+    monkeypatch.setattr(live_weights, "from_main", lambda value: next(heard))
+    live_weights.send(tiny_model(), None, step=7, dtype=torch.bfloat16, bucket_bytes=BUCKET_BYTES)
+    assert weight_taker.EXPORTS == []
+    assert [value for value in handed if isinstance(value, tuple)] == [(None, None)] * 4, "four buckets were gathered"
+
+
+def test_the_gpus_of_workers_are_the_first_that_the_server_sees(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", "4,GPU-x,6")
+    monkeypatch.setattr(ipc, "gpu_uuid", lambda index: f"uuid-{index}")
+    assert ipc.worker_uuids("GPU-x,4,6", 2) == ("uuid-1", "uuid-0")
+    assert ipc.worker_uuids(None, 2) == ("uuid-0", "uuid-1")
+
+
+@pytest.mark.parametrize("path", ["/version", "/pause", "/wake_up", "/is_sleeping", "/resume", "/reset_prefix_cache"])
+def test_no_call_of_a_stream_waits_longer_than_the_stream_may_take(path: str, nccl: FakeNccl) -> None:
+    fake = FakeVllm()
+    with syncing(fake) as sync:
+        if path in ("/wake_up", "/is_sleeping"):
+            sync.rest()
+        fake.failing[path] = "hang"
+        started = time.monotonic()
+        with pytest.raises(EngineError, match="step 7"):
+            send(tiny_model(), sync, timeout_s=1.0)
+        assert time.monotonic() - started < 15.0, "as long as any call by itself"
+        fake.release_hanging.set()
+
+
+def test_a_server_that_stays_paused_is_started_anew(
+    nccl: FakeNccl, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    fake = FakeVllm()
+    fake.failing |= {"/init_weight_transfer_engine": "refuse", "/resume": "refuse"}
+    with syncing(fake) as sync:
+        with pytest.raises(EngineError, match="told to fail"):
+            send(tiny_model(), sync)
+        assert "it was paused and does not go on" in str(sync.broken)
+        assert sync.push(tmp_path, "full", 8).path_used == "restart"
+    assert not fake.paused
 
 
 def test_a_broadcast_that_hangs_is_cut_off_at_the_deadline(nccl: FakeNccl) -> None:
