@@ -27,13 +27,17 @@ from train_speed import SpeedMeasurement  # noqa: E402
 
 FULL = "plain:z2; zero2 no; zero2 no +fused; zero2 no +unmasked; zero2 no +padding_free; zero3 no; zero2 sel; none no"
 LORA = "plain:lora; lora no; lora no +lean_adapters; lora no +all; lora_zero2 no"
+MORE = (
+    "zero1 no; zero2_offload no; zero3_offload_optimizer no; plain:qlora; qlora no; qlora_zero2 no"  # after the others
+)
 
 
 def grid(seeds: int, world: int, length: int, micro: int) -> tuple[Arm, ...]:
     lines = [
         f"seed{seed} model {world} {length} b{micro} | {arm}"
+        for some in (f"{FULL}; {LORA}", MORE)
         for seed in range(1, seeds + 1)
-        for arm in f"{FULL}; {LORA}".split("; ")
+        for arm in some.split("; ")
         if world == 1 or not arm.startswith("none")
     ]
     return arms("\n".join(lines))
@@ -62,16 +66,17 @@ class Parity(SpeedMeasurement):
 
 def verdicts(results: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
     """For each preset with its words: mean final loss, difference to plain TRL, spread of plain TRL's seeds."""
-    finals: dict[tuple[str, str, bool], list[float]] = {}
+    finals: dict[tuple[str, str, str | None], list[float]] = {}
     for record in results.values():
         if record["status"] != "ok":
             continue
         cell, losses = record["cell"], record["ranks"][0]["losses"]
-        key = (cell["kind"], " ".join((cell["preset"], *cell["words"])), "lora" in cell["preset"])
+        adapter = next((name for name in ("qlora", "lora") if name in cell["preset"]), None)
+        key = (cell["kind"], " ".join((cell["preset"], *cell["words"])), adapter)
         finals.setdefault(key, []).append(statistics.fmean(losses[-max(1, len(losses) // 4) :]))
     rows = []
-    for (kind, title, adapted), found in finals.items():
-        plain = next((f for (k, _, a), f in finals.items() if k == "plain" and a == adapted), None)
+    for (kind, title, adapter), found in finals.items():
+        plain = next((f for (k, _, a), f in finals.items() if k == "plain" and a == adapter), None)
         if plain is None:
             continue
         difference, spread = statistics.fmean(found) - statistics.fmean(plain), max(plain) - min(plain)

@@ -60,6 +60,9 @@ class SpeedMeasurement(Measurement):
             found = super().next_cell(waiting)
         return found
 
+    def start(self, name: str, kind: str, lanes: list[Any], limit_s: float, cell: Any = None) -> Any:
+        return super().start(name, kind, lanes, cell.limit_s(limit_s) if cell is not None else limit_s, cell)
+
     def calibrate(self) -> None:
         super().calibrate()
         if "attention" not in self.rates:

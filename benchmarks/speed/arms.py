@@ -26,6 +26,7 @@ segments        PYTORCH_ALLOC_CONF=expandable_segments:True
 KEY=VALUE       a key of the DeepSpeed configuration, dotted
 sN              sequences of N tokens
 """
+OFFLOAD_S = 240.0
 Z = {"overlap_comm": True, "contiguous_gradients": True}
 PLAIN: dict[str, dict[str, Any] | None] = {  # as DeepSpeed's and transformers' documentation write them
     "lora": None,
@@ -90,6 +91,10 @@ class Arm:
     @property
     def offloads(self) -> bool:
         return "offload" in self.preset or "nvme" in self.preset or self.preset in ("z2o", "z3o")
+
+    def limit_s(self, wanted: float) -> float:
+        """Seconds an arm may take: what offloads fills host memory first, page by page."""
+        return max(wanted, OFFLOAD_S) if self.offloads else wanted
 
     def steps(self, wanted: int) -> int:
         """Steps to run: one tells whether a length fits, and long steps need no more than two after the warm-up."""
@@ -156,33 +161,49 @@ def changed(arm: Arm, word: str) -> Arm:
     raise ValueError(f"{word!r} changes nothing known:{ARM_WORDS}")
 
 
-# A preset starts from the default features; each arm after it changes one thing, then those that help together.
-GRID = """
-lora8 8b 1 4096 b4       | plain:lora; lora rc; lora b2x2 no; lora b2x2 no +cudnn; lora b2x2 no +lean_adapters; lora b2x2 no +fused; lora b2x2 no +lean_adapters +fused; lora b4 no +lean_adapters +fused; lora_zero2 b2x2 no +fused; lora b2x2 no +lean_adapters +fused segments; lora b2x2 no compile; lora b4 sel +lean_adapters +fused
-full4 4b 1 4096 b2       | plain:z2; zero2 rc; zero2 no; zero2 no +cudnn; zero2 no +fused; zero2 b3 no +fused; zero2 b4 sel +fused; zero2 no compile; none no +fused
-mix8 8b 1 4096 b8 mix    | plain:lora; lora rc +unmasked; lora rc group +unmasked; lora rc +unmasked +cudnn; lora rc +padding_free; lora rc pack; lora rc pack +varlen; lora b2 no pack +varlen +lean_adapters +fused; lora b4 no pack +varlen +lean_adapters +fused
-qlora8 8b 1 4096 b4      | plain:qlora; qlora no; qlora no +lean_adapters +fused; lora no +lean_adapters +fused
-mix4 4b 1 4096 b8 mix    | plain:z2; zero2 rc group +unmasked; zero2 rc pack +varlen; zero2 b2 no pack +varlen +fused; zero2 b3 no pack +varlen +fused
-lora14 14b 1 4096 b2     | plain:lora; lora b1x2 no; lora no +lean_adapters +fused; lora b4 sel +lean_adapters +fused
-lora32 32b 1 4096 b1     | plain:lora; lora rc +lean_adapters +fused; lora sel +lean_adapters +fused; lora no +lean_adapters +fused s2048
-full8x2 8b 2 4096 b2     | plain:z2; plain:z3; zero2 b1x2 no; zero2 b1x2 no +fused; zero2 no +fused; zero3 no; zero3 no +fused; zero3 sel +fused; zero2 b4 sel +fused; zero2 b1x2 no +fused zero_optimization.reduce_bucket_size=500000000; zero3 no +fused zero_optimization.stage3_prefetch_bucket_size=500000000
-full8 8b 4 4096 b2       | plain:z3; plain:z2; zero2 no; zero2 no +fused; zero2 b3 no +fused; zero3 no +fused; zero2 no +fused zero_optimization.reduce_bucket_size=500000000; zero3 no +fused zero_optimization.stage3_prefetch_bucket_size=500000000; zero2 no +fused +cudnn; zero2 b4 sel +fused; zero2 no +fused zero_optimization.round_robin_gradients=true; zero2 no compile
-full14 14b 4 4096 b2     | plain:z3; zero3 b1x2 no; zero3 b1x2 no +fused; zero3 no +fused; zero3 sel +fused; zero2 b1x2 no +fused
-scale 4b 1 4096 b2       | zero2 no +fused; zero3 no +fused
-scale 4b 2 4096 b2       | zero2 no +fused; zero3 no +fused
-scale 4b 4 4096 b2       | zero2 no +fused; zero3 no +fused
-scale8 8b 2 4096 b2      | zero2 rc +fused; zero3 rc +fused
+# A preset starts from the default features.  First what is to be shown: full fine-tunes, offload and scaling on 4 and 2
+# GPUs, then one GPU; after them each feature alone, then those that help together.
+FIRST = """
+full8 8b 4 4096 b2       | plain:z3; zero2 b2x4 no +fused; zero2 no +fused; zero3 no +fused
+off14 14b 4 4096 b1x8    | zero2 no +fused; zero2_offload no +fused; plain:z3o
 scale8 8b 4 4096 b2      | zero2 rc +fused; zero3 rc +fused
-off8 8b 2 4096 b2x8      | plain:z2o; zero3 b1x16 no +fused; zero3_offload_optimizer no +fused; zero3_offload_optimizer no +fused zero_optimization.offload_optimizer.super_offload=true; zero3_offload_optimizer no +fused zero_optimization.offload_optimizer.ratio=0.5; zero2_offload no +fused; plain:z3o
-off14 14b 4 4096 b1x8    | plain:z3o; zero3 no +fused; zero3_offload_optimizer no +fused; zero3_offload_optimizer no +fused zero_optimization.offload_optimizer.super_offload=true
+scale 4b 4 4096 b2       | zero2 no +fused; zero3 no +fused
+full14 14b 4 4096 b2     | plain:z3; zero3 no +fused
+scale8 8b 2 4096 b2      | zero2 rc +fused; zero3 rc +fused
+scale 4b 2 4096 b2       | zero2 no +fused; zero3 no +fused
+off8 8b 2 4096 b2x8      | zero2 b1x16 no +fused; zero2_offload no +fused; zero2_offload b4x4 sel +fused; plain:z3o
+scale 4b 1 4096 b2       | zero2 no +fused; zero3 no +fused
+full4 4b 1 4096 b2       | plain:z2; zero2 b2x4 no +fused; zero2 b4 no +fused
+lora8 8b 1 4096 b4       | plain:lora; lora b2x2 no +lean_adapters +fused; lora b2x2 no +lean_adapters +fused +cudnn; lora no +lean_adapters +fused
+mix8 8b 1 4096 b8 mix    | plain:lora; lora b2 no pack +varlen +lean_adapters +fused
+mix4 4b 1 4096 b8 mix    | plain:z2; zero2 b2 no pack +varlen +fused
+qlora8 8b 1 4096 b4      | lora rc +lean_adapters +fused; qlora rc +fused; lora sel +lean_adapters +fused; qlora sel +fused; plain:qlora
+lora14 14b 1 4096 b2     | plain:lora; lora b1x2 no +lean_adapters +fused; lora no +lean_adapters +fused
+lora32 32b 1 4096 b1     | plain:lora; lora rc +lean_adapters +fused
+"""  # noqa: E501 - a table
+
+LATER = """
+lora8 8b 1 4096 b4       | lora rc; lora b2x2 no; lora b1x4 no +lean_adapters +fused; lora b2x2 no +cudnn; lora b2x2 no +lean_adapters; lora b2x2 no +fused; lora_zero2 b2x2 no +fused; lora b2x2 no +lean_adapters +fused segments; lora b2x2 no compile; lora sel +lean_adapters +fused
+full4 4b 1 4096 b2       | zero2 rc; zero2 no; zero2 no +cudnn; zero2 no +fused; zero2 b3 no +fused; zero2 b4 sel +fused; zero2 no compile; none no +fused
+mix8 8b 1 4096 b8 mix    | lora rc +unmasked; lora rc group +unmasked; lora rc +unmasked +cudnn; lora rc +padding_free; lora rc pack; lora rc pack +varlen; lora b4 no pack +varlen +lean_adapters +fused
+qlora8 8b 1 4096 b4      | qlora no; qlora no +fused; lora no +lean_adapters +fused
+mix4 4b 1 4096 b8 mix    | zero2 rc group +unmasked; zero2 rc pack +varlen; zero2 b3 no pack +varlen +fused
+lora14 14b 1 4096 b2     | lora b4 sel +lean_adapters +fused
+lora32 32b 1 4096 b1     | lora sel +lean_adapters +fused; lora no +lean_adapters +fused s2048
+full8x2 8b 2 4096 b2     | plain:z2; plain:z3; zero2 b1x2 no; zero2 b1x2 no +fused; zero2 no +fused; zero3 no; zero3 no +fused; zero3 sel +fused; zero2 b4 sel +fused; zero2 b1x2 no +fused zero_optimization.reduce_bucket_size=500000000; zero3 no +fused zero_optimization.stage3_prefetch_bucket_size=500000000
+full8 8b 4 4096 b2       | plain:z2; zero2 no; zero2 b3 no +fused; zero2 no +fused zero_optimization.reduce_bucket_size=500000000; zero3 no +fused zero_optimization.stage3_prefetch_bucket_size=500000000; zero2 no +fused +cudnn; zero2 b4 sel +fused; zero2 no +fused zero_optimization.round_robin_gradients=true; zero2 no compile
+full14 14b 4 4096 b2     | zero3 b1x2 no; zero3 b1x2 no +fused; zero3 sel +fused; zero2 b1x2 no +fused
+off8 8b 2 4096 b2x8      | plain:z2o; zero3 b1x16 no +fused; zero3_offload_optimizer no +fused; zero3_offload_optimizer no +fused zero_optimization.offload_optimizer.super_offload=true; zero3_offload_optimizer no +fused zero_optimization.offload_optimizer.ratio=0.5
+off14 14b 4 4096 b1x8    | zero3 no +fused; zero3_offload_optimizer no +fused; zero2_offload b4x2 sel +fused; zero3_offload_optimizer no +fused zero_optimization.offload_optimizer.super_offload=true
 sp8 8b 2 65536 b1 ladder | long_context rc +fused; long_context rc s131072 +fused
 long8 8b 1 16384 b1 ladder | plain:lora s32768; lora rc s32768 +fused +lean_adapters; plain:lora s65536; lora rc s65536 +fused +lean_adapters; plain:lora s131072; lora rc s131072 +fused +lean_adapters; lora rc s262144 +fused +lean_adapters
-longf 8b 1 16384 b1 ladder | plain:z3o s32768; zero3_offload rc s32768 +fused; zero3_offload rc s65536 +fused; zero3_offload rc s131072 +fused
-long32 32b 1 8192 b1 ladder | plain:qlora s16384; qlora rc s16384 +fused; qlora rc s32768 +fused; qlora rc s65536 +fused
+longf 8b 1 16384 b1 ladder | plain:z3o s32768; zero3_offload rc s32768 +fused; plain:z3o s65536; zero3_offload rc s65536 +fused; plain:z3o s131072; zero3_offload rc s131072 +fused
+long32 32b 1 8192 b1 ladder | plain:qlora s16384; qlora rc s16384 +fused; plain:qlora s32768; qlora rc s32768 +fused; plain:qlora s65536; qlora rc s65536 +fused
 sp8x4 8b 4 131072 b1 ladder | long_context rc +fused; long_context rc s262144 +fused
 nvme 1.7b 1 4096 b2      | zero3_nvme rc
 onebit 1.7b 2 4096 b2    | ddp no; onebit_adam no optimizer.params.freeze_step=3; onebit_lamb no optimizer.params.freeze_step=3; zero_one_adam no optimizer.params.var_freeze_step=3
 """  # noqa: E501 - a table
+GRID = FIRST + LATER.lstrip()
 
 DRY = """
 one tiny 1 64 b2        | plain:lora; lora no +lean_adapters; plain:z2; zero2 rc; zero2 sel; none no; qlora no

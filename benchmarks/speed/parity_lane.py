@@ -19,7 +19,7 @@ def train(arm: Arm, task: dict[str, Any], gauge: Any, steps: list[dict[str, floa
     import transformers
     from datasets import load_dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer
-    from trl import ModelConfig, SFTTrainer, get_peft_config
+    from trl import ModelConfig, SFTTrainer, get_peft_config, get_quantization_config
 
     from hf_dsvllm import adapters
     from hf_dsvllm.arguments import full_dtype, resolve_preset
@@ -37,11 +37,16 @@ def train(arm: Arm, task: dict[str, Any], gauge: Any, steps: list[dict[str, floa
     dtype = "float32" if gauge.device == "cpu" else "bfloat16"
     config = ModelConfig(model_name_or_path=path, dtype=dtype, lora_target_modules="all-linear", lora_dropout=0.0)
     config.use_peft = arm.adapter is not None
+    config.load_in_4bit = config.use_bnb_nested_quant = arm.adapter == "qlora"
     if preset is not None:
         config.dtype = full_dtype(preset, gauge.device)
         adapters.apply_to_model_config(config, preset, device=gauge.device, full_dtype=config.dtype)
     gauge.begin("load")
-    model = AutoModelForCausalLM.from_pretrained(path, dtype=getattr(torch, config.dtype), attn_implementation="sdpa")
+    quantization = get_quantization_config(config)
+    placed = {"quantization_config": quantization, "device_map": {"": args.device}} if quantization else {}
+    model = AutoModelForCausalLM.from_pretrained(
+        path, dtype=getattr(torch, config.dtype), attn_implementation="sdpa", **placed
+    )
     gauge.mark("load", then="init")
     trainer = SFTTrainer(
         model=model,
@@ -52,6 +57,7 @@ def train(arm: Arm, task: dict[str, Any], gauge: Any, steps: list[dict[str, floa
     )
     features = arm.features if arm.kind == "preset" else ()
     said = apply(trainer, features)
+    lane.require_features(arm, args, said, gauge.device)
     with attention_order(features):
         trainer.train()
     gauge.mark("end")

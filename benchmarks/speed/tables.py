@@ -55,10 +55,10 @@ def host_lines(measured: Mapping[str, Any]) -> list[str]:
     name = (measured.get("one") or {}).get("device_name", "unknown device")
     text = (
         f"{host.get('gpus', '?')} x {name}, {host.get('cpus', '?')} CPUs, {host.get('date', '?')}; {versions}. Qwen3 "
-        "shapes, random weights and tokens. Tokens/s are real tokens, padding left out, of one GPU, over all steps "
-        "after the warm-up; of matmul: arithmetic of one token (recomputation not counted) times tokens/s over the "
-        "best product measured in the same run; predicted: the planner's formulas. Written by `python "
-        "benchmarks/train_speed.py`."
+        "shapes, random weights and tokens; LoRA of rank 16 without dropout. Tokens/s are real tokens, padding left "
+        "out, of one GPU, over all steps after the warm-up; of matmul: arithmetic of one token (recomputation not "
+        "counted) times tokens/s over the best product measured in the same run; predicted: the planner's formulas. "
+        "Written by `python benchmarks/train_speed.py`."
     )
     return [text]
 

@@ -14,7 +14,20 @@ import pytest
 
 BENCHMARKS = Path(__file__).resolve().parents[2] / "benchmarks"
 pytestmark = pytest.mark.skipif(not BENCHMARKS.is_dir(), reason="the benchmarks are in the repository only")
-OURS = ("arms", "figures", "tables", "lengths", "matrix", "train_speed", "measure", "rows", "parity")
+OURS = (
+    "lane",
+    "worker",
+    "gauges",
+    "arms",
+    "figures",
+    "tables",
+    "lengths",
+    "matrix",
+    "train_speed",
+    "measure",
+    "rows",
+    "parity",
+)
 
 
 @pytest.fixture(scope="module")
@@ -57,6 +70,37 @@ def test_the_words_of_an_arm_change_what_they_name(speed: Any) -> None:
     assert ours.batching == "packed"
     assert ours.deepspeed == (("zero_optimization.round_robin", True),)
     assert ours.tokens == 2 * 4 * 8192
+
+
+def test_what_the_issue_asks_for_comes_first(speed: Any) -> None:
+    every = speed.arms.arms()
+    first = speed.arms.arms(speed.arms.FIRST)
+    assert [arm.name for arm in every[: len(first)]] == [arm.name for arm in first]
+    worlds = [arm.world for arm in first]
+    assert worlds == sorted(worlds, reverse=True), "those of several GPUs before those that run side by side"
+    for case in ("off8", "off14"):  # offload and the same tokens without it
+        arms = [arm for arm in first if arm.case == case]
+        assert {arm.tokens for arm in arms} == {131_072}
+        assert {"zero2", "zero2_offload", "z3o"} <= {arm.preset for arm in arms}
+
+
+def test_what_offloads_has_time_to_fill_host_memory(speed: Any) -> None:
+    offloaded, other = speed.arms.parse("c 8b 2 4096 b2 | zero2_offload no; zero2 no")
+    assert (offloaded.limit_s(100.0), other.limit_s(100.0)) == (240.0, 100.0)
+    assert offloaded.limit_s(300.0) == 300.0
+
+
+def test_an_arm_whose_feature_was_left_out_fails(speed: Any) -> None:
+    import lane
+
+    (arm,) = speed.arms.parse("c 8b 1 4096 b2 | lora no +fused")
+    with pytest.raises(RuntimeError, match="liger-kernel"):
+        lane.require_features(arm, SimpleNamespace(use_liger_kernel=False), [], "cuda")
+    said = ["speed: varlen left out, because of something"]
+    with pytest.raises(RuntimeError, match="varlen left out, because"):
+        lane.require_features(arm, SimpleNamespace(use_liger_kernel=True), said, "cuda")
+    lane.require_features(arm, SimpleNamespace(use_liger_kernel=True), ["speed: done"], "cuda")
+    lane.require_features(arm, SimpleNamespace(use_liger_kernel=False), ["speed: x left out"], "cpu")
 
 
 @pytest.mark.parametrize("word", ["fast", "+unheard_of", "bx"])
@@ -162,8 +206,12 @@ def test_parity_compares_with_the_spread_between_seeds(speed: Any) -> None:
         **{f"p{i}": record("plain", "z2", loss) for i, loss in enumerate((1.0, 1.1, 1.2))},
         **{f"a{i}": record("preset", "zero2", loss) for i, loss in enumerate((1.1, 1.2, 1.3))},
         **{f"b{i}": record("preset", "zero3", loss) for i, loss in enumerate((1.5, 1.5, 1.5))},
+        **{f"l{i}": record("plain", "lora", loss) for i, loss in enumerate((3.0, 3.1))},
+        "q": record("plain", "qlora", 5.0),
+        "r": record("preset", "qlora", 5.0),
     }
     rows = {row["title"]: row for row in speed.parity.verdicts(results)}
     assert rows["zero2"]["within"]
     assert rows["zero2"]["difference"] == pytest.approx(0.1)
     assert not rows["zero3"]["within"]
+    assert rows["qlora"]["difference"] == 0, "QLoRA is compared with plain QLoRA"
