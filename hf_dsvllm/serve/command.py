@@ -25,7 +25,7 @@ from hf_dsvllm.engine.server import API_SERVER, FORKING_API_SERVER, SCRUBBED, SC
 from hf_dsvllm.errors import EngineError
 from hf_dsvllm.hardware import detect
 from hf_dsvllm.serve.gateway import find_envoy, gateway_config
-from hf_dsvllm.serve.life import supervised, wait_end, wait_ready
+from hf_dsvllm.serve.life import Supervised, supervised, wait_end, wait_ready
 from hf_dsvllm.serve.plan import Server, plan_servers
 from hf_dsvllm.serve.share import Share, need_of, share_gpus
 
@@ -80,8 +80,8 @@ class PlannedServer:
         line += ["--host", self.host, "--port", str(self.port)]
         if device == "cpu" and not _cpu_has_avx512():
             line += ["--dtype", "float32"]  # bf16 is emulated on such CPUs and several times slower
-        if max_model_len is not None:
-            line += ["--max-model-len", str(max_model_len)]
+        # auto (vLLM 0.14 on): the model's own length, or what the cache can hold; the model's alone would be refused.
+        line += ["--max-model-len", "auto" if max_model_len is None else str(max_model_len)]
         if self.share is not None and len(self.share.gpus) > 1:
             line += ["--tensor-parallel-size", str(len(self.share.gpus))]
         if self.share is not None and self.share.utilization is not None:
@@ -132,20 +132,19 @@ def serve(
     find_vllm(interpreter, device=chosen)
     envoy = None if gateway_line is None else find_envoy()
     with contextlib.ExitStack() as stack:
-        running = []
+        running: list[Supervised] = []
         for each, line in zip(planned, lines, strict=True):
             if chosen == "cpu":
                 line[1 : 1 + len(API_SERVER)] = FORKING_API_SERVER
             # One after the other: vLLM measures the memory that is free while it starts.
-            process = stack.enter_context(supervised(line, env | each.added_environment()))
-            running.append(process)
-            if not wait_ready(process, _url(each.host, each.port), each.server.names, key, ready_timeout_s):
+            what = f"vLLM of {' and '.join(each.server.names)}"
+            running.append(stack.enter_context(supervised(line, env | each.added_environment(), what)))
+            if not wait_ready(running, _url(each.host, each.port), each.server.names, key, ready_timeout_s):
                 return wait_end(running)
         if envoy is not None and gateway_line is not None:
-            gateway = stack.enter_context(supervised([envoy, *gateway_line], env))
-            running.append(gateway)
+            running.append(stack.enter_context(supervised([envoy, *gateway_line], env, "The gateway")))
             names = [called for each in planned for called in each.server.names]
-            if not wait_ready(gateway, _url(host, port), names, key, GATEWAY_READY_S, health=False):
+            if not wait_ready(running, _url(host, port), names, key, GATEWAY_READY_S, health=False):
                 return wait_end(running)
         _print_ready(planned, _url(host, port), keyed=bool(key))
         return wait_end(running)

@@ -49,10 +49,12 @@ def deployment(
     `serve_arguments` are those of `hf-dsvllm serve`, which the systemd unit runs.  EngineError for what a target lacks.
     """
     check_extra(extra)
+    if target in ("compose", "k8s"):
+        _check_services(planned)
     makers: Mapping[Target, Callable[[], str]] = {
         "compose": lambda: _compose(planned, host, port, max_model_len, extra),
         "k8s": lambda: _kubernetes(planned, port, max_model_len, extra),
-        "ray": lambda: _ray(planned, host, port, max_model_len),
+        "ray": lambda: _ray(planned, host, port, max_model_len, extra),
         "systemd": lambda: _systemd(planned, serve_arguments),
     }
     return makers[target]()
@@ -63,7 +65,8 @@ def _compose(
 ) -> str:
     services: dict[str, Any] = {}
     key = {"VLLM_API_KEY": "${VLLM_API_KEY:?set a key}"}
-    for number, each in enumerate(planned):
+    on_gpu: dict[tuple[int, ...], PlannedServer] = {}  # the last one on a shared GPU
+    for each in planned:
         mounts, line = _inside(each, max_model_len, extra, "0.0.0.0", PORT)
         services[_service(each)] = {
             "image": VLLM_IMAGE,
@@ -79,8 +82,10 @@ def _compose(
             "deploy": {"resources": {"reservations": {"devices": [
                 {"driver": "nvidia", "capabilities": ["gpu"], **_devices(each)}]}}},
         }  # fmt: skip
-        if number and _shares_gpu(each):  # vLLM measures the memory that is free while it starts
-            services[_service(each)]["depends_on"] = {_service(planned[number - 1]): {"condition": "service_healthy"}}
+        if each.share is not None and _shares_gpu(each):  # vLLM measures the memory that is free while it starts
+            if before := on_gpu.get(each.share.gpus):
+                services[_service(each)]["depends_on"] = {_service(before): {"condition": "service_healthy"}}
+            on_gpu[each.share.gpus] = each
     services["gateway"] = {
         "image": ENVOY_IMAGE,
         "command": ["envoy", "-c", f"{SETTINGS}/gateway.yaml"],
@@ -183,20 +188,32 @@ def _kube_service(name: str, port: int, inside: int) -> dict[str, Any]:
     }
 
 
-def _ray(planned: Sequence[PlannedServer], host: str, port: int, max_model_len: int | None) -> str:
+def _ray(
+    planned: Sequence[PlannedServer], host: str, port: int, max_model_len: int | None, extra: Sequence[str]
+) -> str:
+    problems = []
+    if extra:
+        problems.append(
+            f"Ray Serve starts vLLM without a command line, so {shlex.join(extra)} has no place in its file: write it "
+            "there under engine_kwargs, in the names of vllm.AsyncEngineArgs."
+        )
+    if any(_shares_gpu(each) for each in planned):
+        problems.append(
+            "Ray Serve starts its models at once, and vLLM measures the memory that is free while it starts, so two "
+            "cannot share a GPU: plan on a host with a GPU for each, or use --emit compose."
+        )
     if any(each.server.adapters for each in planned):
-        raise EngineError(
+        problems.append(
             "Ray Serve loads adapters from cloud storage by itself: make exports with everything merged for it "
             "(`hf-dsvllm export ADAPTER --out PATH`)."
         )
+    if problems:
+        raise EngineError("\n".join(problems))
     configs = []
     for each in planned:
         engine: dict[str, Any] = {"tensor_parallel_size": 1 if each.share is None else len(each.share.gpus)}
         if max_model_len is not None:
             engine["max_model_len"] = max_model_len
-        if _shares_gpu(each):
-            assert each.share is not None
-            engine["gpu_memory_utilization"] = each.share.utilization
         configs.append(
             {
                 "model_loading_config": {"model_id": each.server.name, "model_source": each.server.model},
@@ -231,6 +248,8 @@ After=network-online.target
 # VLLM_API_KEY=... goes into this file, readable by root alone
 EnvironmentFile=-/etc/hf-dsvllm/environment
 ExecStart={line}
+# A user of its own reads only what every user may: not an environment or a model below a home of mode 0700.
+# Keep both under /opt or /srv, or write User=YOU instead of the next line.
 DynamicUser=yes
 SupplementaryGroups=video
 StateDirectory=hf-dsvllm
@@ -287,6 +306,18 @@ def _service(each: PlannedServer) -> str:
     """A name that Compose, Kubernetes and DNS allow."""
     plain = re.sub(r"[^a-z0-9]+", "-", each.server.names[0].lower()).strip("-")
     return f"vllm-{plain}"[:63].rstrip("-")
+
+
+def _check_services(planned: Sequence[PlannedServer]) -> None:
+    """Names that differ only in what a service's name cannot have would become one service."""
+    named: dict[str, str] = {}
+    for each in planned:
+        other = named.setdefault(_service(each), each.server.names[0])
+        if other != each.server.names[0]:
+            raise EngineError(
+                f"{other} and {each.server.names[0]} would both be the service {_service(each)}: give one another "
+                "name, NAME=PATH."
+            )
 
 
 def _probe() -> dict[str, Any]:

@@ -18,14 +18,15 @@ from hf_dsvllm.engine import supervisor
 from hf_dsvllm.engine.registry import record_path
 from hf_dsvllm.errors import EngineError
 
-__all__ = ["supervised", "wait_end", "wait_ready"]
+__all__ = ["Supervised", "supervised", "wait_end", "wait_ready"]
 
 POLL_S = 0.5
 
 
 class Supervised(subprocess.Popen[bytes]):
-    """A supervised process; `asked` once it was sent one of our own signals."""
+    """A supervised process: `what` it is called in errors, `asked` once it was sent one of our own signals."""
 
+    what = ""
     asked = False
 
     def ask(self, number: int) -> None:
@@ -40,7 +41,7 @@ class Supervised(subprocess.Popen[bytes]):
 
 
 @contextlib.contextmanager
-def supervised(line: Sequence[str], env: Mapping[str, str]) -> Iterator[Supervised]:
+def supervised(line: Sequence[str], env: Mapping[str, str], what: str) -> Iterator[Supervised]:
     """Run vLLM under the supervisor with our output; SIGINT and SIGTERM are passed on; nothing is left afterwards."""
     engine_id = uuid.uuid4().hex[:16]
     read_end, write_end = os.pipe()
@@ -48,6 +49,7 @@ def supervised(line: Sequence[str], env: Mapping[str, str]) -> Iterator[Supervis
     command += ["--owner_pid", str(os.getpid()), "--engine_id", engine_id]
     command += ["--record", str(record_path(engine_id)), "--", *line]
     process = Supervised(command, stdin=subprocess.DEVNULL, env=dict(env), pass_fds=(read_end,), start_new_session=True)
+    process.what = what
     os.close(read_end)
     try:
         with _passing_signals(process):
@@ -73,7 +75,7 @@ def _passing_signals(process: Supervised) -> Iterator[None]:
 
 
 def wait_ready(
-    process: Supervised,
+    running: Sequence[Supervised],
     url: str,
     names: Sequence[str],
     key: str | None,
@@ -81,22 +83,26 @@ def wait_ready(
     *,
     health: bool = True,
 ) -> bool:
-    """True once /health answers and /v1/models lists all `names`; False if we were asked to stop meanwhile."""
+    """True once /health of the last one `running` answers and /v1/models lists all `names`.
+
+    False if we were asked to stop meanwhile; EngineError if it ends, or one that was ready before.
+    """
     deadline = time.monotonic() + timeout_s
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     with httpx.Client(base_url=url, headers=headers, timeout=5.0, trust_env=False) as client:
         while time.monotonic() < deadline:
-            if process.poll() is not None:
-                if process.ended_as_asked:
+            ended = next((process for process in running if process.poll() is not None), None)
+            if ended is not None:
+                if ended.ended_as_asked:
                     return False
-                what = "vLLM" if health else "The gateway"
-                raise EngineError(f"{what} did not start (exit code {process.returncode}); its output above says why.")
+                how = "did not start" if ended is running[-1] else f"ended while {running[-1].what} was starting"
+                raise EngineError(f"{ended.what} {how} (exit code {ended.returncode}); its output above says why.")
             with contextlib.suppress(httpx.HTTPError):
                 well = not health or client.get("/health").is_success
                 if well and set(names) <= set(_model_names(client.get("/v1/models"))):
                     return True
             with contextlib.suppress(subprocess.TimeoutExpired):
-                process.wait(POLL_S)
+                running[-1].wait(POLL_S)
     raise EngineError(f"{url} was not ready after {timeout_s:.0f} s; the output above says what it waits for.")
 
 

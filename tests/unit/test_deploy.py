@@ -74,6 +74,31 @@ def test_compose_files_are_valid_and_start_in_order(two: list[PlannedServer], tm
     assert gateway["ports"] == ["127.0.0.1:8080:8000"]
 
 
+def test_a_server_in_compose_waits_for_the_one_before_it_on_its_own_gpu(tmp_path: Path) -> None:
+    shares = [Share(gpus=(gpu,), utilization=0.4) for gpu in (0, 1, 0, 1)]
+    shares.insert(3, Share(gpus=(2,), utilization=None))
+    planned = plan([write_model(tmp_path / name) for name in "abcde"], shares)
+    services = yaml.safe_load(emit("compose", planned))["services"]
+    waits = {name: list(services[f"vllm-{name}"].get("depends_on", ())) for name in "abcde"}
+    assert waits == {"a": [], "b": [], "c": ["vllm-a"], "d": [], "e": ["vllm-b"]}
+
+
+@pytest.mark.parametrize("target", ["compose", "k8s"])
+def test_names_that_would_be_one_service_are_refused(tmp_path: Path, target: str) -> None:
+    planned = plan([write_model(tmp_path / "m.1"), write_model(tmp_path / "m-1")])
+    with pytest.raises(EngineError, match=r"m\.1 and m-1 would both be the service vllm-m-1"):
+        emit(target, planned)
+    assert len(yaml.safe_load(emit("ray", planned))["applications"][0]["args"]["llm_configs"]) == 2
+
+
+def test_what_ray_has_no_place_for_is_refused(tmp_path: Path) -> None:
+    models = [write_model(tmp_path / "small"), write_model(tmp_path / "large")]
+    with pytest.raises(EngineError, match=r"--max-num-seqs 64 has no place"):
+        emit("ray", plan(models), extra=["--max-num-seqs", "64"])
+    with pytest.raises(EngineError, match="cannot share a GPU"):
+        emit("ray", plan(models, [Share(gpus=(0,), utilization=0.4), Share(gpus=(0,), utilization=0.5)]))
+
+
 def test_a_single_model_is_reached_through_the_gateway_alone(tmp_path: Path) -> None:
     planned = plan([write_model(tmp_path / "orders")])
     document = yaml.safe_load(emit("compose", planned))
@@ -166,6 +191,7 @@ def test_the_systemd_unit_is_one_that_systemd_takes(two: list[PlannedServer], tm
     unit = tmp_path / "hf-dsvllm.service"
     unit.write_text(emit("systemd", two, serve_arguments=words))
     done = subprocess.run(["systemd-analyze", "verify", str(unit)], capture_output=True, text=True, check=False)
+    assert "0700" in unit.read_text()
     complaints = [line for line in done.stderr.splitlines() if "hf-dsvllm.service" in line]
     assert complaints == []
     line = next(text for text in unit.read_text().splitlines() if text.startswith("ExecStart="))

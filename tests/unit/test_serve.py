@@ -83,6 +83,10 @@ def test_an_export_is_served_under_its_folder_name(model: Path) -> None:
     assert line[-2:] == ["--seed", "1"]
 
 
+def test_without_a_length_vllm_fits_the_models_own_to_its_cache(model: Path) -> None:
+    assert after(vllm_command(model, python=PYTHON, device="cuda"), "--max-model-len") == "auto"
+
+
 def test_an_adapter_is_served_on_its_base(tmp_path: Path) -> None:
     adapter = write_adapter(tmp_path / "adapter")
     line = vllm_command(adapter, python=PYTHON, device="cuda", name="tuned")
@@ -357,4 +361,4 @@ def test_a_vllm_that_dies_at_once_is_an_error(model: Path, fake_vllm: Path, free
     process = start_serving(model, fake_vllm, free_port, extra=("--fail",))
     output, _ = process.communicate(timeout=60)
     assert process.returncode == 1
-    assert "vLLM did not start (exit code 3)" in output
+    assert "vLLM of orders did not start (exit code 3)" in output

@@ -281,6 +281,34 @@ def test_several_models_are_served_and_end_together(tmp_path: Path, fake_vllm: P
         assert detect_port_free("127.0.0.1", free_port)
 
 
+def test_a_server_that_ends_while_the_next_one_loads_is_an_error(
+    tmp_path: Path, fake_vllm: Path, free_port: int
+) -> None:
+    for name in ("small", "large"):
+        write_model(tmp_path / name)
+    stand_in = fake_vllm / "vllm" / "entrypoints" / "openai" / "api_server.py"
+    ends = (  # the first one: once it has answered; the second one loads until then
+        "import json, os, sys, threading, time\n"
+        "if 'small' in sys.argv:\n"
+        "    threading.Timer(3, os._exit, [5]).start()\n"
+        "else:\n"
+        "    time.sleep(60)\n"
+    )
+    stand_in.write_text(ends + stand_in.read_text())
+    script = (
+        "import sys; from hf_dsvllm.serve.command import serve; "
+        f"sys.exit(serve([{str(tmp_path / 'small')!r}, {str(tmp_path / 'large')!r}], port={free_port}, device='cpu'))"
+    )
+    env = {**os.environ, "PYTHONPATH": os.pathsep.join([str(fake_vllm), os.getcwd()])}
+    done = subprocess.run(
+        [sys.executable, "-c", script], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env,
+        timeout=50, check=False,
+    )  # fmt: skip
+    assert done.returncode == 1
+    assert "vLLM of small ended while vLLM of large was starting (exit code 5)" in done.stdout
+    assert "Ready:" not in done.stdout
+
+
 def test_the_printed_commands_are_the_servers_and_the_gateway(
     tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
