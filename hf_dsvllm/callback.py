@@ -48,7 +48,7 @@ class SessionCallback(TrainerCallback):
     def __init__(self, session: Session, trainer: Any) -> None:
         self.session = session
         self.trainer = trainer
-        self.late = session.late
+        self.late, self.streams = session.late, session.streams
         self.measure = RunMeasure()
         self.fresh: list[tuple[int, dict[str, float]]] = []
         self.passing_on: dict[str, float] | None = None
@@ -64,7 +64,8 @@ class SessionCallback(TrainerCallback):
         self._evaluated, self.fresh, self._failures = {}, [], 0  # a second train() begins with nothing of the first
         self._rounds.abandon()
         self.session.ready_engine(self.trainer)
-        self.late = self.session.ranks.broadcast(self.late)  # rank 0 knows where vLLM runs
+        # Rank 0 knows where vLLM runs, and what it was started for.
+        self.late, self.streams = self.session.ranks.broadcast((self.late, self.session.streams))
         wiring = read_wiring(self.trainer)
         check_wiring(wiring, self.session.preset, self.session.ds_config)
         say(f"running: {wiring.line()}")
@@ -147,7 +148,7 @@ class SessionCallback(TrainerCallback):
         started = time.monotonic()
         snapshot: Snapshot | None = None
         ours: LogProbs | None = None
-        sent, error = self._together(lambda: self._send(step) if publish_first and self.session.streams else None)
+        sent, error = self._together(lambda: self._send(step) if publish_first and self.streams else None)
         if error is None and publish_first and not self.session.ranks.broadcast(sent is not None):
             snapshot, error = self._together(lambda: self._publish(step))
         canary = self.session.canary
@@ -155,7 +156,7 @@ class SessionCallback(TrainerCallback):
             ours, error = self._together(lambda: canary.ask_trainer(self.trainer))
         self.trainer.model.train(training)
         if error is not None:
-            if self.session.streams:  # which may have woken the engine
+            if self.streams:  # which may have woken the engine
                 self._together(lambda: self.session.evaluator.rest() if is_main_process() else None)
             self._take([Round(step=step, scores={}, error=error)])
             return
@@ -167,6 +168,7 @@ class SessionCallback(TrainerCallback):
             ours=ours,
             publish_seconds=spent,
             now=lambda: int(self.trainer.state.global_step),
+            late=self.late and not wait,
         )
         self._rounds.begin(asked)
         if wait or not self.late:
@@ -239,7 +241,7 @@ class SessionCallback(TrainerCallback):
             self._evaluated[done.step] = scores
             self.fresh.append((done.step, scores))
             log_through_trainer(self.trainer, scores, step=done.step)
-            if self.session.streams:
+            if self.streams:
                 self._publish_a_best(done)
             if is_main_process():
                 self._keep(done)
@@ -266,7 +268,7 @@ class SessionCallback(TrainerCallback):
         say(done.result.line() + ("" if done.step == now else f", known at step {now}"))
         run_dir, name = self.session.run_dir, f"step-{done.step}"
         log_samples(self.trainer.args, run_dir, done.step)
-        kept = steers(self.trainer.args) or not self.session.streams  # a stream that went by disk once is no best
+        kept = steers(self.trainer.args) or not self.streams  # a stream that went by disk once is no best
         if kept and (run_dir / "snapshots" / name).is_dir():  # neither the untrained model nor streamed away
             kind = "adapter" if hasattr(self.trainer.model, "peft_config") else "full"
             try:

@@ -12,6 +12,8 @@ from typing import Any
 import torch
 
 from hf_dsvllm.console import say
+from hf_dsvllm.engine.bodies import TransferBackend
+from hf_dsvllm.engine.capabilities import why_no_transfer
 from hf_dsvllm.engine.remote import RemoteServer
 from hf_dsvllm.engine.server import EngineServer, EngineSpec, find_vllm
 from hf_dsvllm.engine_size import EngineSize, gpus_needed, load_config, size_engine
@@ -65,16 +67,17 @@ def follow_adapters(model: Any, spec: EngineSpec, merge_base: Path | None) -> Pa
 def engine_spec(model: Path | str, place: Place, size: EngineSize, args: Any, model_args: Any) -> EngineSpec:
     """What `start_engine` starts."""
     gpus = place.gpus[: tensor_parallel_size(place, args, model_args)] if place.device == "cuda" else ()
+    python = find_vllm(Path(args.vllm_python) if args.vllm_python else None)
     return EngineSpec(
         model=model,
-        python=find_vllm(Path(args.vllm_python) if args.vllm_python else None),
+        python=python,
         device=place.device,
         dtype="float32" if place.device == "cpu" else "bfloat16",
         max_model_len=size.max_model_len,
         max_lora_rank=model_args.lora_r if model_args.use_peft and not size.merge_adapters else None,
         kv_cache_bytes=size.kv_cache_bytes,
         tensor_parallel_size=max(1, len(gpus)),
-        weight_transfer=("ipc" if place.kind == "shared" else "nccl") if place.stream else None,
+        weight_transfer=transfer_backend(place, python) if place.stream else None,
         sleep_mode=place.stream and place.kind == "shared",
         enforce_eager=not size.compiled,
         seed=args.seed,
@@ -82,6 +85,16 @@ def engine_spec(model: Path | str, place: Place, size: EngineSize, args: Any, mo
         visible_devices=",".join(gpus) or None,
         cpu_threads=place.cpu_threads,
     )
+
+
+def transfer_backend(place: Place, python: Path) -> TransferBackend | None:
+    """How weights go from GPU to GPU; None, and said why, where a vLLM prepared for it would not even start."""
+    backend: TransferBackend = "ipc" if place.kind == "shared" else "nccl"
+    why = why_no_transfer(python, backend)
+    if why is None:
+        return backend
+    say(f"weights go to vLLM by disk: {why}")
+    return None
 
 
 def tensor_parallel_size(place: Place, args: Any, model_args: Any) -> int:

@@ -56,7 +56,7 @@ def choose_place(args: Any, device: str, launch: Launch, visible: Sequence[str])
         stream = wants_stream(args) and not (late and steers(args))
         return Place(kind=kind, gpus=free, late=late, stream=stream, reason=why)
     if kind == "shared":
-        mine = visible[launch.local_rank]
+        mine = visible[launch.local_rank % len(visible)]  # a launcher may show each process its own GPU only
         others = tuple(gpu for gpu in visible[: launch.local_world_size] if gpu != mine)
         why = f"GPU {mine}, shared with the trainer's main process, {meanwhile}"
         return Place(kind=kind, gpus=(mine, *others), late=late, stream=wants_stream(args), reason=why)

@@ -123,8 +123,9 @@ class Session:
 
     @property
     def streams(self) -> bool:
-        """Whether weights go to vLLM from GPU to GPU."""
-        return self.place is not None and self.place.stream
+        """Whether weights go to vLLM from GPU to GPU; what rank 0 says holds, since it has started the engine."""
+        wanted = self.place is not None and self.place.stream
+        return wanted and (self.server is None or self.server.spec.weight_transfer is not None)
 
     @property
     def ds_config(self) -> dict[str, Any] | None:

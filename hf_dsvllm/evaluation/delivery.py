@@ -22,6 +22,7 @@ from hf_dsvllm.export.adapter_format import servable_adapter
 from hf_dsvllm.export.merged_copy import merged_copy, same_shape
 from hf_dsvllm.export.source import local_base
 from hf_dsvllm.live.snapshot import Snapshot
+from hf_dsvllm.tensors.fourbit import beside_training
 
 __all__ = ["Asked", "Delivery"]
 
@@ -34,7 +35,8 @@ class Asked:
 
     They are in `snapshot`, or in the engine already (`sent`), or those the engine started from (neither).  `ours` are
     the trainer's log-probabilities of the canary's prompts at that step, None where it cannot be asked.
-    `publish_seconds`: what training has spent on it.  `now` tells the step training has reached meanwhile.
+    `publish_seconds`: what training has spent on it.  `now` tells the step training has reached meanwhile; `late`:
+    training goes on meanwhile.
     """
 
     step: int
@@ -43,6 +45,7 @@ class Asked:
     ours: LogProbs | None = None
     publish_seconds: float = 0.0
     now: Callable[[], int] | None = None
+    late: bool = False
 
 
 class Delivery:
@@ -90,6 +93,10 @@ class Delivery:
         Weights that turn out to be others are sent once more to an engine started anew.  EngineError if they cannot be
         brought there or proven; what was streamed goes by disk from then on.
         """
+        with beside_training() if asked.late else contextlib.nullcontext():
+            return self._deliver(asked)
+
+    def _deliver(self, asked: Asked) -> tuple[SyncResult, str | None]:
         pushed = asked.sent or self._push(asked.snapshot)
         if asked.ours is None or self.canary is None:
             return pushed, None

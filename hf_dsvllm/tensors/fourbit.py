@@ -6,8 +6,10 @@ the adapter's own effect.  So the base is quantised again, exactly as transforme
 
 from __future__ import annotations
 
+import contextlib
+import contextvars
 import shutil
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,12 +23,30 @@ from hf_dsvllm.tensors.shards import write_shards
 from hf_dsvllm.tensors.staging import CPU
 from hf_dsvllm.tensors.weights import TensorFolder, TensorPlan, check_free_disk
 
-__all__ = ["MERGE_BYTES_PER_ELEMENT", "dequantised_base", "merge_place", "quantised_weights", "round_trip"]
+__all__ = [
+    "MERGE_BYTES_PER_ELEMENT",
+    "beside_training",
+    "dequantised_base",
+    "merge_place",
+    "quantised_weights",
+    "round_trip",
+]
 
 # fp32 weight, product, merged value and norm of one element; measured on DoRA, the most expensive kind
 MERGE_BYTES_PER_ELEMENT = 16
 # Left free on a GPU that a trainer may still be using
 GPU_MARGIN_BYTES = 2 << 30
+_beside_training: contextvars.ContextVar[bool] = contextvars.ContextVar("beside_training", default=False)
+
+
+@contextlib.contextmanager
+def beside_training() -> Iterator[None]:
+    """Merging in the block leaves the GPU alone: what is free on it now, the next training step may need."""
+    token = _beside_training.set(True)
+    try:
+        yield
+    finally:
+        _beside_training.reset(token)
 
 
 def quantised_weights(base: Path, quantization: Mapping[str, Any]) -> frozenset[str]:
@@ -74,9 +94,10 @@ def merge_place(largest_bytes: int) -> tuple[torch.device, int | None]:
     """Where tensors are merged of which one takes up to `largest_bytes`, and the bytes that all may take there.
 
     The GPU, and what is free on it but for a margin; the CPU (whose memory is bounded by who writes) where there is
-    none or no room for even one.
+    none, no room for even one, or a trainer at work (`beside_training`).
     """
-    free = torch.cuda.mem_get_info()[0] - GPU_MARGIN_BYTES if torch.cuda.is_available() else 0
+    usable = torch.cuda.is_available() and not _beside_training.get()
+    free = torch.cuda.mem_get_info()[0] - GPU_MARGIN_BYTES if usable else 0
     return (torch.device("cuda", torch.cuda.current_device()), free) if free > largest_bytes else (CPU, None)
 
 

@@ -176,6 +176,17 @@ def test_a_snapshot_of_a_resumed_run_is_loaded_only_over_weights_that_scored_les
     assert bool(loads) == restored
 
 
+def test_every_rank_streams_or_not_as_the_main_process_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Rank 0's vLLM may be one that takes no stream, which the others cannot see."""
+    monkeypatch.setattr(callback_module, "read_wiring", lambda _: SimpleNamespace(line=lambda: ""))
+    monkeypatch.setattr(callback_module, "check_wiring", lambda *_: None)
+    nothing = {"ready_engine": lambda _: None, "start_record": lambda *_: None, "preset": None, "ds_config": None}
+    callback = made(tmp_path, streams=True, evaluates=False, **nothing)
+    callback.session.ranks.main_says = [(False, False)]  # type: ignore[attr-defined]
+    callback.on_train_begin(callback.trainer.args, callback.trainer.state, TrainerControl())
+    assert not callback.streams
+
+
 def test_weights_that_were_sent_and_not_asked_about_put_the_engine_to_sleep_again(tmp_path: Path) -> None:
     rested: list[int] = []
 

@@ -77,6 +77,38 @@ def test_what_no_right_engine_sends_is_refused() -> None:
     assert "at most" in judge(OURS, one_token, tolerance=BF16).sentence
 
 
+# -- as it was recorded (benchmarks/results/2026-11-23-weights-into-vllm-2xH200.md)
+
+LOGITS_SPREAD = 0.02 * math.sqrt(4096)  # of a random model: its output head's deviation times its normed state's length
+RANDOM_8B: LogProbs = tuple(
+    tuple(random.Random(64 * row + at).gauss(-math.log(151_936) - LOGITS_SPREAD**2 / 2, LOGITS_SPREAD)
+          for at in range(63)) for row in range(3)
+)  # fmt: skip
+
+
+def away(mean_abs: float, seed: int = 5) -> LogProbs:
+    """RANDOM_8B with differences of that mean size: the mean of |x| is deviation * sqrt(2 / pi)."""
+    return numbers(seed, mean_abs / math.sqrt(2 / math.pi), RANDOM_8B)
+
+
+@pytest.mark.parametrize("right", [0.06, 0.08, 0.12, 0.17])
+@pytest.mark.parametrize("stale", [0.43, 1.07, 1.40, 1.87])
+def test_recorded_differences_of_right_weights_pass_and_those_of_stale_ones_do_not(right: float, stale: float) -> None:
+    before = away(stale, seed=6)
+    for previous in (None, before):
+        assert judge(RANDOM_8B, away(right), previous, tolerance=BF16).ok
+        assert not judge(RANDOM_8B, numbers(7, right, before), previous, tolerance=BF16).ok
+
+
+def test_a_trained_model_and_float32_are_held_to_no_less_than_a_fixed_number() -> None:
+    trained = tuple(tuple(-random.Random(at).expovariate(0.5) for at in range(63)) for _ in range(3))
+    assert BF16.mean_for(trained) == 0.15
+    assert not judge(trained, numbers(8, 0.25, trained), tolerance=BF16).ok
+    float32 = TOLERANCES["float32"]
+    assert float32.mean_for(RANDOM_8B) == 1e-3
+    assert not judge(RANDOM_8B, away(0.002), tolerance=float32).ok
+
+
 # -- on a model
 
 

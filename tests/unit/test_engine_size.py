@@ -12,6 +12,7 @@ from transformers import LlamaConfig, Qwen3Config
 
 from hf_dsvllm import engine_size
 from hf_dsvllm.engine_size import decode_steps, gpus_needed, kv_bytes_per_token, size_engine
+from hf_dsvllm.engine_start import transfer_backend
 from hf_dsvllm.errors import ConfigError
 from hf_dsvllm.placement import Place
 from hf_dsvllm.task_settings import TaskSettings
@@ -144,3 +145,18 @@ def test_an_engine_spreads_over_as_many_gpus_as_its_weights_need(
             gpus_needed(place, asked, weights_bytes, 80 * GIB, CONFIG)
     else:
         assert gpus_needed(place, asked, weights_bytes, 80 * GIB, CONFIG) == expected
+
+
+@pytest.mark.parametrize(
+    ("kind", "version", "transfer"),
+    [("shared", "0.26.0", None), ("shared", "0.27.1", "ipc"), ("spare", "0.26.0", "nccl")],
+)
+def test_a_vllm_that_would_not_start_for_a_stream_is_started_for_the_disk(
+    kind: Any, version: str, transfer: str | None, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    python = tmp_path / "python"
+    python.write_text(f'#!/bin/sh\necho \'{{"version": "{version}", "ray": false}}\'\n')
+    python.chmod(0o755)
+    place = Place(kind=kind, gpus=("0",), stream=True, reason="a test")
+    assert transfer_backend(place, python) == transfer
+    assert ("weights go to vLLM by disk: vLLM 0.26.0 imports ray" in capsys.readouterr().err) == (transfer is None)

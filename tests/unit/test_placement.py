@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import os
 from types import SimpleNamespace
 from typing import Any
@@ -52,6 +53,12 @@ def test_gpus_the_trainer_leaves_free_are_taken_first_and_do_not_hold_training_u
     assert (place.kind, place.gpus, place.late) == (kind, gpus, late)
     assert ("shared with the trainer" in place.reason) == (kind == "shared")
     assert ("while training goes on" in place.reason) == late
+
+
+def test_a_process_that_sees_one_gpu_shares_that_one_whatever_its_rank() -> None:
+    third = dataclasses.replace(launch(4), rank=3, local_rank=3)
+    place = choose_place(asked(), "cuda", third, ["GPU-cc"])
+    assert (place.kind, place.gpus) == ("shared", ("GPU-cc",))
 
 
 def test_a_server_that_is_named_is_used_wherever_training_runs() -> None:

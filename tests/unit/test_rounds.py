@@ -20,6 +20,7 @@ from hf_dsvllm.evaluation.rounds import Rounds
 from hf_dsvllm.live.restore import restore
 from hf_dsvllm.live.snapshot import Snapshot
 from hf_dsvllm.ranks import Ranks
+from hf_dsvllm.tensors.fourbit import merge_place
 
 
 def answered(asked: Asked) -> Any:
@@ -239,3 +240,18 @@ def test_streamed_weights_that_turn_out_to_be_others_are_told_to_who_streams(
     with pytest.raises(EngineError):
         delivery.deliver(Asked(step=4, sent=sent, ours=((0.0,),)))
     assert sync.distrusted == told
+
+
+@pytest.mark.parametrize("late", [True, False])
+def test_adapters_are_merged_on_the_cpu_while_training_may_need_the_gpu(
+    late: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda: (64 << 30, 80 << 30))
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 0)
+    places: list[str] = []
+    delivery, _ = shared(tmp_path, Sync())
+    monkeypatch.setattr(delivery, "_push", lambda _: places.append(merge_place(1 << 20)[0].type))
+    delivery.deliver(Asked(step=4, late=late))
+    assert places == ["cpu" if late else "cuda"]
+    assert merge_place(1 << 20)[0].type == "cuda"
