@@ -71,12 +71,12 @@ class Tolerance:
 
 
 # float32: transformers and vLLM on CPUs were 5e-7 to 9e-7 apart in the mean, 6e-6 at most (tiny Llama, vLLM 0.32, full,
-# LoRA and QLoRA: tests/integration/test_canary.py); deeper models add up more.  16 bit: on random 8B shapes (H200, vLLM
-# 0.26, benchmarks/results/2026-11-23-weights-into-vllm-2xH200.md) right weights were 0.06 to 0.17 away in the mean, stale
-# ones 0.43 to 1.87, where all weights had changed more than 1.  The mean |log p| of such a model is about 12.8 by formula
-# (log of 151,936 tokens plus half the variance of the logits), so that these are 0.5 to 1.3 % and 3.4 to 15 %.
-# RELATIVE_16_BIT, 2.3 %, is six roundings of bf16 (2**-8 each).  A trained model, with a mean |log p| of a few nats, is
-# held to `mean`.
+# LoRA and QLoRA: tests/integration/test_canary.py); deeper models add up more.
+# 16 bit: on random 8B shapes (H200, vLLM 0.26, benchmarks/results/2026-11-23-weights-into-vllm-2xH200.md) right weights
+# were 0.06 to 0.17 away in the mean, stale ones 0.43 to 1.87, where all weights had changed more than 1.  The mean
+# |log p| of such a model is about 12.8 by formula (log of 151,936 tokens plus half the variance of the logits), so that
+# these are 0.5 to 1.3 % and 3.4 to 15 %.  RELATIVE_16_BIT, 2.3 %, is six roundings of bf16 (2**-8 each).  A trained
+# model, with a mean |log p| of a few nats, is held to `mean`.
 RELATIVE_16_BIT = 6 / 256
 TOLERANCES = {
     "float32": Tolerance(mean=1e-3, max=0.02),
