@@ -133,12 +133,14 @@ def show_preset(
         device="cpu" if cpu else "cuda",
         nvme_path=nvme_path.absolute() if nvme_path else None,
     )
-    print(json.dumps(build(preset, shape), indent=2))
-    _explain(preset, processes, "cpu" if cpu else "cuda")
+    config = build(preset, shape)
+    print(json.dumps(config, indent=2))
+    _explain(preset, config, processes, "cpu" if cpu else "cuda")
 
 
-def _explain(preset: Preset, processes: int, device: str) -> None:
+def _explain(preset: Preset, config: dict[str, Any] | None, processes: int, device: str) -> None:
     from hf_dsvllm.adapters import trl_flags
+    from hf_dsvllm.ds_config import explain
     from hf_dsvllm.features import FEATURES
 
     console = Console(stderr=True, highlight=False, soft_wrap=True)
@@ -151,8 +153,8 @@ def _explain(preset: Preset, processes: int, device: str) -> None:
         line(f"  needs or knows: {constraint}")
     if not preset.uses_deepspeed:
         line("  no DeepSpeed: leave --deepspeed out")
-    for setting in preset.deepspeed:
-        line(f"  {setting.key} = {setting.value}: {setting.why}")
+    for key, value, why in explain(preset, config):
+        line(f"  {key} = {json.dumps(value)}: {why}")
     precision = "--bf16 false" if device == "cpu" else "--bf16 true"
     line(f"\nArgument defaults (kept as you set them otherwise)\n  {precision}: "
          + ("CPUs train in float32" if device == "cpu" else "unless --fp16 is set"))  # fmt: skip

@@ -7,15 +7,31 @@ that follow the hidden size) and fixes everything else, so that the JSON can be 
 from __future__ import annotations
 
 import dataclasses
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
 from hf_dsvllm.presets import Preset
 
-__all__ = ["RunShape", "build", "get_key", "set_key", "swap_buffer_elements", "zero_stage"]
+__all__ = ["RunShape", "build", "explain", "get_key", "set_key", "swap_buffer_elements", "zero_stage"]
 
 # Elements of the largest parameter when the model is not known: a 152k x 8192 embedding has 1.25e9.
 _NVME_BUFFER_ELEMENTS_UNKNOWN_MODEL = 1_300_000_000
+
+# Why `build` sets what no preset names; those of presets stand in the catalogue.
+_WHY = {
+    "bf16.enabled": "as --bf16 says",
+    "fp16.enabled": "as --fp16 says",
+    "train_micro_batch_size_per_gpu": "as --per_device_train_batch_size says",
+    "gradient_accumulation_steps": "as --gradient_accumulation_steps says",
+    "train_batch_size": "the product of both and the number of processes",
+    "gradient_clipping": "as --max_grad_norm says; omitted, DeepSpeed clips at 1.0 whatever that is",
+    "offload_optimizer.device": "where the optimizer's states and its step are, instead of on the GPU",
+    "offload_param.device": "where weights are between their uses, instead of on the GPU",
+    "nvme_path": "as --nvme_path says",
+    "buffer_size": "elements: one rank's part of the largest parameter must fit in, or DeepSpeed stops in an assertion",
+    "buffer_count": "parts in host memory at a time, DeepSpeed's default",
+}
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -57,6 +73,31 @@ def build(preset: Preset, shape: RunShape) -> dict[str, Any] | None:
     if shape.device == "cpu":
         _adapt_to_cpu(config)
     return config
+
+
+def explain(preset: Preset, config: dict[str, Any] | None) -> list[tuple[str, Any, str]]:
+    """(dotted key, value, why) for every value of the configuration that `build` made of `preset`, in its order."""
+    by_preset = {setting.key: setting.why for setting in preset.deepspeed}
+    return [(key, value, _why(key, value, preset, by_preset)) for key, value in _leaves(config or {})]
+
+
+def _why(key: str, value: Any, preset: Preset, by_preset: Mapping[str, str]) -> str:
+    block, _, last = key.rpartition(".")
+    if key == "zero_optimization.stage":
+        return f"shards {preset.shards}"
+    if last == "overlap_comm" and not value:
+        return "gloo has no streams to overlap with"
+    if last == "pin_memory":
+        return "copies at the full rate of the host link" if value else "needs a CUDA driver, which is not here"
+    return by_preset.get(key) or _WHY.get(key) or _WHY.get(f"{block.rpartition('.')[2]}.{last}") or _WHY[last]
+
+
+def _leaves(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    for key, value in config.items():
+        if isinstance(value, Mapping):
+            yield from _leaves(value, f"{prefix}{key}.")
+        else:
+            yield f"{prefix}{key}", value
 
 
 def _add_offload(config: dict[str, Any], preset: Preset, shape: RunShape) -> None:

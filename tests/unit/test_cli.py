@@ -106,6 +106,14 @@ def test_a_preset_is_shown_as_the_exact_json(name: str, run: Run, tmp_path: Path
     assert ("--use_peft" in err) == (get_preset(name).adapter is not None)
 
 
+def test_every_value_of_the_json_is_shown_with_its_reason(run: Run, tmp_path: Path) -> None:
+    _, out, err = run("presets", "show", "zero3_nvme", "--num_processes", "2", "--nvme_path", str(tmp_path))
+    assert json.loads(out)["zero_optimization"]["offload_param"]["buffer_count"] == 5
+    for line in ('zero_optimization.offload_param.device = "nvme": ', 'bf16.enabled = "auto": as --bf16 says',
+                 'train_batch_size = "auto": ', "offload_optimizer.pin_memory = true: "):  # fmt: skip
+        assert line in err
+
+
 def test_dashes_are_as_good_as_underscores(run: Run, tmp_path: Path) -> None:
     with_underscores = run("presets", "show", "zero3_nvme", "--num_processes", "4", "--nvme_path", str(tmp_path))
     with_dashes = run("presets", "show", "zero3-nvme", "--num-processes", "4", "--nvme-path", str(tmp_path))

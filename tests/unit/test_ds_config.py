@@ -10,7 +10,7 @@ from typing import Any
 
 import pytest
 
-from hf_dsvllm.ds_config import RunShape, build, get_key, set_key, zero_stage
+from hf_dsvllm.ds_config import RunShape, build, explain, get_key, set_key, zero_stage
 from hf_dsvllm.presets import available_presets, every_preset, get_preset
 from tests.golden.regenerate import FOLDER, golden_configs
 
@@ -25,6 +25,26 @@ def test_there_is_a_golden_file_for_every_configuration_and_no_other() -> None:
 @pytest.mark.parametrize("name", CONFIGS)
 def test_a_configuration_is_exactly_its_golden_file(name: str) -> None:
     assert json.loads((FOLDER / name).read_text(encoding="utf-8")) == CONFIGS[name], REGENERATE
+
+
+def leaves(config: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    found: dict[str, Any] = {}
+    for key, value in config.items():
+        found |= leaves(value, f"{prefix}{key}.") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return found
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+@pytest.mark.parametrize("name", [*(preset.name for preset in every_preset() if preset.uses_deepspeed), "zero3+lora"])
+def test_every_value_has_a_reason(name: str, device: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hf_dsvllm.presets.select.deepspeed_has_onebit", lambda: True)
+    preset = get_preset(name)
+    config = build(preset, RunShape(world_size=4, gpus_per_node=4, device=device, nvme_path=Path("/nvme")))
+    assert config is not None
+    explained = explain(preset, config)
+    assert {key: value for key, value, _ in explained} == leaves(config)
+    assert [key for key, _, why in explained if not why.strip()] == []
+    assert explain(get_preset("lora"), None) == []
 
 
 @pytest.fixture(scope="module")
