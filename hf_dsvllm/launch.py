@@ -70,7 +70,7 @@ def processes_asked_for(command: Sequence[str]) -> int | None:
     if start is None:
         return None
     for flag, value in itertools.pairwise(words[start + 1 :]):
-        if flag.endswith(".py"):
+        if flag.endswith(".py") or (flag in ("-m", "--module") and not value.startswith("-")):
             return None
         if flag in ("--num_processes", "--num-processes", "-n") and value.isdigit():
             return int(value)

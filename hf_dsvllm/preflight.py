@@ -51,9 +51,18 @@ def read_user_config(args: Any) -> tuple[dict[str, Any] | None, list[Problem]]:
 
 
 def preset_problems(
-    args: Any, preset: Preset, launch: Launch, device: str, user_config: dict[str, Any] | None
+    args: Any,
+    preset: Preset,
+    launch: Launch,
+    device: str,
+    user_config: dict[str, Any] | None,
+    *,
+    more_processes: str = "torchrun --nproc_per_node {} SCRIPT …",
 ) -> list[Problem]:
-    """What the preset needs and this run, machine or installation lacks; `user_config` is a rival to the preset's."""
+    """What the preset needs and this run, machine or installation lacks; `user_config` is a rival to the preset's.
+
+    `more_processes` is how N processes are asked for.
+    """
     problems = []
     if user_config is not None and preset.uses_deepspeed:
         problems.append(
@@ -70,7 +79,7 @@ def preset_problems(
         problems.append(
             Problem(
                 f"preset {preset.name} needs {preset.min_processes} processes or more, {launch.world_size} was started",
-                f"torchrun --nproc_per_node {preset.min_processes} SCRIPT …",
+                more_processes.replace("{}", str(preset.min_processes)),
             )
         )
     if preset.needs_onebit and device != "cuda":

@@ -1,8 +1,8 @@
 """What `hf-dsvllm run` was asked for: the script, its own arguments, and ours, wherever they stand.
 
 Ours are those of `PresetFields`.  They are recognised anywhere after the script (`--ds_preset zero3`,
-`--ds-preset=zero3`), in the script's `--config FILE.yaml` and in its `<script>.args` file; everything else stays the
-script's, in its order.
+`--ds-preset=zero3`), in the script's YAML or JSON and in its `<script>.args` file; everything else stays the script's,
+in its order.
 """
 
 from __future__ import annotations
@@ -10,18 +10,16 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import difflib
-import importlib.util
-import sys
+import itertools
 import types
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import Any, get_args, get_type_hints
-
-import yaml
 
 from hf_dsvllm.adapters import ALL_LINEAR
 from hf_dsvllm.errors import ConfigError, Problem
 from hf_dsvllm.fields import PresetFields, added_fields
+from hf_dsvllm.run.script_files import ConfigFile, args_file, config_file
+from hf_dsvllm.run.target import Target, find_target
 
 __all__ = [
     "COMMAND_LINE",
@@ -29,15 +27,24 @@ __all__ = [
     "AdapterOptions",
     "Command",
     "Given",
+    "is_launch_option",
     "nearest_of_ours",
     "read_command",
     "read_rank",
+    "says_yes",
 ]
 
 COMMAND_LINE = "the command line"
 # The variable that names where a failing rank leaves its exit code: torchrun turns every code into 1.
 EXIT_FILE = "HF_DSVLLM_EXIT_FILE"
+# The shortest name that counts as an abbreviation, which argparse would complete.
+SHORTEST = 5
 _BOOLS = {**dict.fromkeys(("yes", "true", "t", "y", "1"), True), **dict.fromkeys(("no", "false", "f", "n", "0"), False)}
+# Options of `hf-dsvllm run`, which stand before the script; those of adapters are flags of TRL's as well.
+LAUNCH_OPTIONS = frozenset(
+    ("num_processes", "accelerate_config", "dry_run", "module", "nnodes", "node_rank", "master_addr", "master_port",
+     "rdzv_backend", "rdzv_endpoint", "rdzv_id", "rdzv_conf", "max_restarts", "local_addr")
+)  # fmt: skip
 # How a word becomes a value of each kind there is, and what is wanted where it does not.
 _READ: dict[Any, Callable[[str], Any]] = {bool: lambda text: _BOOLS[text.lower()], int: int, float: float, str: str}
 _WANTED = {bool: "true or false", int: "a whole number", float: "a number"}
@@ -86,14 +93,19 @@ class Given:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Command:
-    """A script to run.  `path` is None for a module; `words` is everything from the script on, as typed."""
+    """A script to run; `words` is everything from the script on, as typed.
 
-    target: str
-    path: Path | None
+    `own` are the script's arguments by name, each as its last and strongest place has it: the configuration file, the
+    .args file, the command line.  A flag without a value is "true".
+    """
+
+    target: Target
     script_args: tuple[str, ...]
     given: Mapping[str, Given]
     adapter: AdapterOptions
     words: tuple[str, ...]
+    own: Mapping[str, str] = dataclasses.field(default_factory=dict)
+    config: ConfigFile | None = None
 
     def value(self, name: str) -> Any:
         """The value of one of our arguments, its default where it was not given."""
@@ -110,33 +122,31 @@ def read_command(words: Sequence[str], *, module: bool = False, adapter: Adapter
 
     `trl sft …` stands for the script of that name in the installed TRL.
     """
-    words = list(words)
-    problems: list[Problem] = []
-    target, rest, path = words[0], words[1:], None
-    if target == "trl" and not module and rest:
-        path, trouble = _trl_script(rest.pop(0))
-        problems += trouble
-        target = str(path)
-    elif not module:
-        path = Path(target)
-        problems += _script_problems(path)
+    target, rest, problems = find_target(list(words), module=module)
     script_args, ours, trouble = split(rest)
     problems += trouble
-    places = [{name: Given(value, COMMAND_LINE) for name, value in ours.items()}]
-    for place, values, trouble in (_from_yaml(script_args), _from_args_file(path)):
-        problems += trouble
-        places.append({name: Given(value, place) for name, value in values.items()})
-    given, trouble = _merge(places)
+    args_name, args_words = args_file(target.file)
+    args_own, args_ours, trouble = split(args_words)
     problems += trouble
+    config, trouble = config_file(script_args)
+    problems += trouble
+    config_own, config_ours, trouble = _from_config(config)
+    problems += trouble
+    found = {COMMAND_LINE: ours, args_name: args_ours, config.typed if config else "": config_ours}
+    given, trouble = _merge([{name: Given(v, place) for name, v in values.items()} for place, values in found.items()])
+    problems += trouble
+    if not problems:
+        problems += _misspelt(target, script_args)
     if problems:
         raise ConfigError(problems)
     return Command(
         target=target,
-        path=path,
         script_args=tuple(script_args),
         given=given,
         adapter=adapter or AdapterOptions(),
         words=tuple(words),
+        own={**config_own, **_flags(args_own), **_flags(script_args)},
+        config=config,
     )
 
 
@@ -149,7 +159,9 @@ def read_rank(argv: Sequence[str]) -> Command:
     parser.add_argument("--lora_dropout", type=float)
     parser.add_argument("--lora_target_modules", type=lambda text: tuple(text.split(",")))
     parser.add_argument("words", nargs=argparse.REMAINDER, metavar="SCRIPT …")
-    options = parser.parse_args(list(argv))
+    options, before = parser.parse_known_args(list(argv))
+    if before:
+        raise ConfigError([Problem(f"{before[0]} stands before the script", "put it after the script")])
     if not options.words:
         parser.error("which script?")
     names = [field.name for field in dataclasses.fields(AdapterOptions)]
@@ -176,19 +188,77 @@ def split(words: Sequence[str]) -> tuple[list[str], dict[str, Any], list[Problem
             rest.append(word)
         else:
             values = [text] if sign else _take(_KINDS[name], words)
-            value, problem = _convert(name, values)
+            value, problem = _convert(name, values, next(iter(words), ""))
+            problems += problem or _twice(name, ours, value)
             ours[name] = value
-            problems += problem
     return rest, ours, problems
 
 
-def nearest_of_ours(flag: str, *, cutoff: float = 0.9) -> str | None:
-    """Our argument that `flag` may have been meant to be; None when none is near."""
-    name = flag.partition("=")[0].lstrip("-").replace("-", "_")
+def _twice(name: str, ours: Mapping[str, Any], value: Any) -> list[Problem]:
+    """A flag that stands there again with another value: argparse would drop the first without a word."""
+    if ours.get(name, value) == value:
+        return []
+    both = [" ".join(v) if isinstance(v, list) else str(v) for v in (ours[name], value)]
+    fix = f"--{name} {' '.join(both)}" if _KINDS[name] == list[str] else "leave one of them out"
+    return [Problem(f"--{name} is given twice: {both[0]}, then {both[1]}", fix)]
+
+
+def _name(flag: str) -> str:
+    return flag.partition("=")[0].lstrip("-").replace("-", "_")
+
+
+def nearest_of_ours(flag: str) -> str | None:
+    """Our argument that `flag` may have been meant to be, or abbreviates; None when none is near."""
+    name = _name(flag)
     if name in _KINDS:
         return None
-    near = difflib.get_close_matches(name, added_fields(), n=1, cutoff=cutoff)
+    whole = [field for field in added_fields() if len(name) >= SHORTEST and field.startswith(name)]
+    near = whole or difflib.get_close_matches(name.removeprefix("no_"), added_fields(), n=1, cutoff=0.9)
     return f"--{near[0]}" if near else None
+
+
+def is_launch_option(flag: str) -> bool:
+    """Whether `hf-dsvllm run` has an option of this name, which counts before the script only."""
+    return _name(flag) in LAUNCH_OPTIONS
+
+
+def says_yes(value: str | None) -> bool:
+    """Whether an argument of the script is switched on: given, and not as "false" or the like."""
+    return value is not None and _BOOLS.get(value.lower(), True)
+
+
+def _misspelt(target: Target, script_args: Sequence[str]) -> list[Problem]:
+    """Flags that are nobody's: near one of ours, or an option of the command in a script that reads no arguments.
+
+    A script need not complain of what it does not know, and then would train without.  What is mentioned in the
+    script, or in a file beside it, is its own.
+    """
+    flags = [word for word in script_args[: _end(script_args)] if word.startswith("--")]
+    near = {flag: ours for flag in flags if (ours := nearest_of_ours(flag)) is not None}
+    moved = [flag for flag in flags if is_launch_option(flag)] if target.takes_no_arguments else []
+    return [
+        Problem(
+            f"{flag} is not one of ours, nor is it in the script",
+            f"did you mean {near[flag]}?" if flag in near else f"hf-dsvllm run {flag} … SCRIPT: before the script",
+        )
+        for flag in (*near, *moved)
+        if not target.mentions(_name(flag))
+    ]
+
+
+def _end(words: Sequence[str]) -> int:
+    """Where flags end."""
+    return list(words).index("--") if "--" in words else len(words)
+
+
+def _flags(words: Sequence[str]) -> dict[str, str]:
+    """The script's flags and the first value of each."""
+    found = {}
+    for flag, after in itertools.pairwise([*words[: _end(words)], "--"]):
+        if flag.startswith("--"):
+            _, sign, text = flag.partition("=")
+            found[_name(flag)] = text if sign else "true" if after.startswith("--") else after
+    return found
 
 
 def _take(kind: Any, words: list[str]) -> list[str]:
@@ -205,10 +275,12 @@ def _take(kind: Any, words: list[str]) -> list[str]:
     return taken
 
 
-def _convert(name: str, texts: Sequence[str]) -> tuple[Any, list[Problem]]:
+def _convert(name: str, texts: Sequence[str], after: str = "") -> tuple[Any, list[Problem]]:
+    """The value of one of ours; `after` is the word that follows where there are no texts."""
     kind = _KINDS[name]
     if not texts:
-        return None, [Problem(f"--{name} has no value", f"--{name} VALUE, or leave it out")]
+        this = f"--{name}={after} if {after} is the value, " if kind is str and after.startswith("--") else ""
+        return None, [Problem(f"--{name} has no value", f"{this}--{name} VALUE, or leave it out")]
     if kind == list[str]:
         return list(texts), []
     try:
@@ -232,33 +304,18 @@ def _convert_yaml(name: str, value: Any) -> tuple[Any, list[Problem]]:
     return (value if kind is str else texts), []
 
 
-def _from_yaml(script_args: Sequence[str]) -> tuple[str, dict[str, Any], list[Problem]]:
-    """Our arguments in the YAML file that TRL's parser will read."""
-    if "--config" not in script_args[:-1]:
-        return "", {}, []
-    file = Path(script_args[list(script_args).index("--config") + 1])
-    if file.suffix not in (".yaml", ".yml"):
-        return "", {}, []
-    try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        return "", {}, [Problem(f"--config {file} cannot be read: {error}", "correct the file or its name")]
+def _from_config(config: ConfigFile | None) -> tuple[dict[str, str], dict[str, Any], list[Problem]]:
+    """The script's own values of its YAML or JSON as texts, ours, and what is wrong with ours."""
+    own: dict[str, str] = {}
     ours: dict[str, Any] = {}
     problems = []
-    for name, value in content.items() if isinstance(content, dict) else ():
+    for name, value in config.values.items() if config is not None else ():
         if name in _KINDS:
             ours[name], trouble = _convert_yaml(name, value)
-            problems += [dataclasses.replace(problem, fix=f"{problem.fix}, in {file}") for problem in trouble]
-    return str(file), ours, problems
-
-
-def _from_args_file(path: Path | None) -> tuple[str, dict[str, Any], list[Problem]]:
-    """Our arguments in `<script>.args`, which HfArgumentParser puts in front of the command line."""
-    file = path.with_suffix(".args") if path is not None else None
-    if file is None or not file.is_file():
-        return "", {}, []
-    _, ours, problems = split(file.read_text(encoding="utf-8").split())
-    return str(file), ours, problems
+            problems += [dataclasses.replace(p, fix=f"{p.fix}, in {config.typed}") for p in trouble]
+        elif value is not None:
+            own[name] = str(value)
+    return own, ours, problems
 
 
 def _merge(places: Sequence[Mapping[str, Given]]) -> tuple[dict[str, Given], list[Problem]]:
@@ -276,27 +333,3 @@ def _merge(places: Sequence[Mapping[str, Given]]) -> tuple[dict[str, Given], lis
                     )
                 )
     return merged, problems
-
-
-def _script_problems(path: Path) -> list[Problem]:
-    if path.is_file():
-        return []
-    folder = path.parent if path.parent.is_dir() else Path()
-    files = [str(file) if path.parent == folder else file.name for file in folder.glob("*.py")]
-    near = difflib.get_close_matches(str(path), files, n=3, cutoff=0.4)
-    what = f"script {path} is a folder" if path.is_dir() else f"script {path} does not exist"
-    fix = f"did you mean {', '.join(near)}?" if near else f"no script of a similar name is in {folder.absolute()}"
-    return [Problem(what, fix)]
-
-
-def _trl_script(name: str) -> tuple[Path, list[Problem]]:
-    """TRL's own script; found without importing TRL, which takes seconds."""
-    spec = importlib.util.find_spec("trl")
-    if spec is None or not spec.submodule_search_locations:
-        return Path("trl"), [Problem("trl is not installed", f"{sys.executable} -m pip install trl")]
-    folder = Path(next(iter(spec.submodule_search_locations))) / "scripts"
-    path = folder / f"{name}.py"
-    if path.is_file() and "def make_parser" in path.read_text(encoding="utf-8"):
-        return path, []
-    names = sorted(f.stem for f in folder.glob("*.py") if "training_args" in f.read_text(encoding="utf-8"))
-    return path, [Problem(f"trl {name} is no training script of the installed TRL", f"one of {', '.join(names)}")]

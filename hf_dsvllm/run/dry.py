@@ -5,13 +5,17 @@ from __future__ import annotations
 import json
 import re
 import shlex
+from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from hf_dsvllm.adapters import ALL_LINEAR, trl_flags
 from hf_dsvllm.auto import is_auto
+from hf_dsvllm.fields import added_fields
 from hf_dsvllm.presets import Preset
-from hf_dsvllm.run.command import Command
+from hf_dsvllm.run.command import Command, says_yes, split
 from hf_dsvllm.run.parent import Plan
+from hf_dsvllm.run.script_files import args_file
 from hf_dsvllm.run.state import TASK_TYPES
 
 __all__ = ["as_text"]
@@ -22,7 +26,7 @@ LORA = {"lora_r": 16, "lora_alpha": 32, "lora_dropout": 0.05, "lora_target_modul
 
 def as_text(plan: Plan) -> str:
     """The resolved command, environment, DeepSpeed JSON and changed defaults, then the version without this package."""
-    lines = [f"# hf-dsvllm run, not started. Script: {plan.command.target}"]
+    lines = [f"# hf-dsvllm run, not started. Script: {plan.command.target.name}"]
     lines += [f"# {reason}" for reason in plan.reasons]
     lines += ["", "# what would be started"]
     lines.append(_shell(plan.words, plan.environment, comment=True))
@@ -60,28 +64,26 @@ def _left_out(plan: Plan) -> str:
 
 def _without_us(plan: Plan) -> list[str]:
     preset, command = plan.preset, plan.command
-    source = command.path.read_text(encoding="utf-8", errors="replace") if command.path is not None else ""
-    parses = "HfArgumentParser" in source or "TrlParser" in source or command.path is None
+    source = command.target.source
+    parses = "HfArgumentParser" in source or "TrlParser" in source or command.target.file is None
     knows_peft = "ModelConfig" in source
-    target = ["-m", command.target] if command.path is None else [command.target]
-    words = [*plan.launcher, *target, *command.script_args]
-    environment = dict(plan.environment)
-    lines = []
+    lines, changed, environment = [], {}, dict(plan.environment)
     if plan.ds_config is not None and preset is not None:
         file = f"ds_{preset.name.replace('+', '_')}.json"
-        lines += [f"cat > {file} <<'JSON'", json.dumps(plan.ds_config, indent=2), "JSON"]
+        lines += _file(file, json.dumps(plan.ds_config, indent=2))
         if parses:
-            words += ["--deepspeed", file]
+            changed["deepspeed"] = file
         else:
             lines.append("# the script makes its TrainingArguments itself: accelerate hands the file to them")
             environment |= {"ACCELERATE_USE_DEEPSPEED": "true", "ACCELERATE_DEEPSPEED_CONFIG_FILE": file}
-    if preset is not None and parses:
-        words += ["--bf16", "false" if plan.device == "cpu" else "true"]
-        words += ["--use_cpu", "true"] if plan.device == "cpu" else []
-        words += [word for setting in preset.arguments for word in (f"--{setting.key}", str(setting.value))]
-    elif preset is not None and preset.arguments:
-        values = ", ".join(f"{setting.key}={setting.value!r}" for setting in preset.arguments)
-        lines.append(f"# and in its TrainingArguments: {values}")
+    if preset is not None:
+        changed |= _changed(preset, plan.device, command)
+    if changed and not parses:
+        values = ", ".join(f"{name}={value!r}" for name, value in changed.items())
+        lines.append(f"# and in its TrainingArguments, where it leaves them alone: {values}")
+    more, script_args = _script_args(command, changed if parses else {})
+    lines += more
+    words = [*plan.launcher, *(["-m"] if command.target.path is None else []), command.target.name, *script_args]
     if knows_peft:
         words += _adapter_flags(plan, "RewardConfig" in source)
     elif preset is not None and preset.adapter:
@@ -89,9 +91,50 @@ def _without_us(plan: Plan) -> list[str]:
     return [*lines, _shell(words, environment)]
 
 
+def _file(name: str, text: str) -> list[str]:
+    return [f"cat > {shlex.quote(name)} <<'HF_DSVLLM_END'", text, "HF_DSVLLM_END"]
+
+
+def _script_args(command: Command, changed: Mapping[str, Any]) -> tuple[list[str], list[str]]:
+    """Lines before the command, and the script's arguments with what is changed and without what is ours.
+
+    Its YAML or JSON is copied without our keys; one that is its only argument must stay so, and takes the changes.  The
+    .args file is found by the script's name: what has to go from it is said.
+    """
+    config, args, lines = command.config, list(command.script_args), []
+    alone = config is not None and args == [config.typed]
+    if config is not None and (alone or set(config.values) & set(added_fields())):
+        old = Path(config.typed)
+        new = f"{old.stem}_without_hf_dsvllm{old.suffix}"
+        text = config.text_without(added_fields(), changed if alone else {})
+        lines += [f"# {old} without the arguments of this package", *_file(new, text)]
+        args = [word.removesuffix(config.typed) + new if word.endswith(config.typed) else word for word in args]
+    name, words = args_file(command.target.file)
+    rest, ours, _ = split(words)
+    if ours:
+        lines.append(f"# FIRST take {', '.join(f'--{key}' for key in ours)} out of {name}, which then reads:")
+        lines.append(f"#   {shlex.join(rest)}")
+    flags = [word for name, value in changed.items() for word in (f"--{name}", _typed(value))]
+    return lines, args if alone else [*args, *flags]
+
+
+def _changed(preset: Preset, device: str, command: Command) -> dict[str, Any]:
+    """The arguments that a run changes: nothing that its user has typed, but for what a CPU needs."""
+    changed = {setting.key: setting.value for setting in preset.arguments if setting.key not in command.own}
+    decided = any(setting.key == "bf16" for setting in preset.arguments)
+    if device == "cpu":
+        changed = ({} if decided else {"bf16": False}) | {"use_cpu": True} | changed
+    elif not decided and "bf16" not in command.own and not says_yes(command.own.get("fp16")):
+        changed = {"bf16": True} | changed
+    return {name: value for name, value in changed.items() if command.own.get(name, "").lower() != _typed(value)}
+
+
+def _typed(value: object) -> str:
+    return str(value).lower() if isinstance(value, bool) else str(value)
+
+
 def _adapter_flags(plan: Plan, rewards: bool) -> list[str]:
     """TRL's own flags for the preset's adapter, but for those the script has been given, and the command's options."""
-    typed = {word.partition("=")[0].replace("-", "_") for word in plan.command.script_args}
     flags: dict[str, list[str]] = {}
     for word in trl_flags(plan.preset, plan.device) if plan.preset is not None else ():
         if word.startswith("--"):
@@ -100,7 +143,7 @@ def _adapter_flags(plan: Plan, rewards: bool) -> list[str]:
             values.append(word)
     if rewards and flags:
         flags["--lora_task_type"] = ["SEQ_CLS"]  # as `for_arguments` settles a reward model
-    flags = {flag: values for flag, values in flags.items() if flag.replace("-", "_") not in typed}
+    flags = {flag: values for flag, values in flags.items() if flag[2:] not in plan.command.own}
     for name, value in plan.command.adapter.chosen().items():
         flags[f"--{name}"] = [str(v) for v in (value if isinstance(value, list) else [value])]
     return [word for flag, values in flags.items() for word in (flag, *values)]

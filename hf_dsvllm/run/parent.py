@@ -1,7 +1,4 @@
-"""The command `hf-dsvllm run`: check what can be checked without torch, choose the processes, start the launcher.
-
-The launcher is torchrun, or `accelerate launch` with `--accelerate_config`; nothing here distributes anything.
-"""
+"""The command `hf-dsvllm run`: check what can be checked without torch, start the launcher, end with it."""
 
 from __future__ import annotations
 
@@ -14,13 +11,12 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import FrameType
 from typing import Any
 
 import psutil
-import yaml
 
 from hf_dsvllm.auto import is_auto
 from hf_dsvllm.console import say
@@ -31,30 +27,16 @@ from hf_dsvllm.hardware import detect, usable_cpus
 from hf_dsvllm.launch import Launch
 from hf_dsvllm.preflight import evaluation_problems, preset_problems
 from hf_dsvllm.presets import Preset, get_preset
-from hf_dsvllm.run.command import EXIT_FILE, Command, nearest_of_ours
+from hf_dsvllm.run.command import EXIT_FILE, Command, is_launch_option
+from hf_dsvllm.run.launcher import LaunchOptions, Start, choose_start
+from hf_dsvllm.run.script_files import read_mapping
 
 __all__ = ["LaunchOptions", "Plan", "make_plan", "run_command", "start"]
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
 FORWARDED = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP)
+NOHUP = (signal.SIGHUP, signal.SIG_IGN)
 GRACE_S = 30.0  # as torchrun gives its ranks between SIGTERM and SIGKILL
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class LaunchOptions:
-    """What stands before the script.  `torchrun` are its own multi-node options, as typed."""
-
-    num_processes: str = "auto"
-    accelerate_config: Path | None = None
-    torchrun: tuple[str, ...] = ()
-    module: bool = False
-
-    @property
-    def nodes(self) -> int:
-        """The N of --nnodes; for an elastic MIN:MAX the least."""
-        values = [b for a, b in zip(self.torchrun, self.torchrun[1:], strict=False) if a == "--nnodes"]
-        text = values[-1].partition(":")[0] if values else "1"
-        return int(text) if text.isdigit() else 1
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -87,40 +69,51 @@ class _Known(PresetFields):
 def make_plan(options: LaunchOptions, command: Command) -> Plan:
     """The launcher's command line for `command`; raises ConfigError with every problem found without torch."""
     problems: list[Problem] = []
-    reasons: list[str] = []
     preset = _preset(command, problems)
-    gpus = len(detect().gpus)
-    device = "cpu" if "--use_cpu" in command.script_args or not gpus else "cuda"
-    processes = _processes(options, preset, gpus, device, problems, reasons)
-    known = _Known(**{name: command.value(name) for name in added_fields()})
-    world = Launch(
-        rank=0, local_rank=0, world_size=processes * options.nodes, local_world_size=processes, launched=True,
-        asked_processes=None,
-    )  # fmt: skip
-    if preset is not None:
-        problems += preset_problems(known, preset, world, device, None)
-    problems += evaluation_problems(known, world, device)
-    problems += _rivals(options, command, preset)
-    problems += _forgotten(command)
+    start, trouble, reasons = choose_start(options, command, preset, len(detect().gpus))
+    problems += trouble
+    if not command.asks_for_help:
+        problems += _shortcomings(options, command, preset, start)
     if problems:
         raise ConfigError(problems)
+    reasons += [
+        f"{word} is left to the script: as an option of `hf-dsvllm run` it would stand before it"
+        for word in command.script_args
+        if is_launch_option(word) and word.startswith("--")
+    ]
     shape = RunShape(
-        world_size=world.world_size,
-        gpus_per_node=processes,
-        device="cuda" if device == "cuda" else "cpu",
-        nvme_path=Path(known.nvme_path or ".").absolute(),
+        world_size=start.processes * start.machines,
+        gpus_per_node=start.processes,
+        device="cuda" if start.device == "cuda" else "cpu",
+        nvme_path=Path(command.value("nvme_path") or ".").absolute(),
     )
     return Plan(
         command=command,
-        launcher=_launcher(options, processes, reasons),
+        launcher=start.launcher,
         rank=("-m", "hf_dsvllm.run", *command.adapter.words(), *(["-m"] if options.module else []), *command.words),
-        environment=_environment(preset, processes, reasons),
+        environment=_environment(preset, start.processes, reasons),
         preset=preset,
-        processes=processes,
-        device=device,
+        processes=start.processes,
+        device=start.device,
         ds_config=build(preset, shape) if preset is not None else None,
         reasons=tuple(reasons),
     )
+
+
+def _shortcomings(options: LaunchOptions, command: Command, preset: Preset | None, start: Start) -> list[Problem]:
+    """What preset and evaluation need and are not given."""
+    known = _Known(**{name: command.value(name) for name in added_fields()})
+    world = Launch(
+        rank=0, local_rank=0, world_size=start.processes * start.machines, local_world_size=start.processes,
+        launched=True, asked_processes=None,
+    )  # fmt: skip
+    problems = []
+    if preset is not None:
+        problems += preset_problems(known, preset, world, start.device, None, more_processes=start.more_processes)
+    problems += evaluation_problems(known, world, start.device)
+    problems += _rivals(options, command, preset)
+    problems += _nothing_asked(command)
+    return problems
 
 
 def start(plan: Plan) -> int:
@@ -144,7 +137,9 @@ def start(plan: Plan) -> int:
             got.append(number)
             process.send_signal(number if len(got) == 1 else signal.SIGKILL)
 
-        before = {number: signal.signal(number, forward) for number in FORWARDED}
+        # Under nohup a SIGHUP is to end nothing.
+        caught = [number for number in FORWARDED if (number, signal.getsignal(number)) != NOHUP]
+        before = {number: signal.signal(number, forward) for number in caught}
         try:
             code = process.wait()
             if got:
@@ -152,7 +147,7 @@ def start(plan: Plan) -> int:
         finally:
             for number, handler in before.items():
                 signal.signal(number, handler)
-        if got:
+        if got and code:  # with code 0 the launcher had finished by itself
             return 128 + got[0]
         left = code_file.read_text(encoding="utf-8") if code_file.exists() else ""
     if code < 0:
@@ -201,25 +196,6 @@ def _preset(command: Command, problems: list[Problem]) -> Preset | None:
         return None
 
 
-def _processes(
-    options: LaunchOptions, preset: Preset | None, gpus: int, device: str, problems: list[Problem], reasons: list[str]
-) -> int:
-    """Processes on this machine: as asked, else one a GPU, else one."""
-    if options.num_processes != "auto":
-        if options.num_processes.isdigit() and int(options.num_processes) > 0:
-            return int(options.num_processes)
-        problems.append(Problem(f"--num_processes {options.num_processes} is no number of processes", "auto, 1, 2, …"))
-        return 1
-    if preset is not None and preset.name == "none":
-        reasons.append("1 process: preset none is for one")
-        return 1
-    if device == "cpu":
-        reasons.append("1 process: no GPU is used (--num_processes N starts more)")
-        return 1
-    reasons.append(f"{gpus} processes: one for each GPU of this machine")
-    return gpus
-
-
 def _rivals(options: LaunchOptions, command: Command, preset: Preset | None) -> list[Problem]:
     """Another DeepSpeed configuration beside the preset's: in the script's arguments, or in accelerate's file."""
     if preset is None or not preset.uses_deepspeed:
@@ -232,72 +208,37 @@ def _rivals(options: LaunchOptions, command: Command, preset: Preset | None) -> 
                 "drop one: `hf-dsvllm presets show NAME` prints a preset's JSON, to edit and pass as --deepspeed",
             )
         )
-    file = _script_yaml(command.script_args)
-    if file is not None and _read_yaml(file).get("deepspeed"):
+    if command.config is not None and command.config.values.get("deepspeed"):
+        file = command.config.typed
         problems.append(
             Problem(
                 f"{file} sets deepspeed and the command line --ds_preset {preset.name}: two DeepSpeed configurations",
                 f"take deepspeed out of {file}, or drop --ds_preset",
             )
         )
-    accelerate = _read_yaml(options.accelerate_config) if options.accelerate_config else {}
+    file = options.accelerate_config
+    accelerate = read_mapping(file, "")[0] if file is not None else {}
     if accelerate.get("distributed_type") in ("DEEPSPEED", "FSDP"):
         problems.append(
             Problem(
-                f"{options.accelerate_config} says distributed_type: {accelerate['distributed_type']}, and preset "
-                f"{preset.name} brings a DeepSpeed configuration of its own",
-                f"distributed_type: MULTI_GPU in {options.accelerate_config}, or drop --ds_preset",
+                f"{file} says distributed_type: {accelerate['distributed_type']}, and preset {preset.name} brings a "
+                "DeepSpeed configuration of its own",
+                f"distributed_type: MULTI_GPU in {file}, or drop --ds_preset",
             )
         )
     return problems
 
 
-def _script_yaml(script_args: Sequence[str]) -> Path | None:
-    words = list(script_args)
-    if "--config" not in words[:-1]:
-        return None
-    file = Path(words[words.index("--config") + 1])
-    return file if file.suffix in (".yaml", ".yml") and file.is_file() else None
-
-
-def _read_yaml(file: Path) -> dict[str, Any]:
-    try:
-        content = yaml.safe_load(file.read_text(encoding="utf-8"))
-    except (OSError, yaml.YAMLError) as error:
-        raise ConfigError([Problem(f"{file} cannot be read: {error}", "correct the file or its name")]) from None
-    return content if isinstance(content, dict) else {}
-
-
-def _forgotten(command: Command) -> list[Problem]:
-    """Nothing of ours was asked for: a misspelt flag, or a command that plain torchrun would do as well."""
-    if command.given or command.asks_for_help:
+def _nothing_asked(command: Command) -> list[Problem]:
+    """A command that plain torchrun would do as well."""
+    if command.given:
         return []
-    words = [word for word in command.script_args if word.startswith("--")]
-    meant = next(((word, near) for word in words if (near := nearest_of_ours(word)) is not None), None)
-    hint = (
-        f"{meant[0]} is not one of ours: {meant[1]}?" if meant else "--ds_preset NAME; `hf-dsvllm presets` lists them"
-    )
-    return [Problem("neither --ds_preset nor --gen_eval_file is given: there is nothing to add to the script", hint)]
-
-
-def _launcher(options: LaunchOptions, processes: int, reasons: list[str]) -> tuple[str, ...]:
-    if options.accelerate_config is not None:
-        asked = () if options.num_processes == "auto" else ("--num_processes", options.num_processes)
-        reasons.append(f"accelerate launch: {options.accelerate_config} says how processes are started")
-        return (
-            sys.executable,
-            "-m",
-            "accelerate.commands.launch",
-            "--config_file",
-            str(options.accelerate_config),
-            *asked,
+    return [
+        Problem(
+            "neither --ds_preset nor --gen_eval_file is given: there is nothing to add to the script",
+            "--ds_preset NAME; `hf-dsvllm presets` lists them",
         )
-    rendezvous = options.torchrun
-    if not rendezvous:
-        # A free port of loopback, so that several runs on one machine do not meet.
-        rendezvous = ("--nnodes", "1", "--rdzv-backend", "c10d", "--rdzv-endpoint", "127.0.0.1:0")
-        rendezvous += ("--local-addr", "127.0.0.1")
-    return (sys.executable, "-m", "torch.distributed.run", *rendezvous, "--nproc_per_node", str(processes))
+    ]
 
 
 def _environment(preset: Preset | None, processes: int, reasons: list[str]) -> dict[str, str]:

@@ -16,7 +16,7 @@ from pathlib import Path
 
 from hf_dsvllm.console import EXIT_CODE, end_process_group, friendly_errors, say, say_error
 from hf_dsvllm.errors import DsvllmError
-from hf_dsvllm.run.command import EXIT_FILE, Command, nearest_of_ours, read_rank
+from hf_dsvllm.run.command import EXIT_FILE, Command, is_launch_option, read_rank
 from hf_dsvllm.run.doors import install
 from hf_dsvllm.run.lines import without_our_frames
 from hf_dsvllm.run.state import Run
@@ -24,11 +24,6 @@ from hf_dsvllm.run.state import Run
 __all__ = ["execute", "main"]
 
 PR_SET_PDEATHSIG = 1  # linux/prctl.h
-_LAUNCH_OPTIONS = {
-    f"__{name}"
-    for name in ("num_processes", "accelerate_config", "dry_run", "module", "nnodes", "node_rank", "master_addr",
-                 "master_port", "rdzv_backend", "rdzv_endpoint", "rdzv_id", "rdzv_conf", "max_restarts", "local_addr")
-}  # fmt: skip
 
 
 def main(argv: Sequence[str]) -> int:
@@ -67,6 +62,8 @@ def _run(command: Command, run: Run) -> int:
         traceback.print_exception(without_our_frames(error))
         code = 1
     if code:
+        if run.failed is not None:  # the script caught it
+            say_error(run.failed)
         _explain_flags(command)
         return code
     if run.failed is not None:
@@ -81,13 +78,14 @@ def _run(command: Command, run: Run) -> int:
 
 def execute(command: Command) -> None:
     """Run the script or module as `__main__`: `sys.argv`, `sys.path[0]`, `__file__` and pickling as under python."""
-    sys.argv = [command.target, *command.script_args]
-    if command.path is None:
-        runpy.run_module(command.target, run_name="__main__", alter_sys=True)
+    name, path = command.target.name, command.target.path
+    sys.argv = [name, *command.script_args]
+    if path is None:
+        runpy.run_module(name, run_name="__main__", alter_sys=True)
         return
     if not sys.flags.safe_path:
-        sys.path[0] = str(command.path.resolve().parent)
-    file = os.path.abspath(command.target)  # as python does since 3.9
+        sys.path[0] = str(path.resolve().parent)
+    file = os.path.abspath(name)  # as python does since 3.9
     main_module = types.ModuleType("__main__")
     main_module.__dict__.update(
         __file__=file,
@@ -97,7 +95,7 @@ def execute(command: Command) -> None:
     )
     sys.modules["__main__"] = main_module
     # Not with this file's own `from __future__` imports.
-    exec(compile(command.path.read_bytes(), file, "exec", dont_inherit=True), main_module.__dict__)
+    exec(compile(path.read_bytes(), file, "exec", dont_inherit=True), main_module.__dict__)
 
 
 def what_is_missing(run: Run) -> str | None:
@@ -118,14 +116,10 @@ def _refuse(error: DsvllmError) -> int:
 
 
 def _explain_flags(command: Command) -> None:
-    """After a script failed: which of its flags look like ours, written wrong."""
+    """After a script failed: which of its flags would be ours in another place."""
     for word in command.script_args:
-        if word.partition("=")[0].replace("-", "_") in _LAUNCH_OPTIONS:
+        if word.startswith("--") and is_launch_option(word):
             say(f"{word} was left to the script: as an option of `hf-dsvllm run` it stands before the script")
-            continue
-        near = nearest_of_ours(word) if word.startswith("--") else None
-        if near is not None:
-            say(f"{word} was left to the script: it is not one of hf-dsvllm's, whose nearest is {near}")
 
 
 def _leave_code(code: int) -> None:

@@ -8,11 +8,13 @@ from pathlib import Path
 from typing import get_type_hints
 
 import pytest
+import transformers
+import trl
 from transformers import HfArgumentParser
 
 from hf_dsvllm.errors import ConfigError
 from hf_dsvllm.fields import PresetFields
-from hf_dsvllm.run.command import AdapterOptions, nearest_of_ours, read_command, read_rank, split
+from hf_dsvllm.run.command import AdapterOptions, Given, nearest_of_ours, read_command, read_rank, split
 
 
 @pytest.fixture
@@ -119,23 +121,12 @@ def test_a_wrong_path_names_the_nearest_scripts(script: str) -> None:
         read_command(["trian.py"])
 
 
-def test_a_folder_is_no_script(script: str) -> None:
-    Path("folder").mkdir()
-    with pytest.raises(ConfigError, match="script folder is a folder"):
-        read_command(["folder"])
-
-
 def test_trl_and_a_name_stand_for_trls_own_script() -> None:
     command = read_command(["trl", "sft", "--ds_preset", "zero2", "--max_length", "8"])
-    assert command.path is not None
-    assert command.path.parts[-3:] == ("trl", "scripts", "sft.py")
+    assert command.target.path is not None
+    assert command.target.path.parts[-3:] == ("trl", "scripts", "sft.py")
     assert command.script_args == ("--max_length", "8")
     assert command.words[:2] == ("trl", "sft")
-
-
-def test_a_script_trl_does_not_ship_is_answered_by_those_it_does() -> None:
-    with pytest.raises(ConfigError, match=r"trl ppo is no training script.*\n.*dpo, .*sft"):
-        read_command(["trl", "ppo"])
 
 
 def test_ours_may_stand_in_the_yaml_file_of_trls_parser(script: str) -> None:
@@ -198,7 +189,7 @@ def test_a_rank_reads_what_the_parent_writes(script: str) -> None:
     adapter = AdapterOptions(lora_r=4, lora_dropout=0.0, lora_target_modules=("q_proj", "v_proj"))
     words = [script, "--seed", "1", "--ds_preset", "lora"]
     assert read_rank([*adapter.words(), *words]) == read_command(words, adapter=adapter)
-    module = ["package.module", "--ds_preset", "lora"]
+    module = ["trl.scripts.sft", "--ds_preset", "lora"]
     assert read_rank(["-m", *module]) == read_command(module, module=True)
 
 
@@ -217,7 +208,72 @@ def test_adapter_options_of_a_script_stay_the_scripts(script: str) -> None:
 @pytest.mark.parametrize(
     ("flag", "near"),
     [("--ds_prest", "--ds_preset"), ("--ds-presets=zero3", "--ds_preset"), ("--gen_eval_files", "--gen_eval_file"),
-     ("--learning_rate", None), ("--ds_preset", None)],
+     ("--ds_pre", "--ds_preset"), ("--no_gen_eval_lat", "--gen_eval_late"), ("--learning_rate", None),
+     ("--ds_preset", None), ("--ds", None)],
 )  # fmt: skip
 def test_a_misspelt_flag_is_recognised(flag: str, near: str | None) -> None:
     assert nearest_of_ours(flag) == near
+
+
+def test_no_flag_of_the_trainers_is_taken_for_a_misspelt_one_of_ours() -> None:
+    kinds = [transformers.TrainingArguments, trl.ModelConfig, trl.ScriptArguments]
+    kinds += [getattr(trl, f"{name}Config") for name in ("SFT", "DPO", "GRPO", "KTO", "Reward", "RLOO")]
+    names = {field.name for kind in kinds for field in dataclasses.fields(kind)}
+    assert {name: near for name in names if (near := nearest_of_ours(f"--{name}"))} == {}
+
+
+@pytest.mark.parametrize("flag", ["--gen_eval_fle", "--ds_pre=zero3", "--vllm-arg"])
+def test_a_misspelt_flag_is_refused_before_a_script_can_ignore_it(flag: str, script: str) -> None:
+    with pytest.raises(ConfigError, match=f"{flag} is not one of ours, nor is it in the script\n    fix: did you mean"):
+        read_command([script, flag, "x", "--ds_preset", "zero2"])
+
+
+@pytest.mark.parametrize("spelt", ["--gen-eval-fle", "gen_eval_fle: str = 'x'"])
+@pytest.mark.parametrize("file", ["train.py", "options.py"])
+def test_a_flag_that_the_script_or_a_file_beside_it_knows_is_its_own(spelt: str, file: str, script: str) -> None:
+    Path(file).write_text(f"# {spelt}", encoding="utf-8")
+    command = read_command([script, "--gen_eval_fle", "x", "--ds_preset", "zero2"])
+    assert command.script_args == ("--gen_eval_fle", "x")
+
+
+def test_an_option_of_the_command_is_refused_where_nobody_would_read_it(script: str) -> None:
+    words = [script, "--ds_preset", "zero2", "--num_processes", "2"]
+    Path(script).write_text("TrainingArguments('out')", encoding="utf-8")
+    with pytest.raises(ConfigError, match="fix: hf-dsvllm run --num_processes … SCRIPT: before the script"):
+        read_command(words)
+    for text in ("TrainingArguments(parse().out)", "from package import main; main()", "SFTConfig(num_processes=3)"):
+        Path(script).write_text(text, encoding="utf-8")
+        assert read_command(words).script_args == ("--num_processes", "2")
+
+
+def test_a_flag_that_is_given_twice_is_not_half_dropped(script: str) -> None:
+    with pytest.raises(ConfigError, match=r"--gen_eval_file is given twice: a b, then c\n.*fix: --gen_eval_file a b c"):
+        read_command([script, "--gen_eval_file", "a", "b", "--gen_eval_file", "c"])
+    with pytest.raises(ConfigError, match="--ds_preset is given twice: zero2, then zero3"):
+        read_command([script, "--ds_preset", "zero2", "--ds_preset=zero3"])
+    assert read_command([script, "--ds_preset", "zero2", "--ds_preset", "zero2"]).value("ds_preset") == "zero2"
+
+
+def test_a_value_that_looks_like_a_flag_is_told_its_spelling(script: str) -> None:
+    with pytest.raises(ConfigError, match=r"fix: --vllm_args=--enforce-eager if --enforce-eager is the value"):
+        read_command([script, "--vllm_args", "--enforce-eager"])
+
+
+@pytest.mark.parametrize("words", [["--config=run.json"], ["--config", "run.json"], ["run.json"]])
+def test_ours_may_stand_in_the_json_of_the_script(words: list[str], script: str) -> None:
+    Path("run.json").write_text(json.dumps({"ds_preset": "zero3", "max_steps": 2}), encoding="utf-8")
+    command = read_command([script, *words])
+    assert command.given["ds_preset"] == Given("zero3", "run.json")
+    assert command.own["max_steps"] == "2"
+
+
+def test_ours_may_stand_in_a_yaml_joined_to_its_flag(script: str) -> None:
+    Path("run.yaml").write_text("ds_preset: zero3\n", encoding="utf-8")
+    assert read_command([script, "--config=run.yaml"]).value("ds_preset") == "zero3"
+
+
+def test_ours_may_stand_in_the_args_file_of_a_module(script: str) -> None:
+    Path("package").mkdir()
+    Path("package/train.py").touch()
+    Path("package/train.args").write_text("--ds_preset lora", encoding="utf-8")
+    assert read_command(["package.train"], module=True).value("ds_preset") == "lora"

@@ -1,8 +1,7 @@
-"""The command that starts the ranks: processes, launcher, checks before torch, the plan as text, signals, codes."""
+"""The command that starts the ranks: checks before torch, signals, exit codes."""
 
 from __future__ import annotations
 
-import json
 import os
 import signal
 import subprocess
@@ -16,8 +15,8 @@ from hf_dsvllm.errors import ConfigError
 from hf_dsvllm.hardware import Gpu, Machine
 from hf_dsvllm.run import parent
 from hf_dsvllm.run.command import AdapterOptions, Command, read_command
-from hf_dsvllm.run.dry import LORA, as_text
 from hf_dsvllm.run.parent import LaunchOptions, Plan, make_plan, start
+from hf_dsvllm.run.target import Target
 from tests.scripts.launch import launch
 from tests.waiting import wait_for
 
@@ -38,54 +37,6 @@ def gpus(monkeypatch: pytest.MonkeyPatch, count: int) -> None:
 
 def plan(*words: str, **options: object) -> Plan:
     return make_plan(LaunchOptions(**options), read_command(["train.py", *words]))  # type: ignore[arg-type]
-
-
-@pytest.mark.parametrize(
-    ("count", "preset", "asked", "expected"),
-    [
-        (4, "zero3", "auto", 4),
-        (4, "none", "auto", 1),
-        (0, "zero3", "auto", 1),
-        (0, "zero3", "2", 2),
-        (4, "zero2", "3", 3),
-    ],
-)
-def test_one_process_a_gpu_unless_told_otherwise(
-    count: int, preset: str, asked: str, expected: int, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    gpus(monkeypatch, count)
-    assert plan("--ds_preset", preset, num_processes=asked).processes == expected
-
-
-def test_the_original_file_is_started_by_torchrun_with_every_word() -> None:
-    words = plan("--lr", "1", "--ds_preset", "zero2", num_processes="2").words
-    assert words[:3] == (sys.executable, "-m", "torch.distributed.run")
-    assert words[words.index("--nproc_per_node") + 1 :] == (
-        *("2", "-m", "hf_dsvllm.run", "train.py", "--lr", "1", "--ds_preset", "zero2"),
-    )
-
-
-def test_a_module_and_adapter_options_reach_the_ranks() -> None:
-    command = read_command(["pkg.train", "--ds_preset", "lora"], module=True, adapter=AdapterOptions(lora_r=8))
-    assert make_plan(LaunchOptions(module=True), command).rank == (
-        *("-m", "hf_dsvllm.run", "--lora_r", "8", "-m", "pkg.train", "--ds_preset", "lora"),
-    )
-
-
-def test_multi_node_options_pass_through_and_count(monkeypatch: pytest.MonkeyPatch) -> None:
-    gpus(monkeypatch, 2)
-    torchrun = ("--nnodes", "2", "--node_rank", "1", "--master_addr", "host")
-    made = plan("--ds_preset", "zero3_hpz", torchrun=torchrun)
-    assert made.launcher[3:] == (*torchrun, "--nproc_per_node", "2")
-    assert made.ds_config is not None
-
-
-def test_accelerate_starts_with_its_file() -> None:
-    Path("acc.yaml").write_text("distributed_type: MULTI_CPU\n", encoding="utf-8")
-    made = plan("--ds_preset", "zero2", accelerate_config=Path("acc.yaml"), num_processes="2")
-    assert made.launcher[1:] == (
-        *("-m", "accelerate.commands.launch", "--config_file", "acc.yaml", "--num_processes", "2"),
-    )
 
 
 def test_everything_wrong_is_said_at_once_and_before_torch() -> None:
@@ -125,87 +76,39 @@ def test_an_unknown_preset_names_the_nearest() -> None:
         plan("--ds_preset", "zero4")
 
 
+def test_a_command_that_asks_for_nothing_of_ours_is_refused() -> None:
+    with pytest.raises(ConfigError, match=r"there is nothing to add to the script\n.*--ds_preset NAME"):
+        plan("--lr", "1")
+
+
+def test_the_scripts_help_needs_nothing_that_a_run_needs(monkeypatch: pytest.MonkeyPatch) -> None:
+    gpus(monkeypatch, 8)
+    assert plan("--ds_preset", "long_context", "--gen_eval_file", "none.jsonl", "--help").processes == 1
+
+
+def test_a_preset_for_several_names_this_commands_option() -> None:
+    with pytest.raises(ConfigError, match=r"(?s)needs 2 processes.*fix: hf-dsvllm run --num_processes 2 SCRIPT"):
+        plan("--ds_preset", "long_context")
+
+
+def test_an_option_of_the_command_that_is_left_to_the_script_is_said() -> None:
+    (reason, *_) = [r for r in plan("--ds_preset", "zero2", "--max_restarts", "1").reasons if "max_restarts" in r]
+    assert "left to the script" in reason
+
+
 def test_a_misspelt_flag_does_not_train_plainly() -> None:
-    with pytest.raises(ConfigError, match=r"--ds_prest is not one of ours: --ds_preset\?"):
+    with pytest.raises(
+        ConfigError, match=r"--ds_prest is not one of ours, nor is it in the script\n.*mean --ds_preset\?"
+    ):
         plan("--ds_prest", "zero3")
 
 
 def test_an_offloaded_optimizer_gets_its_share_of_the_cores(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("OMP_NUM_THREADS")
     monkeypatch.setattr(parent, "usable_cpus", lambda: 8)
-    monkeypatch.setattr(parent, "preset_problems", lambda *_: [])
+    monkeypatch.setattr(parent, "preset_problems", lambda *_, **__: [])
     assert plan("--ds_preset", "zero3_offload", num_processes="2").environment == {"OMP_NUM_THREADS": "4"}
     assert plan("--ds_preset", "zero3", num_processes="2").environment == {}
-
-
-# -- --dry_run
-
-
-def shell_words(text: str) -> list[str]:
-    return [line for line in text.splitlines() if line and not line.startswith("#")]
-
-
-def test_the_dry_run_is_a_shell_script_that_does_without_us(monkeypatch: pytest.MonkeyPatch) -> None:
-    text = as_text(plan("--lr", "1", "--ds_preset", "zero3", num_processes="2"))
-    written = subprocess.run(["bash", "-n"], input=text, text=True, capture_output=True, check=False)
-    assert written.returncode == 0, written.stderr
-    lines = shell_words(text)
-    start_, end = lines.index("cat > ds_zero3.json <<'JSON'"), lines.index("JSON")
-    assert json.loads("\n".join(lines[start_ + 1 : end]))["zero_optimization"]["stage"] == 3
-    assert lines[end + 1 :] == [lines[-1]]
-    assert lines[-1].endswith("train.py --lr 1 --deepspeed ds_zero3.json --bf16 false --use_cpu true")
-    assert "hf_dsvllm" not in lines[-1]
-
-
-def test_a_script_with_arguments_of_its_own_is_reached_through_the_environment() -> None:
-    Path("train.py").write_text("TrainingArguments('out')", encoding="utf-8")
-    last = shell_words(as_text(plan("--ds_preset", "zero2")))[-1]
-    assert last.startswith("ACCELERATE_USE_DEEPSPEED=true ACCELERATE_DEEPSPEED_CONFIG_FILE=ds_zero2.json ")
-    assert last.endswith(" train.py")
-
-
-def test_every_reason_of_a_preset_is_given() -> None:
-    text = as_text(plan("--ds_preset", "zero2_lowmem", num_processes="2"))
-    made = plan("--ds_preset", "zero2_lowmem", num_processes="2").preset
-    assert made is not None
-    assert made.deepspeed
-    for setting in (*made.deepspeed, *made.arguments):
-        assert setting.why in text
-
-
-def test_adapters_become_trls_flags_or_code_to_add() -> None:
-    assert "get_peft_model" in as_text(plan("--ds_preset", "qlora"))
-    Path("train.py").write_text("from trl import ModelConfig, TrlParser", encoding="utf-8")
-    assert "--use_peft --lora_target_modules all-linear --load_in_4bit" in as_text(plan("--ds_preset", "qlora"))
-
-
-def test_adapter_options_are_in_the_dry_run_as_trls_flags() -> None:
-    Path("train.py").write_text("from trl import ModelConfig, TrlParser", encoding="utf-8")
-    options = AdapterOptions(lora_r=4, lora_dropout=0.0, lora_target_modules=("q_proj", "v_proj"))
-    command = read_command(["train.py", "--dtype", "float16", "--ds_preset", "lora"], adapter=options)
-    words = shell_words(as_text(make_plan(LaunchOptions(), command)))[-1]
-    assert "--use_peft --lora_target_modules q_proj v_proj --lora_r 4 --lora_dropout 0.0" in words
-    assert words.count("--lora_target_modules") == words.count("--dtype") == 1
-
-
-def test_adapter_options_are_in_the_dry_run_as_code() -> None:
-    Path("train.py").write_text("AutoModelForSequenceClassification.from_pretrained('m')", encoding="utf-8")
-    options = AdapterOptions(lora_r=4, lora_alpha=8, lora_target_modules=("q_proj",))
-    text = as_text(make_plan(LaunchOptions(), read_command(["train.py", "--ds_preset", "qlora"], adapter=options)))
-    assert "LoraConfig(r=4, lora_alpha=8, lora_dropout=0.05, target_modules=['q_proj']," in text
-    assert "task_type='SEQ_CLS'" in text
-    assert "model = AutoModelForSequenceClassification.from_pretrained(" in text
-
-
-def test_a_reward_script_is_told_its_task_type() -> None:
-    Path("train.py").write_text("from trl import ModelConfig, RewardConfig, TrlParser", encoding="utf-8")
-    assert "--lora_task_type SEQ_CLS" in as_text(plan("--ds_preset", "lora"))
-
-
-def test_the_values_of_the_dry_run_are_trls_defaults() -> None:
-    from trl import ModelConfig
-
-    assert {name: getattr(ModelConfig(), name) or "all-linear" for name in LORA} == LORA
 
 
 def test_planning_and_printing_import_no_framework() -> None:
@@ -223,7 +126,8 @@ def test_planning_and_printing_import_no_framework() -> None:
 
 def started(code: str, folder: Path) -> Plan:
     """A plan whose launcher is `python -c code`."""
-    command = Command(target="x", path=None, script_args=(), given={}, adapter=AdapterOptions(), words=("x",))
+    target = Target(name="x", path=None, file=None)
+    command = Command(target=target, script_args=(), given={}, adapter=AdapterOptions(), words=("x",))
     return Plan(
         command=command, launcher=(sys.executable, "-c", code), rank=(), environment={"X": str(folder)}, preset=None,
         processes=1, device="cpu", ds_config=None, reasons=(),
@@ -252,6 +156,43 @@ code = "import os, signal, time; open(os.environ['X'] + '/pid', 'w').write(str(o
 sys.exit(start(started(code, Path(sys.argv[1]))))
 """
 IGNORING = "[signal.signal(number, signal.SIG_IGN) for number in (signal.SIGTERM, signal.SIGHUP)]"
+
+
+NOHUP = """
+import os, signal, sys
+from pathlib import Path
+from tests.unit.test_run_parent import started
+from hf_dsvllm.run.parent import start
+signal.signal(signal.SIGHUP, signal.SIG_IGN)
+code = "import os, signal, time; open(os.environ['X'] + '/pid', 'w').write(''); time.sleep(3)"
+sys.exit(start(started(code, Path(sys.argv[1]))))
+"""
+
+
+def test_under_nohup_a_hangup_ends_nothing(tmp_path: Path) -> None:
+    run = launch(tmp_path, [sys.executable, "-c", NOHUP, str(tmp_path)])
+    try:
+        wait_for((tmp_path / "pid").exists, run.ended, timeout_s=60)
+        run.process.send_signal(signal.SIGHUP)
+        assert run.wait(60) == 0, run.output()
+    finally:
+        run.kill()
+
+
+def test_a_launcher_that_ends_well_by_itself_beats_a_signal(tmp_path: Path) -> None:
+    pid_file = tmp_path / "pid"
+    setup = "signal.signal(signal.SIGTERM, lambda *_: os._exit(0))"
+    code = DRIVER.replace(
+        "open(os.environ['X'] + '/pid', 'w').write(str(os.getpid())); {setup};",
+        "{setup}; open(os.environ['X'] + '/pid', 'w').write(str(os.getpid()));",
+    )
+    run = launch(tmp_path, [sys.executable, "-c", code.format(setup=setup), str(tmp_path)])
+    try:
+        wait_for(lambda: pid_file.exists() and bool(pid_file.read_text()), run.ended, timeout_s=60)
+        run.process.send_signal(signal.SIGTERM)
+        assert run.wait(60) == 0, run.output()
+    finally:
+        run.kill()
 
 
 @pytest.mark.parametrize(("number", "expected"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])

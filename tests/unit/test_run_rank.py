@@ -169,14 +169,10 @@ def test_a_traceback_shows_the_scripts_frames_alone(folder: Path) -> None:
     assert ours.stderr == plain.stderr
 
 
-def test_after_a_failure_a_misspelt_flag_is_named(folder: Path) -> None:
+def test_after_a_failure_an_option_in_the_wrong_place_is_named(folder: Path) -> None:
     (folder / "end.py").write_text("import sys; sys.exit(2)", encoding="utf-8")
-    ended = as_rank(folder, "end.py", "--gen_eval_files", "x", "--learning_rate", "1", "--num_processes", "2")
+    ended = as_rank(folder, "end.py", "--learning_rate", "1", "--num_processes", "2")
     assert "--num_processes was left to the script: as an option of `hf-dsvllm run` it stands before" in ended.stderr
-    assert (
-        "--gen_eval_files was left to the script: it is not one of hf-dsvllm's, whose nearest is --gen_eval_file"
-        in (ended.stderr)
-    )
     assert "learning_rate" not in ended.stderr
 
 
@@ -190,3 +186,29 @@ def test_environment_hooks_of_the_user_keep_working(folder: Path) -> None:
 def test_asking_for_help_is_no_failure(folder: Path) -> None:
     (folder / "end.py").write_text("import argparse; argparse.ArgumentParser().parse_args()", encoding="utf-8")
     assert as_rank(folder, "end.py", "--help").returncode == 0
+
+
+def test_a_flag_of_ours_before_the_script_is_told_its_place(folder: Path) -> None:
+    ended = python(folder, "-m", "hf_dsvllm.run", *OURS, "scripts/seen.py")
+    assert ended.returncode == 2
+    assert "--ds_preset stands before the script\n    fix: put it after the script" in ended.stderr
+
+
+# A script that catches what we say of its arguments, and ends in its own way.
+CATCHES = """
+import sys
+from transformers import TrainingArguments
+
+try:
+    TrainingArguments("out", ds_preset="zero2")
+except Exception:
+    sys.exit(1)
+"""
+
+
+def test_an_error_of_ours_that_the_script_catches_is_said(folder: Path) -> None:
+    (folder / "end.py").write_text(CATCHES, encoding="utf-8")
+    ended = as_rank(folder, "end.py")
+    assert ended.returncode == 1
+    assert "hf-dsvllm: error: 1 problem" in ended.stderr
+    assert "ds_preset: the command line says 'zero3', the script's arguments (end.py:6) say 'zero2'" in ended.stderr
