@@ -1,5 +1,6 @@
-"""The `hf-dsvllm` command: presets, plan, run, export, serve, chat, report, doctor.  It parses and prints; the work is elsewhere.
+"""The `hf-dsvllm` command: presets, plan, run, export, serve, chat, report, doctor.
 
+It parses and prints; the work is elsewhere.
 Results go to stdout and can be redirected to a file, everything said about them to stderr.  No framework is imported
 before a command needs it.
 """
@@ -258,14 +259,14 @@ def plan(
     ] = 0,
     eval_length: Annotated[int, typer.Option("--eval_length", help="Tokens of a prompt with its answer.")] = 1024,
     trace: Annotated[
-        bool, typer.Option("--trace", help="Count on the model itself: for architectures without formulas; slower.")
+        bool, typer.Option("--trace", help="Count on the model itself, as is done for those without formulas; slower.")
     ] = False,
     explain: Annotated[bool, typer.Option("--explain", help="Draw the memory of each phase.")] = False,
     as_json: Annotated[bool, typer.Option("--json", help="Print the plan as JSON.")] = False,
     html: Annotated[Path | None, typer.Option("--html", help="Write the plan as a page to this file.")] = None,
 ) -> None:
     """Say what fits, what is fastest and why, before anything is loaded; exit code 1 if nothing fits."""
-    from hf_dsvllm.planner.request import Request, job_of
+    from hf_dsvllm.planner.request import Request, job_of, lacks_formulas
     from hf_dsvllm.planner.view import show
 
     request = Request(
@@ -281,10 +282,12 @@ def plan(
         eval_sequences=eval_sequences,
         eval_length=eval_length,
     )
-    if trace:
+    unknown = None if trace else lacks_formulas(model)
+    if trace or unknown is not None:
         from hf_dsvllm.trace import trace_layers, traced_shape
 
-        say("counting on the model itself, with fake tensors, instead of by formulas")
+        why = f"there are no formulas for model_type {unknown}: " if unknown is not None else ""
+        say(f"{why}counting on the model itself, with fake tensors, instead of by formulas; it takes a minute")
         job = job_of(request, traced_shape(model), trace_layers(model, lora_r=lora_r))
     else:
         job = job_of(request)
