@@ -287,6 +287,24 @@ def test_the_doctor_shows_what_was_left_behind_and_ends_it_when_asked(run: Run) 
     assert "nothing to end" in run("doctor", "--reap")[1]
 
 
+@pytest.mark.parametrize(
+    ("forbidden", "there", "noted"), [(True, False, True), (True, True, False), (False, False, False)]
+)
+def test_imports_that_every_process_compiles_anew_are_noted(
+    forbidden: bool, there: bool, noted: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from hf_dsvllm import doctor
+
+    compiled = tmp_path / "__init__.pyc"
+    if there:
+        compiled.write_bytes(b"")
+    monkeypatch.setattr("sys.dont_write_bytecode", forbidden)
+    monkeypatch.setattr("importlib.util.cache_from_source", lambda origin: str(compiled))
+    found = [finding for finding in doctor.examine() if finding.subject == "bytecode"]
+    assert len(found) == noted
+    assert all("compileall" in finding.value and finding.status == "note" for finding in found)
+
+
 @pytest.mark.usefixtures("own_registry")
 def test_an_engine_that_does_not_end_is_an_exit_code(run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     from hf_dsvllm import doctor
