@@ -20,7 +20,7 @@ SIZES = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 2**10, "MIB": 2**2
 
 
 def export(
-    source: Annotated[Path, typer.Argument(help="A run folder, a checkpoint, a snapshot or an adapter.")],
+    source: Annotated[Path, typer.Argument(help="A run, checkpoint, snapshot or adapter, or OWNER/NAME on the hub.")],
     out: Annotated[Path, typer.Option(help="Folder to write; it must not exist, or be an export of the same.")],
     which: Annotated[Which, typer.Option(help="Which weights of a run.")] = "latest",
     dtype: Annotated[str, typer.Option(help="bfloat16, float16 or float32.")] = "bfloat16",

@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from hf_dsvllm.errors import ExportError
-from hf_dsvllm.files import atomic_folder
+from hf_dsvllm.files import atomic_folder, fsync_path
 
 __all__ = ["claimed", "replacing"]
 
@@ -62,6 +62,7 @@ def replacing(out: Path) -> Iterator[Path]:
             yield folder
     os.rename(out, old)
     os.rename(fresh, out)
+    fsync_path(out.parent)  # before the old one goes: a power cut leaves one of the two
     shutil.rmtree(old, ignore_errors=True)
 
 

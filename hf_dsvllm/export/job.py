@@ -135,7 +135,7 @@ def inputs_of(job: Job, max_shard_size_bytes: int, format: str) -> dict[str, Any
     if job.generation_file is not None:
         hashes[f"{weights}/{GENERATION_CONFIG}"] = sha256_of(job.generation_file)
     if job.tokenizer is not None:
-        hashes |= {f"tokenizer/{file.name}": sha256_of(file) for file in tokenizer_files(job.tokenizer)}
+        hashes |= {f"tokenizer/{name}": sha256_of(job.tokenizer / name) for name in tokenizer_files(job.tokenizer)}
     return hashes | {
         "format": format,
         "dtype": str(job.dtype),
@@ -160,7 +160,14 @@ def _open_tensors(source: Source, base: Path | None) -> TensorFolder | ZeroCheck
         assert base is not None
         return TensorFolder(base)
     if source.kind == "full":
-        return TensorFolder(source.model_dir)
+        tensors = TensorFolder(source.model_dir)
+        if empty := [name for name in tensors.names if 0 in tensors.shape(name)]:
+            tensors.close()
+            raise ExportError(
+                f"{source.model_dir} has {len(empty)} empty tensors such as {empty[0]}: it was saved from partitioned "
+                "ZeRO-3 parameters without gathering them; export a snapshot or another checkpoint."
+            )
+        return tensors
     if not (source.model_dir / "config.json").is_file() and base is None:
         raise ExportError(
             f"{source.model_dir} has no config.json beside its DeepSpeed shards; name the model that was trained with "

@@ -53,7 +53,7 @@ ADAPTER_FILE = "adapter_model.safetensors"
 @outside_zero3()
 @exact_products()
 def export_model(
-    source: Path,
+    source: Path | str,
     out: Path,
     *,
     which: Which = "latest",
@@ -69,14 +69,14 @@ def export_model(
     """Merge, check and write the model of `source` to the folder `out`; return the report that lies in it.
 
     `source` is a run folder, a Trainer checkpoint (adapter, full, or ZeRO without gathered weights), a snapshot or a
-    bare adapter.  `base` overrides the recorded base model; "original" puts a QLoRA adapter onto the unquantised
-    weights.  `format="adapter"` writes the adapter alone, as vLLM applies it.  `prove_in_vllm` starts vLLM (of
-    `vllm_python`, or this environment) on the result.  An existing `out` made from the same inputs, and unchanged
-    since, is returned as it is, unless it lacks a proof that can be given now; another one needs `overwrite`.  Raises
-    ExportError; then nothing at `out` looks finished.
+    bare adapter, also one on the hub (OWNER/NAME).  `base` overrides the recorded base model; "original" puts a QLoRA
+    adapter onto the unquantised weights.  `format="adapter"` writes the adapter alone, as vLLM applies it.
+    `prove_in_vllm` starts vLLM (of `vllm_python`, or this environment) on the result.  An existing `out` made from the
+    same inputs, and unchanged since, is returned as it is, unless it lacks a proof that can be given now; another one
+    needs `overwrite`.  Raises ExportError; then nothing at `out` looks finished.
     """
     started = time.monotonic()
-    found = find_source(source, which)
+    found = find_source(Path(source), which)
     target = torch_dtype(dtype)
     out = out.absolute()
     engine = find_vllm(vllm_python, device=_engine_device()) if prove_in_vllm else None
@@ -210,8 +210,9 @@ def _write(
     else:
         write_adapter_config(folder, _adapter(job), str(job.base))
     if job.tokenizer is not None:
-        for file in tokenizer_files(job.tokenizer):
-            shutil.copyfile(file, folder / file.name)
+        for name in tokenizer_files(job.tokenizer):
+            (folder / name).parent.mkdir(exist_ok=True)
+            shutil.copyfile(job.tokenizer / name, folder / name)
         if has_chat_template(job.tokenizer) and not has_chat_template(folder):
             raise ExportError(f"The chat template of {job.tokenizer} did not reach the export.")
     return shards

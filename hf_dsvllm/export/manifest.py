@@ -65,9 +65,9 @@ class ExportReport:
 
 def write_manifest(folder: Path, inputs: Mapping[str, Any], hashed: Mapping[str, str] = EMPTY) -> None:
     """Hashes of base, adapter, tokenizer and of every file in `folder` (some known as `hashed`), as manifest.json."""
-    files = sorted(item for item in folder.iterdir() if item.is_file() and item.name != MANIFEST)
-    found = hash_files(item for item in files if item.name not in hashed) | dict(hashed)
-    written = {item.name: found[item.name] for item in files}
+    files = {item.relative_to(folder).as_posix(): item for item in sorted(folder.rglob("*")) if item.is_file()}
+    found = hash_files(item for name, item in files.items() if name not in hashed and name != MANIFEST)
+    written = {name: hashed.get(name) or found[item] for name, item in files.items() if name != MANIFEST}
     groups: dict[str, dict[str, Any]] = {}
     for key, value in inputs.items():
         group, slash, name = key.partition("/")
@@ -86,7 +86,7 @@ def check_manifest(folder: Path) -> None:
         ) from error
     lost = sorted(name for name in expected if not (folder / name).is_file())
     found = hash_files(folder / name for name in expected if name not in lost)
-    changed = sorted(name for name, digest in found.items() if expected[name] != digest)
+    changed = sorted(name for name in expected if name not in lost and expected[name] != found[folder / name])
     if lost or changed:
         raise ExportError(
             f"The export in {folder} was changed after it was made: missing {lost}, other contents {changed}. "

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
@@ -34,8 +35,8 @@ RECORD = "run.json"
 SNAPSHOTS = "snapshots"
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
-    "vocab.json", "vocab.txt", "merges.txt", "spiece.model", "chat_template.jinja", "chat_template.json",
-    "processor_config.json", "preprocessor_config.json",
+    "vocab.json", "vocab.txt", "merges.txt", "spiece.model", "sentencepiece.bpe.model", "chat_template.jinja",
+    "chat_template.json", "additional_chat_templates/*.jinja", "processor_config.json", "preprocessor_config.json",
 )  # fmt: skip
 
 
@@ -73,11 +74,13 @@ class Source:
 def find_source(path: Path, which: Which) -> Source:
     """Find the weights meant by `path`: its best, latest or final ones if it is a run, itself otherwise.
 
+    OWNER/NAME is a repository of the hub, if there is no folder of that name nor a folder OWNER.
     `latest` is the newest snapshot, else the newest Trainer checkpoint; `final` is what the Trainer saved in the run
     folder itself at the end, else the latest.  Raises ExportError if there is nothing to export.
     """
     if which not in ("best", "latest", "final"):
         raise ExportError(f"which={which!r} is not one of best, latest, final.")
+    path = _downloaded(path)
     if not path.is_dir():
         near = sorted(item.name for item in path.parent.iterdir() if item.is_dir()) if path.parent.is_dir() else []
         beside = f" Beside it: {', '.join(near[:8])}." if near else ""
@@ -123,15 +126,32 @@ def local_base(name: str) -> Path:
         return folder
     if folder.is_absolute() or name.startswith((".", "~")):
         raise ExportError(f"The base model {name} is no folder any more; say where it is with --base PATH.")
-    from huggingface_hub import snapshot_download
-
     try:
-        return Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]))
+        return _from_hub(name)
     except Exception as error:  # whatever the hub client raises, the user can do the same thing about it
         raise ExportError(
             f"The base model {name!r} is neither a folder nor reachable on the hub ({type(error).__name__}): "
             "say where it is with --base PATH."
         ) from error
+
+
+def _downloaded(path: Path) -> Path:
+    """`path`, or where the repository of the hub that it names was downloaded to."""
+    if path.exists() or path.parent.is_dir() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
+        return path
+    try:
+        return _from_hub(str(path))
+    except Exception as error:
+        raise ExportError(
+            f"{path} is neither a folder nor a repository that can be had from the hub ({type(error).__name__}: "
+            f"{error}). A private one needs `hf auth login`."
+        ) from error
+
+
+def _from_hub(name: str) -> Path:
+    from huggingface_hub import snapshot_download
+
+    return Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]))
 
 
 def find_tokenizer(source: Source, base: Path | None) -> Path | None:
@@ -154,8 +174,10 @@ def has_chat_template(folder: Path) -> bool:
     return config.is_file() and bool(json.loads(config.read_text(encoding="utf-8")).get("chat_template"))
 
 
-def tokenizer_files(folder: Path) -> list[Path]:
-    return [folder / name for name in TOKENIZER_FILES if (folder / name).is_file()]
+def tokenizer_files(folder: Path) -> list[str]:
+    """The files of a tokenizer that are in `folder`, by their names below it."""
+    found = [file for pattern in TOKENIZER_FILES for file in sorted(folder.glob(pattern)) if file.is_file()]
+    return [file.relative_to(folder).as_posix() for file in found]
 
 
 def _read_record(folder: Path) -> RunRecord:

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import gc
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any, Literal
 
@@ -21,6 +21,9 @@ from hf_dsvllm.tensors.fourbit import quantised_weights, round_trip
 from hf_dsvllm.tensors.weights import TensorSource
 
 __all__ = [
+    "ANSWER_TOKENS",
+    "GREEDY_LIMIT",
+    "Answer",
     "Comparison",
     "Verification",
     "adapter_reference",
@@ -102,12 +105,22 @@ class Verification:
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
+class Answer:
+    """A question's token ids, the trained model's greedy `tokens`, and for each those that are as good up to a tie."""
+
+    question: tuple[int, ...]
+    tokens: tuple[int, ...]
+    ties: tuple[frozenset[int], ...]
+
+
+@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Comparison:
     """The figures, and what they were taken on: token ids of each text, and the trained model's log-probabilities."""
 
     verification: Verification
     texts: tuple[tuple[int, ...], ...]
     logprobs: tuple[tuple[float, ...], ...]
+    answers: tuple[Answer, ...]
 
 
 def verification_device(
@@ -218,7 +231,21 @@ def compare_logits(
         verification=result,
         texts=tuple(tuple(ids[0].tolist()) for ids in texts),
         logprobs=tuple(tuple(each.tolist()) for each in logprobs),
+        answers=tuple(_answers(expected, texts, answered, TIE_SHARE * result.reference_std)),
     )
+
+
+def _answers(expected: torch.Tensor, texts: list[torch.Tensor], answered: list[int], tie: float) -> Iterator[Answer]:
+    """The answers among `texts`, each of which begins where `answered` says."""
+    for rows, ids, begin in zip(_split(expected, texts), texts, answered, strict=True):
+        chosen = rows[begin - 1 : -1]
+        if len(chosen):
+            near = chosen >= chosen.max(dim=-1, keepdim=True).values - tie
+            yield Answer(
+                question=tuple(ids[0, :begin].tolist()),
+                tokens=tuple(ids[0, begin:].tolist()),
+                ties=tuple(frozenset(row.nonzero().flatten().tolist()) for row in near),
+            )
 
 
 def _measure(
@@ -318,22 +345,42 @@ def _texts(folder: Path, reference: Any) -> tuple[list[torch.Tensor], list[int]]
         ).input_ids
         for question in QUESTIONS
     ]
-    answered = [_answer(reference, ids) for ids in asked]
+    answered = _answered(reference, asked)
     return [*plain, *answered], [ids.shape[1] for ids in (*plain, *asked)]
 
 
 @torch.inference_mode()
-def _answer(model: Any, ids: torch.Tensor) -> torch.Tensor:
-    """`ids` [1, tokens] with the model's greedy continuation; the end of the answer does not stop it."""
+def _answered(model: Any, asked: list[torch.Tensor]) -> list[torch.Tensor]:
+    """Each of `asked` [1, tokens] with the model's greedy continuation; the end of the answer does not stop it.
+
+    `generate` takes what is None from the model's own configuration (an end, a penalty on repetition): that goes too.
+    """
     from transformers import GenerationConfig
 
-    greedy = GenerationConfig(do_sample=False, max_new_tokens=ANSWER_TOKENS, eos_token_id=None, pad_token_id=0)
-    ids = ids.to(model.device)
-    return model.generate(input_ids=ids, attention_mask=torch.ones_like(ids), generation_config=greedy).cpu().clone()
+    greedy = GenerationConfig(do_sample=False, max_new_tokens=ANSWER_TOKENS, pad_token_id=0)
+    for each in (model, model.get_base_model() if hasattr(model, "get_base_model") else model):
+        each.generation_config = greedy
+    ids, mask = _padded(asked, left=True)
+    ids, mask = ids.to(model.device), mask.to(model.device)
+    answers = model.generate(input_ids=ids, attention_mask=mask, generation_config=greedy)[:, ids.shape[1] :].cpu()
+    return [torch.cat([question, answer[None]], dim=1) for question, answer in zip(asked, answers, strict=True)]
 
 
 @torch.inference_mode()
 def _logits(model: Any, texts: list[torch.Tensor]) -> torch.Tensor:
-    """[tokens of all texts, vocabulary] on the CPU."""
-    rows = [model(input_ids=ids.to(model.device)).logits[0].float().cpu() for ids in texts]
-    return torch.cat(rows)
+    """[tokens of all texts, vocabulary] on the CPU.  One batch: the weights are read once, not for each text."""
+    ids, mask = _padded(texts, left=False)
+    logits = model(input_ids=ids.to(model.device), attention_mask=mask.to(model.device)).logits
+    return logits[mask.bool().to(logits.device)].float().cpu()
+
+
+def _padded(texts: list[torch.Tensor], *, left: bool) -> tuple[torch.Tensor, torch.Tensor]:
+    """Token ids [1, tokens] as one batch, with the mask of what is no padding."""
+    longest = max(ids.shape[1] for ids in texts)
+    gaps = [longest - ids.shape[1] for ids in texts]
+    sides = [(gap, 0) if left else (0, gap) for gap in gaps]
+    pad = torch.nn.functional.pad
+    return (
+        torch.cat([pad(ids, side) for ids, side in zip(texts, sides, strict=True)]),
+        torch.cat([pad(torch.ones_like(ids), side) for ids, side in zip(texts, sides, strict=True)]),
+    )

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -23,11 +23,11 @@ def sha256_of(path: Path) -> str:
         return hashlib.file_digest(file, "sha256").hexdigest()
 
 
-def hash_files(files: Iterable[Path]) -> dict[str, str]:
-    """File name -> SHA-256, several files at a time (hashing leaves the interpreter's lock alone)."""
+def hash_files(files: Iterable[Path], hash_one: Callable[[Path], str] = sha256_of) -> dict[Path, str]:
+    """File -> SHA-256, several files at a time (hashing leaves the interpreter's lock alone)."""
     paths = list(files)
     with ThreadPoolExecutor(min(HASHERS, os.cpu_count() or 1)) as pool:
-        return dict(zip([path.name for path in paths], pool.map(sha256_of, paths), strict=True))
+        return dict(zip(paths, pool.map(hash_one, paths), strict=True))
 
 
 class HashBehind:

@@ -106,7 +106,7 @@ class TensorSource(Protocol):
         """The elements `begin` to `end` of a flattened tensor, and nothing else read."""
 
     def sha256(self) -> dict[str, str]:
-        """File name -> SHA-256 of everything the tensors are read from."""
+        """File name -> SHA-256 of it, or `name#read` -> SHA-256 of the parts of it that are read."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -194,7 +194,8 @@ class TensorFolder:
     def sha256(self) -> dict[str, str]:
         """File name -> SHA-256 of every safetensors file and of the index, if there is one."""
         index = self.path / INDEX
-        return hash_files([*self.files, *([index] if self.path.is_dir() and index.is_file() else [])])
+        files = [*self.files, *([index] if self.path.is_dir() and index.is_file() else [])]
+        return {file.name: digest for file, digest in hash_files(files).items()}
 
     def _find_files(self) -> Sequence[Path]:
         if self.path.is_file():

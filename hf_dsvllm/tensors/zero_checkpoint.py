@@ -10,11 +10,13 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
+import hashlib
 import math
 import mmap
 import pickle
 import re
 import types
+import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -22,7 +24,7 @@ from typing import Any
 import torch
 
 from hf_dsvllm.errors import ExportError
-from hf_dsvllm.tensors.hashing import hash_files
+from hf_dsvllm.tensors.hashing import PIECE_BYTES, hash_files
 from hf_dsvllm.tensors.staging import CPU
 
 __all__ = ["ZeroCheckpoint"]
@@ -53,6 +55,7 @@ class ZeroCheckpoint:
         self._optimizer_files = _files(self.folder, "*_optim_states.pt")
         self._model_files = _files(self.folder, "*_model_states.pt")
         self.aliases: Mapping[str, str] = {}
+        self._parts: dict[Path, list[torch.Tensor]] = {}  # what is read of each file
         try:
             self._spans = dict(self._whole(self._read()))
         except ExportError:
@@ -102,12 +105,13 @@ class ZeroCheckpoint:
         return out
 
     def sha256(self) -> dict[str, str]:
-        """File name -> SHA-256 of every file of the checkpoint that is read."""
-        return hash_files([*self._model_files, *self._optimizer_files])
+        """`name#read` -> SHA-256 of a file's header and weights; moments, and copies of the weights, are left out."""
+        found = hash_files(self._parts, lambda file: _hash_parts(file, self._parts[file]))
+        return {f"{file.name}#read": digest for file, digest in found.items()}
 
     def close(self) -> None:
         """Let go of the mapped files."""
-        self._spans = {}
+        self._spans, self._parts = {}, {}
 
     def __enter__(self) -> ZeroCheckpoint:
         return self
@@ -128,17 +132,21 @@ class ZeroCheckpoint:
         _check_models(self._model_files, models, ranks)
         first = models[0]
         self.aliases = dict(first.get("shared_params") or {})
-        for name in first["buffer_names"]:
-            buffer = first["module"].get(name)
-            if buffer is not None and buffer.is_floating_point():
-                yield name, _Span(shape=tuple(buffer.shape), pieces=(buffer.float().reshape(-1),))
+        buffers = {name: first["module"].get(name) for name in first["buffer_names"]}
+        buffers = {name: each for name, each in buffers.items() if each is not None and each.is_floating_point()}
+        flats = "fp32_flat_groups" if stage == 3 else "single_partition_of_fp32_groups"
+        frozen = [list((model.get("frozen_param_fragments") or {}).values()) for model in models]
+        self._parts = dict(zip(self._model_files, frozen, strict=True))
+        self._parts[self._model_files[0]] += buffers.values()
+        self._parts |= {file: list(each[flats]) for file, each in zip(self._optimizer_files, optimizers, strict=True)}
+        for name, buffer in buffers.items():
+            yield name, _Span(shape=tuple(buffer.shape), pieces=(buffer.float().reshape(-1),))
         yield from _frozen(models)
         if stage == 3:
-            yield from _third_stage(first["param_shapes"], [each["fp32_flat_groups"] for each in optimizers])
+            yield from _third_stage(first["param_shapes"], [each[flats] for each in optimizers])
         else:
-            key = "single_partition_of_fp32_groups"
             paddings = optimizers[0].get("param_alignment_paddings")
-            yield from _early_stages(first["param_shapes"], [each[key] for each in optimizers], paddings)
+            yield from _early_stages(first["param_shapes"], [each[flats] for each in optimizers], paddings)
 
     def _whole(self, spans: Iterable[tuple[str, _Span]]) -> Iterator[tuple[str, _Span]]:
         """`spans`, each of which has all elements of its tensor."""
@@ -293,6 +301,18 @@ def _files(folder: Path, pattern: str) -> list[Path]:
 def _natural(path: Path) -> list[int | str]:
     """rank_2 before rank_10"""
     return [int(word) if word.isdigit() else word for word in re.split(r"(\d+)", path.name)]
+
+
+def _hash_parts(file: Path, parts: Sequence[torch.Tensor]) -> str:
+    """SHA-256 of the pickle in `file`, which says where every tensor belongs, and of `parts` of its tensors."""
+    digest = hashlib.sha256()
+    with zipfile.ZipFile(file) as archive:
+        digest.update(archive.read(next(name for name in archive.namelist() if name.endswith("/data.pkl"))))
+    for part in parts:
+        for piece in part.detach().reshape(-1).view(torch.uint8).split(PIECE_BYTES):
+            digest.update(memoryview(piece.numpy()))
+            _let_go(piece)
+    return digest.hexdigest()
 
 
 def _let_go(piece: torch.Tensor) -> None:

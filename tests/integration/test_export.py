@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from types import SimpleNamespace
 
+import huggingface_hub
 import pytest
 import torch
 import yaml
@@ -50,6 +51,43 @@ def test_a_run_becomes_a_folder_that_transformers_loads(run: Path, tmp_path: Pat
     assert "quantization_config" not in config
     assert (tmp_path / "out" / "generation_config.json").is_file()
     assert json.loads((tmp_path / "out" / REPORT).read_text())["inputs"] == report.inputs
+
+
+def test_an_adapter_on_the_hub_is_exported(run: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    asked: list[str] = []
+
+    def download(name: str, *, allow_patterns: list[str]) -> str:
+        asked.append(name)
+        assert {"*.safetensors", "*.json", "*.jinja"} <= set(allow_patterns)
+        if name == "me/private":
+            raise OSError("401 Client Error")
+        return str(run / "snapshots" / "step-4")
+
+    monkeypatch.setattr(huggingface_hub, "snapshot_download", download)
+    report = export("me/orders-lora", tmp_path / "out", base=str(tmp_path / "base"))
+    assert (report.kind, report.verification.passed) == ("adapter", True)
+    with pytest.raises(ExportError, match=r"me/private is neither a folder nor a repository .*401 Client Error"):
+        export("me/private", tmp_path / "other")
+    with pytest.raises(ExportError, match=r"run/snapshot is no folder"):  # a slip of the pen is not looked up
+        export("run/snapshot", tmp_path / "other")
+    assert asked == ["me/orders-lora", "me/private"]
+
+
+def test_every_file_of_the_tokenizer_reaches_the_export(run: Path, tmp_path: Path) -> None:
+    (run / "tokenizer" / "additional_chat_templates").mkdir()
+    more = ("additional_chat_templates/tool_use.jinja", "sentencepiece.bpe.model")
+    for name in more:
+        (run / "tokenizer" / name).write_text("{{ messages }}")
+    export(run, tmp_path / "out")
+    assert all((tmp_path / "out" / name).read_text() == "{{ messages }}" for name in more)
+    manifest = json.loads((tmp_path / "out" / MANIFEST).read_text())
+    assert set(more) <= set(manifest["result"])
+    assert set(more) <= set(manifest["made_from"]["tokenizer"])
+    check_manifest(tmp_path / "out")
+    (tmp_path / "out" / more[0]).write_text("another")
+    with pytest.raises(ExportError, match=more[0]):
+        check_manifest(tmp_path / "out")
 
 
 def record_training(run: Path, **tokens: int) -> None:

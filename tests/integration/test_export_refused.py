@@ -113,6 +113,15 @@ def test_tensors_that_are_wrong_on_disk_are_caught_by_the_logits(
     assert nothing_finished(tmp_path / "out")
 
 
+def test_a_full_model_that_was_saved_empty_is_one_clear_error(tmp_path: Path) -> None:
+    checkpoint = write_tiny_model(tmp_path / "checkpoint-3")
+    tensors = load_file(checkpoint / "model.safetensors")
+    save_file({name: tensor[:0] for name, tensor in tensors.items()}, checkpoint / "model.safetensors")
+    with pytest.raises(ExportError, match=r"empty tensors such as .*without gathering"):
+        export(checkpoint, tmp_path / "out")
+    assert nothing_finished(tmp_path / "out")
+
+
 def test_a_folder_that_is_no_export_is_never_replaced(run: Path, tmp_path: Path) -> None:
     (tmp_path / "out").mkdir()
     (tmp_path / "out" / "thesis.txt").write_text("precious")

@@ -95,6 +95,8 @@ def check(report: ExportReport) -> None:
     assert found is not None
     assert found.passed
     assert found.tokens > 200
+    assert found.answer_tokens > 8
+    assert found.answer_agreement == 1
     assert found.mean_logprob_difference < report.verification.mean_limit
 
 

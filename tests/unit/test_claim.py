@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from hf_dsvllm.errors import ExportError
+from hf_dsvllm.export import claim
 from hf_dsvllm.export.claim import claimed, replacing
 
 
@@ -42,6 +43,22 @@ def test_a_link_stays_a_link_and_its_target_is_written(linked: Path, there: str)
     assert [item.name for item in linked.iterdir()] == ["model"]
     assert [item.name for item in target.parent.iterdir()] == ["export"]
     assert [item.name for item in linked.parent.iterdir()] == ["out"]
+
+
+def test_a_replacement_is_on_the_disk_before_the_old_export_goes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    export(tmp_path / "out", "old")
+    seen: list[tuple[bool, str]] = []
+
+    def flush(folder: Path) -> None:
+        assert folder == tmp_path
+        seen.append(((tmp_path / ".out.old").exists(), (tmp_path / "out" / "model").read_text()))
+
+    monkeypatch.setattr(claim, "fsync_path", flush)
+    export(tmp_path / "out", "new")
+    assert seen == [(True, "new")]
+    assert [item.name for item in tmp_path.iterdir()] == ["out"]
 
 
 def test_a_failed_export_through_a_link_keeps_what_was_there(linked: Path) -> None:

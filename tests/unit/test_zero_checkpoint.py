@@ -86,6 +86,33 @@ def test_a_whole_save_is_put_together(tmp_path: Path, stage: int, ranks: int) ->
             assert torch.equal(tensors.get(name), tensor), name
 
 
+@pytest.mark.parametrize("stage", [2, 3])
+def test_hashes_are_of_what_is_read_and_not_of_moments_and_copies(tmp_path: Path, stage: int) -> None:
+    folder = write_checkpoint(tmp_path, stage=stage)
+    model = folder / ("mp_rank_00_model_states.pt" if stage == 2 else "zero_pp_rank_0_mp_rank_00_model_states.pt")
+    optimizer = folder / "zero_pp_rank_1_mp_rank_00_optim_states.pt"
+
+    def hashes(moment: float, copy: float, **weights: float) -> dict[str, str]:
+        change(model, module={"copy": torch.full((9,), copy)}, buffer_names=["range"])
+        state = torch.load(model, weights_only=False)
+        state["module"]["range"] = torch.full((3,), weights.get("buffer", 0))
+        state["frozen_param_fragments"]["fixed"].fill_(weights.get("frozen", 0))
+        torch.save(state, model)
+        state = torch.load(optimizer, weights_only=False)
+        own = state["optimizer_state_dict"] | {"base_optimizer_state": torch.full((9,), moment)}
+        own["fp32_flat_groups" if stage == 3 else "single_partition_of_fp32_groups"][0].fill_(weights.get("trained", 0))
+        torch.save({"optimizer_state_dict": own}, optimizer)
+        with ZeroCheckpoint(tmp_path) as tensors:
+            return tensors.sha256()
+
+    first = hashes(1.0, 1.0)
+    assert set(first) == {f"{file.name}#read" for file in folder.iterdir()}
+    assert hashes(2.0, 3.0) == first
+    for weights in ({"buffer": 1.0}, {"frozen": 1.0}, {"trained": 1.0}):
+        changed = {name for name, digest in hashes(1.0, 1.0, **weights).items() if digest != first[name]}
+        assert changed == {f"{(optimizer if 'trained' in weights else model).name}#read"}
+
+
 @pytest.mark.parametrize("lost", [0, 1, 3])
 @pytest.mark.parametrize("kind", ["model", "optim"])
 def test_a_rank_whose_file_is_missing_is_named(tmp_path: Path, kind: str, lost: int) -> None:
