@@ -6,7 +6,9 @@
     python benchmarks/export_speed.py zero --shape 8b --work FOLDER --out result.json
 
 `write` makes a random model of a real shape and a random adapter, `merge` exports them (made if need be) with this
-package and with PEFT's merge_and_unload and save_pretrained.  `checkpoint` writes a ZeRO-3 checkpoint after one step;
+package and with PEFT's merge_and_unload and save_pretrained, then compares every tensor in steps of bf16.  Of QLoRA
+there are two ways by hand: merged into the 4-bit base it was trained on, as most do it (the result is 4 bit and not
+compared), and into the base dequantised before.  `checkpoint` writes a ZeRO-3 checkpoint with Adam after one step;
 `zero` converts it with this package and with DeepSpeed's zero_to_fp32, and compares every tensor.  Each way runs in a
 process of its own; imports, the start of CUDA and the proof by logits are not counted (the proof has a row of its own).
 FOLDER decides what is measured: /dev/shm is memory, another place is its disk.
@@ -46,6 +48,9 @@ def main() -> None:
     parser.add_argument(
         "--only_ours", action="store_true", help="leave out PEFT's row, where the disk is what is measured"
     )
+    parser.add_argument(
+        "--no_compare", action="store_true", help="leave out the comparison of tensors, which reads both results"
+    )
     args = parser.parse_args()
     if args.what == "child":
         print(json.dumps(WAYS[args.way](args)), flush=True)
@@ -65,13 +70,23 @@ def main() -> None:
 
 def measure_merge(args: argparse.Namespace) -> dict[str, Any]:
     run = write_run(args)
-    ways = ["merge-ours", *([] if args.only_ours else ["merge-peft"]), *([] if args.no_proof else ["merge-proven"])]
-    rows = {way: child(args, way) for way in ways}
-    ours, peft = rows["merge-ours"], rows.get("merge-peft")
+    results = [args.work / name for name in ("out-ours", "out-peft")]
+    for folder in results:
+        shutil.rmtree(folder, ignore_errors=True)
+    by_hand = [] if args.only_ours else [*(["merge-peft-4bit"] if args.kind == "qlora" else []), "merge-peft"]
+    rows = {way: child(args, way) for way in ("merge-ours", *by_hand)}
+    if by_hand and not args.no_compare:
+        rows["equal"] = child(args, "merge-equal")
+    for folder in results:
+        shutil.rmtree(folder, ignore_errors=True)
+    if not args.no_proof:
+        rows["merge-proven"] = child(args, "merge-proven")
+    ours = rows["merge-ours"]
     rate = disk_rate(args.work)
     return {
         "shape": args.shape, "kind": args.kind, "work": str(args.work), "host": host(), "run": run.name, "rows": rows,
-        "disk_gb_per_s": rate, "times_faster": round(peft["seconds"] / ours["seconds"], 2) if peft else None,
+        "disk_gb_per_s": rate,
+        "times_faster": {way: round(rows[way]["seconds"] / ours["seconds"], 2) for way in by_hand},
         "written_gb_per_s": ours.get("written_gb_per_s"), "share_of_disk_rate": round(ours["gb_per_s"] / rate, 2),
     }  # fmt: skip
 
@@ -125,7 +140,6 @@ def merge_ours(args: argparse.Namespace) -> dict[str, Any]:
     export._where_to_compare = lambda *_: ("cpu", "left out of this measurement")
     with watched() as seen:
         report = export.export_model(run, out, progress=False)
-    shutil.rmtree(out)
     return seen | {
         "gb_per_s": round(report.weights_bytes / seen["seconds"] / 1e9, 2), "write_seconds": report.write_seconds,
         "written_gb_per_s": round(report.weights_bytes / report.write_seconds / 1e9, 2),
@@ -151,31 +165,77 @@ def merge_proven(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def merge_peft(args: argparse.Namespace) -> dict[str, Any]:
-    """What PEFT's documentation says: load in bf16, merge_and_unload, save_pretrained."""
+    """What PEFT's documentation says: load in bf16, merge_and_unload, save_pretrained.
+
+    A QLoRA base is loaded in 4 bit and dequantised before, so that the result is 16 bit and can be compared.
+    """
+    return by_hand(args, "out-peft", dequantise=args.kind == "qlora")
+
+
+def merge_peft_4bit(args: argparse.Namespace) -> dict[str, Any]:
+    """merge_and_unload on the 4-bit base, and save that: the result is rounded to 4 bit once more."""
+    row = by_hand(args, "out-peft-4bit", dequantise=False)
+    shutil.rmtree(args.work / "out-peft-4bit")
+    return row
+
+
+def by_hand(args: argparse.Namespace, name: str, *, dequantise: bool) -> dict[str, Any]:
     import torch
     from peft import PeftModel
-    from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
-    base, run = args.work / f"base-{args.shape}", args.work / f"run-{args.shape}-{args.kind}"
-    out = args.work / "out-peft"
+    base, run, out = args.work / f"base-{args.shape}", args.work / f"run-{args.shape}-{args.kind}", args.work / name
     warm_up()
-    place = {"device_map": {"": 0}} if torch.cuda.is_available() else {}
+    settings: dict[str, Any] = {"device_map": {"": 0}} if torch.cuda.is_available() else {}
+    if args.kind == "qlora":
+        settings["quantization_config"] = BitsAndBytesConfig(load_in_4bit=True, **NF4)
     with watched() as seen:
-        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16, **place)
+        model = AutoModelForCausalLM.from_pretrained(base, dtype=torch.bfloat16, **settings)
+        model = model.dequantize() if dequantise else model
         model = PeftModel.from_pretrained(model, run / "snapshots" / "step-1").merge_and_unload()
         model.save_pretrained(out, max_shard_size=SHARD)
         AutoTokenizer.from_pretrained(base).save_pretrained(out)
         sync_folder(out)
     size = sum(file.stat().st_size for file in out.glob("*.safetensors"))
-    shutil.rmtree(out)
     return seen | {"gb_per_s": round(size / seen["seconds"] / 1e9, 2), "gb": round(size / 1e9, 2)}
+
+
+def merge_equal(args: argparse.Namespace) -> dict[str, Any]:
+    """Every tensor of both, in steps between neighbouring bf16 numbers; PEFT adds the delta in bf16, we in fp32."""
+    from hf_dsvllm.tensors.weights import TensorFolder
+
+    steps: dict[str, int] = {}
+    equal = total = 0
+    with TensorFolder(args.work / "out-ours") as ours, TensorFolder(args.work / "out-peft") as theirs:
+        shared = sorted(set(ours.names) & set(theirs.names))
+        for name in shared:
+            apart = bf16_steps(ours.get(name), theirs.get(name))
+            steps[name] = int(apart.max())
+            equal += int((apart == 0).sum())
+            total += apart.numel()
+        alone = sorted(set(ours.names) ^ set(theirs.names))
+    worst = max(steps, key=lambda name: steps[name])
+    return {"tensors": len(shared), "within_one_step": sum(each <= 1 for each in steps.values()),
+            "equal_numbers": round(equal / total, 6), "most_steps": steps[worst], "most_steps_in": worst,
+            "only_one_has": alone}  # fmt: skip
+
+
+def bf16_steps(one: Any, other: Any) -> Any:
+    """How many bf16 numbers lie between, for each element; 0 and -0 are one number."""
+    import torch
+
+    def place(tensor: torch.Tensor) -> torch.Tensor:
+        bits = tensor.to(torch.bfloat16).contiguous().view(torch.int16).int()
+        return torch.where(bits < 0, -(bits & 0x7FFF), bits)
+
+    return (place(one) - place(other)).abs()
 
 
 # -- ZeRO
 
 
 def write_checkpoint(args: argparse.Namespace) -> None:
-    """One step under ZeRO-3 with SGD, so that the checkpoint holds the fp32 weights and no moments."""
+    """One step under ZeRO-3 with Adam: the checkpoint holds the moments beside the fp32 weights, as real ones do."""
     import deepspeed
     import torch
     from standin import SHAPES
@@ -188,13 +248,13 @@ def write_checkpoint(args: argparse.Namespace) -> None:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
     config = zero_config(SHAPES[args.shape])
     settings = {
-        "train_micro_batch_size_per_gpu": 1, "bf16": {"enabled": True}, "zero_allow_untested_optimizer": True,
+        "train_micro_batch_size_per_gpu": 1, "bf16": {"enabled": True},
         "zero_optimization": {"stage": 3},
     }  # fmt: skip
     torch.manual_seed(0)
     with deepspeed.zero.Init(config_dict_or_path=settings):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), dtype=torch.bfloat16)
-    optimizer = torch.optim.SGD(model.parameters(), lr=1e-3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
     tokens = torch.randint(0, config["vocab_size"], (1, STEP_TOKENS), device=engine.device)
     engine.backward(engine(input_ids=tokens, labels=tokens).loss)
@@ -221,7 +281,7 @@ def measure_zero(args: argparse.Namespace) -> dict[str, Any]:
     rows = {way: child(args, way) for way in ("zero-ours", "zero-deepspeed")}
     rows["equal"] = child(args, "zero-equal")
     for name in ("zero-ours", "zero-deepspeed"):
-        shutil.rmtree(args.work / f"out-{name}")
+        shutil.rmtree(args.work / f"out-{name}", ignore_errors=True)
     ours, theirs = rows["zero-ours"], rows["zero-deepspeed"]
     return {
         "shape": args.shape, "work": str(args.work), "host": host(), "rows": rows,
@@ -375,6 +435,8 @@ def host() -> str:
 WAYS = {
     "merge-ours": merge_ours,
     "merge-peft": merge_peft,
+    "merge-peft-4bit": merge_peft_4bit,
+    "merge-equal": merge_equal,
     "merge-proven": merge_proven,
     "zero-ours": zero_ours,
     "zero-deepspeed": zero_deepspeed,

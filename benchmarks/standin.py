@@ -118,7 +118,7 @@ def write_random_model(shape: Shape, out: Path) -> None:
     tensors = dict(model.named_parameters())  # tied ones once
     plan = [TensorPlan(name=name, shape=tuple(t.shape), dtype=t.dtype) for name, t in tensors.items()]
     out.mkdir(parents=True, exist_ok=True)
-    write_shards(out, plan, lambda name: tensors[name].detach().cpu())
+    write_shards(out, plan, lambda name: tensors[name].detach().cpu(), max_shard_size_bytes=5 * 10**9)
     config.dtype = "bfloat16"
     config.save_pretrained(out)
     GenerationConfig(bos_token_id=pad, eos_token_id=end, pad_token_id=pad).save_pretrained(out)

@@ -6,11 +6,13 @@
 #   write    the random models and adapters of SHAPES, in memory (FAST)
 #   merge    LoRA and QLoRA exports of SHAPES against PEFT by hand, in memory
 #   disk     the LoRA exports from memory onto the disk (WORK)
-#   zero     a ZeRO-3 checkpoint of ZERO_SHAPE on PROCESSES GPUs, converted by us and by DeepSpeed
+#   zero     a ZeRO-3 checkpoint of ZERO_SHAPE on PROCESSES GPUs (with Adam: 12 bytes a parameter in FAST), converted by us
+#            and by DeepSpeed
 #   serve    exports of the first two SHAPES on one GPU behind one address, then an adapter against its merged model
 #
 # Environment: SHAPES="8b 14b" ZERO_SHAPE=8b PROCESSES=4 WORK=runs/export FAST=/dev/shm/export; OUT, a folder that results
-# are copied to; SETUP, a shell file to source first; VLLM_ARGS, more arguments for vLLM; LIMIT_S, seconds for each part.
+# are copied to; COMPARE=--no_compare where reading both results back takes too long; SETUP, a shell file to source first;
+# VLLM_ARGS, more arguments for vLLM; LIMIT_S, seconds for each part.
 set -uo pipefail
 cd "$(dirname "$0")/../.."
 STEP=${1:?write, merge, disk, zero or serve}
@@ -33,8 +35,8 @@ case $STEP in
     done ;;
   merge)
     for shape in $SHAPES; do
-      speed merge --shape "$shape" --kind lora --work "$FAST" --no_proof --out "$RESULTS/merge-$shape-lora-memory.json"
-      speed merge --shape "$shape" --kind qlora --work "$FAST" --out "$RESULTS/merge-$shape-qlora-memory.json"
+      speed merge --shape "$shape" --kind lora --work "$FAST" --no_proof ${COMPARE:-} --out "$RESULTS/merge-$shape-lora-memory.json"
+      speed merge --shape "$shape" --kind qlora --work "$FAST" ${COMPARE:-} --out "$RESULTS/merge-$shape-qlora-memory.json"
     done ;;
   disk)
     for shape in $SHAPES; do # read from memory, as if the base were in the page cache; written to the disk
