@@ -51,6 +51,7 @@ _ADAM_ON_CPU = Setting(
 UNSHARDED = (
     "ZeRO-1 and ZeRO-2 on one GPU shard nothing: use lora or qlora, zero2_offload or zero3_offload, or more GPUs"
 )
+_ROUNDED = "or more: page-locked buffers round up to powers of two"
 _LINUX_AIO = "needs libaio (apt-get install libaio-dev) and --nvme_path on a local disk"
 
 
@@ -111,7 +112,10 @@ def zero2_offload() -> Preset:
         # DeepSpeedCPUAdam accumulates in its own fp32 host buffers; the GPU keeps bf16 gradients.
         deepspeed=(_OVERLAP, _CONTIGUOUS, _BUCKET),
         arguments=(_ADAM_ON_CPU,),
-        constraints=("host RAM 18 bytes per parameter (+2 with gradient accumulation)", "a C++ compiler for CPUAdam"),
+        constraints=(
+            f"host RAM 18 bytes per parameter (+2 with gradient accumulation) {_ROUNDED}",
+            "a C++ compiler for CPUAdam",
+        ),
     )
 
 
@@ -135,7 +139,7 @@ def zero3_offload_optimizer() -> Preset:
         lives="GPU: 2P/N weights + gradients in flight; host: 18P over all ranks",
         offload_optimizer="cpu",
         arguments=(_ADAM_ON_CPU,),
-        constraints=("host RAM 18 bytes per parameter", "a C++ compiler for CPUAdam"),
+        constraints=(f"host RAM 18 bytes per parameter {_ROUNDED}", "a C++ compiler for CPUAdam"),
     )
 
 
@@ -146,7 +150,11 @@ def zero3_offload() -> Preset:
         summary="ZeRO-3 with weights and optimizer states on the CPU: the largest model for a GPU",
         lives="GPU: the layer in use; host: 20P over all ranks",
         offload_param="cpu",
-        constraints=("host RAM 20 bytes per parameter", "a C++ compiler for CPUAdam", "limited by the host link"),
+        constraints=(
+            f"host RAM 20 bytes per parameter {_ROUNDED}",
+            "a C++ compiler for CPUAdam",
+            "limited by the host link",
+        ),
     )
 
 
