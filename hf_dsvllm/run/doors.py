@@ -1,9 +1,9 @@
-"""Every place where a run touches upstream: four classes, in this process only, when the script imports them.
+"""Every place where a run touches upstream: five classes, in this process only, when the script imports them.
 
 * `TrainingArguments.__new__`: any instance gets our fields, with the command line's values as their defaults.
-* `HfArgumentParser` (transformers' and TRL's copy): our flags in the script's parser, its `--help` and its YAML.
+* `HfArgumentParser`, transformers' and TRL's copy: our flags in the script's parser, its `--help` and its YAML.
 * `PreTrainedModel.from_pretrained` and `__init__`: 4-bit weights for QLoRA; vLLM starts while the model loads.
-* `Trainer.__new__`, `__init__` and `train`: adapters, evaluation, and the proof that both took.
+* `Trainer.__new__`, `__init__` and `train`, also of subclasses: adapters, evaluation, and the proof that both took.
 
 `__new__` is the one place every subclass passes, whatever its `__init__` looks like: it returns an instance of a
 subclass made on the way, whose `__init__` python then calls with the caller's arguments.
@@ -13,6 +13,7 @@ Remove each when transformers has an entry point for it (read in 5.19: there is 
 from __future__ import annotations
 
 import functools
+import inspect
 from collections.abc import Callable
 from types import ModuleType
 from typing import Any
@@ -86,13 +87,14 @@ def _models(door: ForModels, module: ModuleType) -> None:
     depth = 0  # a model may load its parts
 
     @functools.wraps(load)
-    def from_pretrained(cls: type, name: Any, *args: Any, **kwargs: Any) -> Any:
+    def from_pretrained(cls: type, *args: Any, **kwargs: Any) -> Any:
         nonlocal depth
         if depth == 0:
+            name = args[0] if args else kwargs.get("pretrained_model_name_or_path")
             kwargs = door.before_load(cls, name, kwargs)
         depth += 1
         try:
-            return load(cls, name, *args, **kwargs)
+            return load(cls, *args, **kwargs)
         finally:
             depth -= 1
 
@@ -109,11 +111,27 @@ def _models(door: ForModels, module: ModuleType) -> None:
 
 def _trainer(run: Run, door: ForTrainers, module: ModuleType) -> None:
     trainer: Any = module.Trainer
-    make, train = trainer.__init__, trainer.train
+    make = trainer.__init__
+
+    @functools.cache
+    def check_train(cls: Any) -> None:
+        """Surround the `train` of this class, the Trainer's or one that may not go on to the Trainer's."""
+        train = vars(cls).get("train")
+        if not issubclass(cls, trainer) or not inspect.isfunction(train):
+            return
+
+        @functools.wraps(train)
+        def checked_train(self: Any, *args: Any, **kwargs: Any) -> Any:
+            with door.training(self):
+                return train(self, *args, **kwargs)
+
+        cls.train = checked_train
 
     @functools.cache
     def passage(cls: Any) -> Any:
         """A subclass of `cls` whose `__init__` surrounds that of `cls`; the instance is of `cls` before that runs."""
+        for base in cls.__mro__:
+            check_train(base)
 
         def __init__(self: Any, *args: Any, **kwargs: Any) -> None:
             self.__class__ = cls
@@ -136,14 +154,5 @@ def _trainer(run: Run, door: ForTrainers, module: ModuleType) -> None:
             args, kwargs = (), door.inside(given)
         make(self, *args, **kwargs)
 
-    @functools.wraps(train)
-    def checked_train(self: Any, *args: Any, **kwargs: Any) -> Any:
-        door.before_training(self)
-        with run.at_work():
-            result = train(self, *args, **kwargs)
-        door.after_training(self)
-        return result
-
     trainer.__new__ = __new__
     trainer.__init__ = __init__
-    trainer.train = checked_train

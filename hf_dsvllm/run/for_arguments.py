@@ -161,10 +161,11 @@ class ForArguments:
         """Where a whole model came before the arguments of a ZeRO-3 run."""
         if self.whole_model is None or not any("before the training arguments" in p.what for p in error.problems):
             return []
+        named = "use from_pretrained" if self._run.shards_weights else "name a preset, --ds_preset zero3"
         return [
             Problem(
                 f"the model is made at {self.whole_model}, the training arguments at {script_line()}",
-                "swap these two lines, or use from_pretrained: `hf-dsvllm run` shards what it loads wherever it stands",
+                f"swap these two lines, or {named}: `hf-dsvllm run` then shards what is loaded wherever it stands",
             )
         ]
 

@@ -45,7 +45,7 @@ class ForModels:
         self._early = HfDeepSpeedConfig(early_config(self._run.preset, device, self._run.command.value("nvme_path")))
 
     def made(self) -> None:
-        """A model is made from its configuration: remember where, while there are no arguments."""
+        """A whole model is made or loaded: remember where, while there are no arguments."""
         if self._run.args is None and self._arguments.whole_model is None:
             self._arguments.whole_model = script_line()
 
@@ -56,7 +56,11 @@ class ForModels:
         first one that writes text; which one is trained is known when the trainer is made.
         """
         run = self._run
-        if run.constructing or run.busy or name is None or not has_head(cls):
+        if run.constructing or run.busy or name is None:
+            return kwargs
+        if run.args is None and not run.shards_weights:
+            self.made()
+        if not has_head(cls):
             return kwargs
         if run.args is None and run.shards_weights:
             self._arguments.sharded_early = script_line()

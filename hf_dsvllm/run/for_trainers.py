@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import inspect
 import itertools
@@ -25,6 +26,8 @@ class ForTrainers:
     def __init__(self, run: Run) -> None:
         self._run = run
         self._exports: dict[Path, weakref.ref[Any]] = {}  # by whom
+        self._training: set[int] = set()  # ids of trainers whose train() is under way, and of those it has begun in
+        self._begun: set[int] = set()
 
     def before(self, cls: Any, trainer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:
         """The keyword arguments for a trainer's constructor: TRL's take adapters and quantisation themselves."""
@@ -131,11 +134,21 @@ class ForTrainers:
             trainer.processing_class = load_tokenizer(session.args, session.model_args)
             say("the trainer was given no processing_class: evaluation takes the model's own tokenizer")
         session.attach(trainer)
-        trainer.add_callback(_report(tuple(run.lines.values()), session, trainer))
+        trainer.add_callback(_report(tuple(run.lines.values()), session, trainer, self._has_begun))
         run.lines.pop("4 bit", None)
 
     def _refuse_foreign_models(self, model: Any) -> None:
-        """Snapshots and adapters need transformers' way of saving."""
+        """Snapshots need transformers' way of saving, and adapters that are on layers."""
+        for config in getattr(model, "peft_config", {}).values():
+            if config.is_prompt_learning:
+                raise self._run.fail(
+                    Problem(
+                        f"the trainer at {script_line()} trains prompts ({config.peft_type.value}): a run ends with a "
+                        "snapshot, which holds whole models and adapters on layers",
+                        "take LoRA, or start the script with torchrun: `hf-dsvllm presets show NAME` prints a "
+                        "preset's JSON, to pass as --deepspeed",
+                    )
+                )
         if not hasattr(model, "save_pretrained"):
             raise self._run.fail(
                 Problem(
@@ -164,6 +177,33 @@ class ForTrainers:
             why = "does not write text" if not writes else "was made in the script"
             say(f"export_to=none: {name} {why}; the script's own save_model keeps it")
 
+    def _has_begun(self, trainer: Any) -> None:
+        self._run.trained = True
+        self._begun.add(id(trainer))
+
+    @contextlib.contextmanager
+    def training(self, trainer: Any) -> Iterator[None]:
+        """Around `train`; raises WiringError afterwards if it was a loop of its own, without callbacks and engine."""
+        if id(trainer) in self._training:  # a subclass's train that goes on to the Trainer's
+            yield
+            return
+        self.before_training(trainer)
+        self._training.add(id(trainer))
+        self._begun.discard(id(trainer))
+        try:
+            with self._run.at_work():
+                yield
+        finally:
+            self._training.discard(id(trainer))
+        if id(trainer) not in self._begun:
+            self._run.failed = WiringError(
+                f"{type(trainer).__name__}.train came back without on_train_begin, the moment at which a Trainer has "
+                "its engine and evaluation begins: whatever it trained in a loop of its own, it was not by this "
+                "preset. Let it call super().train(), or start the script with torchrun"
+            )
+            raise self._run.failed
+        self.after_training(trainer)
+
     def before_training(self, trainer: Any) -> None:
         """Raise WiringError for a trainer that does not carry our callback; let its export overwrite no other's."""
         session = _session_of(trainer)
@@ -173,7 +213,6 @@ class ForTrainers:
                 "it. Nothing was trained."
             )
             raise self._run.failed
-        self._run.trained = True
         asked = _export_folder(trainer.args, session)
         free = next((folder for folder in _numbered(asked) if self._may_export(trainer, folder)), None)
         if free != asked:
@@ -239,21 +278,29 @@ def _numbered(folder: Path | None) -> Iterator[Path]:
         yield from (folder.with_name(f"{folder.name}-{number}") for number in itertools.count(2))
 
 
-def _report(lines: Sequence[str], session: Any, trainer: Any) -> Any:
+def _report(lines: Sequence[str], session: Any, trainer: Any, has_begun: Callable[[Any], None]) -> Any:
     """The callback that says, from the live objects, what was wired where."""
     from transformers import TrainerCallback
 
     class Report(TrainerCallback):
         def on_train_begin(self, *_args: Any, **_kwargs: Any) -> None:
-            parts = list(lines)
-            for name, config in getattr(trainer.model, "peft_config", {}).items():
-                layers = sorted({target.rpartition(".")[2] for target in config.target_modules or ()})
-                parts.append(f"adapter {name!r} on {', '.join(layers)}")
+            has_begun(trainer)
+            configs = getattr(trainer.model, "peft_config", {})
+            parts = [*lines, *(f"adapter {name!r} {_where(config)}" for name, config in configs.items())]
             tasks = ", ".join(task.name for task in session.tasks)
             parts.append(f"vLLM answers {tasks}" if tasks else "no evaluation by generation")
             say(f"wired: {'; '.join(parts)}")
 
     return Report()
+
+
+def _where(config: Any) -> str:
+    """What an adapter of PEFT is put on; some kinds are put on no layers that they name."""
+    targets = getattr(config, "target_modules", None)
+    if not targets:
+        return f"of type {getattr(config.peft_type, 'value', config.peft_type)}"
+    layers = [targets] if isinstance(targets, str) else sorted({target.rpartition(".")[2] for target in targets})
+    return f"on {', '.join(layers)}"
 
 
 def given_to(cls: type, trainer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> dict[str, Any]:

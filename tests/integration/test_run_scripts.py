@@ -20,6 +20,7 @@ pytestmark = [pytest.mark.slow, pytest.mark.distributed, pytest.mark.timeout(900
 
 TRL_PRESETS = ("zero2", "zero3", "qlora")
 OWN_PRESETS = ("zero2", "zero3", "lora", "qlora")
+RESUMED = ("lora", "qlora", "zero3", "zero3+lora")
 OWN = ("clm", "fixed", "own_loss", "module")
 ON_CPU = ("--use_cpu", "true", "--bf16", "false")
 ENGINES = {
@@ -88,13 +89,16 @@ def plain_cases(folder: Path) -> list[Case]:
 
 
 def resumed_cases(folder: Path) -> list[Case]:
-    """A QLoRA run of a script that knows no PEFT, saving after each step, and one that goes on after the first."""
+    """Runs of a script that knows no presets, saving after each step, and for each one that goes on after the first."""
     cases = []
-    for name, more in (("saved", ()), ("resumed", ("--resume_from_checkpoint", f"{folder}/out/saved/checkpoint-1"))):
-        words = clm_words(folder, name)
-        words[words.index("--save_strategy") + 1] = "steps"
-        argv = [str(HERE / "clm.py"), *words, "--save_steps", "1", *more, *ours("qlora")]
-        cases.append(Case(name=name, argv=argv))
+    for preset in RESUMED:
+        saved = f"saved-{preset}"
+        goes_on = ("--resume_from_checkpoint", str(folder / "out" / saved / "checkpoint-1"))
+        for name, more in ((saved, ()), (f"resumed-{preset}", goes_on)):
+            words = clm_words(folder, name)
+            words[words.index("--save_strategy") + 1] = "steps"
+            argv = [str(HERE / "clm.py"), *words, "--save_steps", "1", *more, *ours(preset)]
+            cases.append(Case(name=name, argv=argv))
     return cases
 
 
@@ -116,6 +120,11 @@ ODD = {
     "only_evaluates": ("ddp",),
     "default_arguments": ("lora",),
     "own_arguments": ("zero2",),
+    "names_the_model": ("qlora",),
+    "own_loop": ("ddp",),
+    "own_train_goes_on": ("ddp",),
+    "prompt_tuning": ("ddp",),
+    "adapters_by_pattern": ("ddp",),
 }
 
 
@@ -197,9 +206,12 @@ def test_losses_of_qlora_are_those_of_trls_own_flags(outcomes: Mapping[str, Outc
     assert outcomes["sft-qlora"].printed_losses() == outcomes["sft-plainqlora"].trained().printed_losses()
 
 
-def test_a_qlora_run_of_a_plain_script_resumes_from_its_adapters(outcomes: Mapping[str, Outcome]) -> None:
-    saved, resumed = outcomes["saved"].trained(), outcomes["resumed"].trained()
-    assert (saved.out / "checkpoint-1" / "adapter_model.safetensors").is_file()
+@pytest.mark.parametrize("preset", RESUMED)
+def test_a_plain_script_resumes_where_it_was(preset: str, outcomes: Mapping[str, Outcome]) -> None:
+    saved, resumed = outcomes[f"saved-{preset}"].trained(), outcomes[f"resumed-{preset}"].trained()
+    file = "adapter_model.safetensors" if "lora" in preset else "model.safetensors"
+    assert (saved.out / "checkpoint-1" / file).is_file()
+    assert len(resumed.printed_losses()) == 1, "it began anew"
     assert resumed.losses() == pytest.approx(saved.losses(), abs=1e-6)
 
 
@@ -268,6 +280,22 @@ def test_arguments_with_a_constructor_of_their_own_keep_it(outcomes: Mapping[str
     assert "ZeRO stage 2" in outcomes["own_arguments"].trained().running
 
 
+def test_a_model_that_is_loaded_by_the_name_of_the_argument_is_loaded_in_four_bits(
+    outcomes: Mapping[str, Outcome],
+) -> None:
+    assert "LlamaForCausalLM loaded in 4 bit" in outcomes["names_the_model"].trained().wired
+
+
+def test_a_train_method_that_goes_on_to_the_trainers_is_that_of_a_trainer(outcomes: Mapping[str, Outcome]) -> None:
+    done = outcomes["own_train_goes_on"].trained()
+    assert "before training" in done.log
+    assert done.log.count("hf-dsvllm: wired:") == 1
+
+
+def test_adapters_by_a_pattern_of_the_scripts_are_named_by_it(outcomes: Mapping[str, Outcome]) -> None:
+    assert r"adapter 'default' on .*\.q_proj;" in outcomes["adapters_by_pattern"].trained().wired
+
+
 def test_our_flags_are_in_the_scripts_help(outcomes: Mapping[str, Outcome]) -> None:
     done = outcomes["help"].trained()
     for flag in ("--gen_eval_file", "--vllm_args", "--learning_rate", "--dataset_name"):
@@ -282,6 +310,8 @@ def test_our_flags_are_in_the_scripts_help(outcomes: Mapping[str, Outcome]) -> N
         ("only_arguments", "the script made TrainingArguments and no Trainer"),
         ("own_optimizer", r"the trainer at odd.py:\d+ gets an optimizer made before the adapters of preset lora exist"),
         ("no_callbacks", "Trainer starts to train without the callback of this run"),
+        ("prompt_tuning", r"the trainer at odd.py:\d+ trains prompts \(PROMPT_TUNING\)"),
+        ("own_loop", r"OwnLoop\.train came back without on_train_begin"),
         ("catches_everything", r"(?s)went on after ConfigError.*gets an optimizer made before the adapters"),
         ("own_quantisation", r"preset qlora trains on a 4-bit model, the one given to the trainer at odd.py:\d+"),
         ("asked_reward", "--gen_eval_file asks for answers in text, a reward model gives none"),

@@ -15,15 +15,17 @@ from typing import Any
 import pytest
 import transformers
 import trl
-from peft import LoraConfig, get_peft_model
+from peft import LoraConfig, PromptTuningConfig, get_peft_model
 from transformers import AutoModelForCausalLM, TrainingArguments
 
 from hf_dsvllm import callback, run_folder, session, with_presets
+from hf_dsvllm.errors import ConfigError, Problem, WiringError
 from hf_dsvllm.run.command import AdapterOptions, Command, Given
 from hf_dsvllm.run.for_arguments import ForArguments
 from hf_dsvllm.run.for_models import ForModels, has_head
-from hf_dsvllm.run.for_trainers import ForTrainers, SavesAdapters, accepted, given_to
+from hf_dsvllm.run.for_trainers import ForTrainers, SavesAdapters, _where, accepted, given_to
 from hf_dsvllm.run.state import Run, task_type
+from hf_dsvllm.run.target import Target
 from tests.door import leave
 from tests.tiny import write_tiny_model
 
@@ -36,7 +38,8 @@ def _left_behind() -> Iterator[None]:
 
 def a_run(preset: str = "lora") -> Run:
     given = {"ds_preset": Given(preset, "the command line")}
-    return Run(Command(target="x.py", path=None, script_args=(), given=given, adapter=AdapterOptions(), words=()))
+    target = Target(name="x", path=None, file=None)
+    return Run(Command(target=target, script_args=(), given=given, adapter=AdapterOptions(), words=()))
 
 
 def arguments(folder: Path, cls: type = TrainingArguments, **more: Any) -> Any:
@@ -217,6 +220,28 @@ def test_what_trls_arguments_show_to_be_a_helper_is_not_quantised(
     assert (": some/model" in said.out + said.err) == four_bit
 
 
+@pytest.mark.parametrize(("preset", "fix"), [("auto", "name a preset"), ("zero2", "name a preset"), ("zero3", "use")])
+def test_a_whole_model_before_the_arguments_is_named_by_its_line(preset: str, fix: str) -> None:
+    run = a_run(preset)
+    arguments = ForArguments(run)
+    door = ForModels(run, arguments)
+    if run.shards_weights:
+        door.made()
+    else:
+        door.before_load(transformers.LlamaModel, "m", {})
+    (problem,) = arguments._lines_to_swap(ConfigError([Problem("loaded before the training arguments", "")]))
+    assert problem.what.startswith("the model is made at ")
+    assert fix in problem.fix
+
+
+def test_a_model_that_is_sharded_early_is_no_whole_one() -> None:
+    run = a_run("zero3")
+    arguments = ForArguments(run)
+    ForModels(run, arguments).before_load(transformers.LlamaForCausalLM, "m", {})
+    assert arguments.whole_model is None
+    assert arguments.sharded_early is not None
+
+
 # -- constructors
 
 
@@ -335,3 +360,40 @@ def test_a_trainer_that_failed_has_no_export_to_keep(tmp_path: Path) -> None:
     door.before_training(failed)
     door.before_training(second)
     assert second.session.args.export_to is None
+
+
+# -- training
+
+
+def test_a_train_method_without_the_trainers_moments_is_an_error(tmp_path: Path) -> None:
+    run = a_run()
+    door, trainer = ForTrainers(run), a_trainer(tmp_path, None)
+    with pytest.raises(WiringError, match=r"Trained\.train came back without on_train_begin"), door.training(trainer):
+        pass
+    assert isinstance(run.failed, WiringError)
+    assert not run.trained
+
+
+def test_a_train_method_inside_another_counts_once(tmp_path: Path) -> None:
+    run = a_run()
+    door, trainer = ForTrainers(run), a_trainer(tmp_path, None)
+    for _ in range(2):
+        with door.training(trainer), door.training(trainer):
+            assert run.busy == 1
+            door._has_begun(trainer)
+    assert run.trained
+
+
+# -- what adapters are said to be on
+
+
+@pytest.mark.parametrize(
+    ("config", "expected"),
+    [
+        (LoraConfig(target_modules=["a.q_proj", "b.q_proj", "v_proj"]), "on q_proj, v_proj"),
+        (LoraConfig(target_modules=r".*\.q_proj"), r"on .*\.q_proj"),
+        (PromptTuningConfig(num_virtual_tokens=4), "of type PROMPT_TUNING"),
+    ],
+)
+def test_an_adapter_is_named_by_its_layers_where_it_has_some(config: Any, expected: str) -> None:
+    assert _where(config) == expected

@@ -156,4 +156,43 @@ def own_arguments():
     assert isinstance(args, OwnArguments)
 
 
+def names_the_model():
+    args = arguments()
+    train(LlamaForCausalLM.from_pretrained(pretrained_model_name_or_path=MODEL), args)
+
+
+class OwnLoop(Trainer):
+    def train(self):
+        for batch in self.get_train_dataloader():
+            self.model(**batch).loss.backward()
+
+
+class Before(Trainer):
+    def train(self, *args, **kwargs):
+        print("before training")
+        return super().train(*args, **kwargs)
+
+
+def own_loop():
+    OwnLoop(load(), arguments(), train_dataset=ROWS, data_collator=default_data_collator).train()
+
+
+def own_train_goes_on():
+    Before(load(), arguments(), train_dataset=ROWS, data_collator=default_data_collator).train()
+
+
+def prompt_tuning():
+    from peft import PromptTuningConfig, get_peft_model
+
+    args, model = arguments(), load()
+    train(get_peft_model(model, PromptTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)), args)
+
+
+def adapters_by_pattern():
+    from peft import LoraConfig, get_peft_model
+
+    args, model = arguments(), load()
+    train(get_peft_model(model, LoraConfig(task_type="CAUSAL_LM", target_modules=r".*\.q_proj")), args)
+
+
 globals()[WHAT]()
