@@ -58,9 +58,9 @@ class Forecast:
 
 
 def host_peak(found: Forecast) -> int:
-    """Resident bytes of all processes; on a machine without GPU the training itself is among them."""
+    """Resident bytes of all processes, as a run measures them; on a machine without GPU its tensors are among them."""
     tensors = found.setup.world * found.footprint.peak if found.setup.device == "cpu" else 0
-    return max(found.host.load, found.host.init, found.host.train + tensors)
+    return max(found.host.resident_peak, found.host.train + tensors)
 
 
 def forecast(args: Any, model_args: Any, preset: Preset | None, device: str) -> Forecast | None:
@@ -118,7 +118,7 @@ def learn_from(found: Forecast, measured: Mapping[str, Any]) -> bool:
     full = (measured.get("tokens") or 0) >= FULL * steps * setup.step_tokens
     if not seconds or steps < STEPS_TO_LEARN_FROM or not full or setup.device != "cuda":
         return False
-    learn(found.machine.gpus[0].name, seconds / (found.step.seconds / found.rates.correction))
+    learn(found.machine.gpus[0].name, found.rates, seconds / (found.step.seconds / found.rates.correction))
     return True
 
 

@@ -15,9 +15,17 @@ from typing import Any, Literal
 
 from hf_dsvllm.errors import ModelShapeError
 
-__all__ = ["FAMILIES", "Family", "Linear", "ModelShape", "load_shape", "shape_from_config"]
+__all__ = ["FAMILIES", "Family", "Linear", "ModelShape", "UnknownModelError", "load_shape", "shape_from_config"]
 
 Kind = Literal["attention", "mlp", "lm_head"]
+
+
+class UnknownModelError(ModelShapeError):
+    """A `model_type` that is not in `FAMILIES`."""
+
+    def __init__(self, model_type: str, message: str) -> None:
+        super().__init__(message)
+        self.model_type = model_type
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -75,6 +83,7 @@ FAMILIES: Mapping[str, Family] = {
 }
 # transformers 5 saves Qwen3-MoE's `num_experts` under Mixtral's name.
 EXPERT_ALIASES = ("num_experts", "num_local_experts")
+LARGEST = 10**8  # no size of a model is larger: beyond it the file is wrong
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -222,28 +231,33 @@ def shape_from_config(config: Mapping[str, Any]) -> ModelShape:
     family = FAMILIES.get(model_type) if isinstance(model_type, str) else None
     if family is None:
         nested = " (this is a multimodal configuration; its text part is under `text_config`)"
-        raise ModelShapeError(
+        message = (
             f"model_type {model_type!r} is not known here{nested if 'text_config' in config else ''}, so its "
             f"parameters cannot be counted; known: {', '.join(FAMILIES)}"
         )
+        raise UnknownModelError(model_type, message) if isinstance(model_type, str) else ModelShapeError(message)
     return count_shape(Fields(family.defaults | dict(config)), family)
 
 
 class Fields:
-    """Reads a configuration and names the field that is missing or wrong."""
+    """Reads a configuration; `check` names every field that is missing or wrong."""
 
     def __init__(self, config: Mapping[str, Any]) -> None:
         self.config = config
         self.model_type: str = config["model_type"]
+        self.missing: list[str] = []
+        self.wrong: list[str] = []
 
     def size(self, name: str, default: int | None = None) -> int:
-        """A positive integer; `default` if the field is null or absent."""
+        """A positive integer; `default` if the field is null or absent; 1 where `check` will raise."""
         value = self.config.get(name)
         value = default if value is None else value
         if value is None:
-            raise ModelShapeError(f"the configuration of this {self.model_type} model has no {name}")
-        if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-            raise ModelShapeError(f"{name}={value!r} in the configuration must be a positive integer")
+            self.missing.append(name)
+            return 1
+        if isinstance(value, bool) or not isinstance(value, int) or not 1 <= value <= LARGEST:
+            self.wrong.append(f"{name}={value!r} in the configuration must be a positive integer")
+            return 1
         return value
 
     def optional_size(self, name: str) -> int | None:
@@ -255,16 +269,43 @@ class Fields:
         if isinstance(name, bool):
             return name
         value = self.config.get(name)
+        if value is not None and not isinstance(value, bool):
+            self.wrong.append(f"{name}={value!r} in the configuration must be true or false")
         return default if value is None else bool(value)
+
+    def indices(self, name: str) -> Sequence[int]:
+        """A list of integers, empty if the field is null or absent."""
+        value = self.config.get(name)
+        if value is None or (isinstance(value, list) and all(isinstance(index, int) for index in value)):
+            return value or ()
+        self.wrong.append(f"{name}={value!r} in the configuration must be a list of layer numbers")
+        return ()
+
+    def demand(self, holds: bool, what: str) -> None:
+        """Note what does not hold, unless one of the sizes is missing or wrong anyway."""
+        if not holds and not self.missing and not self.wrong:
+            self.wrong.append(what)
+
+    def check(self) -> None:
+        """Raise ModelShapeError with everything that was found."""
+        missing = [f"the configuration of this {self.model_type} model has no {', '.join(dict.fromkeys(self.missing))}"]
+        found = [*(missing if self.missing else ()), *dict.fromkeys(self.wrong)]
+        if found:
+            raise ModelShapeError("; ".join(found))
 
 
 def count_shape(fields: Fields, family: Family) -> ModelShape:
     """See `shape_from_config`."""
     hidden, layers, heads = (fields.size(name) for name in ("hidden_size", "num_hidden_layers", "num_attention_heads"))
-    if family.head_dim is None and fields.config.get("head_dim") is None and hidden % heads:
-        raise ModelShapeError(f"hidden_size={hidden} is not divisible by num_attention_heads={heads}")
-    head_dim = fields.size("head_dim", family.head_dim or hidden // heads)
+    if family.head_dim is None and fields.config.get("head_dim") is None:
+        fields.demand(hidden % heads == 0, f"hidden_size={hidden} is not divisible by num_attention_heads={heads}")
+    head_dim = fields.size("head_dim", family.head_dim or max(1, hidden // heads))
     kv_count = fields.size("num_key_value_heads", heads)
+    fields.demand(
+        heads % kv_count == 0,
+        f"num_attention_heads={heads} is not divisible by num_key_value_heads={kv_count}: each key-value head serves "
+        "as many attention heads",
+    )
     vocab, tied = fields.size("vocab_size"), fields.flag("tie_word_embeddings", family.tied)
     sparse = sparse_layers(fields, layers) if family.experts_field else 0
     dense = layers - sparse
@@ -277,6 +318,7 @@ def count_shape(fields: Fields, family: Family) -> ModelShape:
     if sparse:
         width = fields.size(family.expert_width_field)
         per_token = fields.size("num_experts_per_tok", family.experts_per_token)
+        fields.demand(per_token <= experts, f"num_experts_per_tok={per_token} is more than the {experts} experts")
         expert_parameters = sparse * experts * (3 * hidden * width + hidden)  # gate, up, down; a row of the router
         intermediate = intermediate or width
     if sparse and family.shared_expert:
@@ -288,6 +330,8 @@ def count_shape(fields: Fields, family: Family) -> ModelShape:
     if not tied:
         linears.append(Linear(name="lm_head", kind="lm_head", inputs=hidden, outputs=vocab, bias=False, count=1))
     norms = layers * (family.norms_per_layer * hidden + (2 * head_dim if family.qk_norm else 0)) + hidden
+    max_length = fields.optional_size("max_position_embeddings")
+    fields.check()
     return ModelShape(
         model_type=fields.model_type,
         hidden=hidden,
@@ -306,7 +350,7 @@ def count_shape(fields: Fields, family: Family) -> ModelShape:
         qk_norm=family.qk_norm,
         experts_per_token=per_token,
         expert_intermediate=width,
-        max_length=fields.optional_size("max_position_embeddings"),
+        max_length=max_length,
     )
 
 
@@ -344,5 +388,5 @@ def expert_count(fields: Fields, family: Family) -> int:
 def sparse_layers(fields: Fields, layers: int) -> int:
     """Layers with experts: every `decoder_sparse_step`-th one that `mlp_only_layers` does not name."""
     step = fields.size("decoder_sparse_step", 1)
-    dense_only = fields.config.get("mlp_only_layers") or ()
+    dense_only = set(fields.indices("mlp_only_layers"))
     return sum((index + 1) % step == 0 and index not in dense_only for index in range(layers))

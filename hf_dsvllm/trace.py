@@ -31,6 +31,9 @@ TOKENS = 128
 # Dropout on a CPU keeps noise as wide as a number where CUDA keeps a mask of one byte: bytes too many per input value
 # of each adapter (fp32 adapters under autocast, bf16 adapters).  Counted with torch 2.13.
 DROPOUT_EXCESS = {4: 3, 2: 5}
+ATTENTION_DROPOUT = ("attention_dropout", "attn_pdrop", "attention_probs_dropout_prob")
+EXPERTS = ("num_experts", "num_local_experts", "n_routed_experts")
+EXPERTS_PER_TOKEN = ("num_experts_per_tok", "num_experts_per_token", "moe_topk")
 
 
 def traced_shape(source: str) -> ModelShape:
@@ -43,15 +46,16 @@ def traced_shape(source: str) -> ModelShape:
     tied = head is not None and head.weight is embedding.weight
     linears = []
     for name, module in model.named_modules():
-        if not isinstance(module, nn.Linear) or (module is head and tied):
+        sizes = linear_sizes(module)
+        if sizes is None or (module is head and tied):
             continue
         kind = "lm_head" if module is head else "attention" if "attn" in name else "mlp"
         linears.append(
             Linear(
                 name=name.rpartition(".")[2],
                 kind=kind,  # type: ignore[arg-type]
-                inputs=module.in_features,
-                outputs=module.out_features,
+                inputs=sizes[0],
+                outputs=sizes[1],
                 bias=module.bias is not None,
                 count=1,
             )
@@ -60,6 +64,8 @@ def traced_shape(source: str) -> ModelShape:
     counted = sum(linear.parameters for linear in linears) + embedding.weight.numel()
     norms = sum(parameter.numel() for parameter in model.parameters() if parameter.dim() == 1)
     norms -= sum(linear.outputs for linear in linears if linear.bias)
+    intermediate = first_of(text, "intermediate_size", "n_inner") or 4 * int(text.hidden_size)
+    experts = (first_of(text, *EXPERTS) or 0) if fused_experts(model) else 0
     heads = int(getattr(text, "num_attention_heads", 1))
     return ModelShape(
         model_type=str(config.model_type),
@@ -68,26 +74,53 @@ def traced_shape(source: str) -> ModelShape:
         heads=heads,
         kv_heads=int(getattr(text, "num_key_value_heads", None) or heads),
         head_dim=int(getattr(text, "head_dim", None) or text.hidden_size // heads),
-        intermediate=int(getattr(text, "intermediate_size", None) or 4 * text.hidden_size),
+        intermediate=intermediate,
         vocab=embedding.weight.shape[0],
         tied=tied,
-        experts=0,
+        experts=experts,
         linears=tuple(linears),
         embedding_parameters=embedding.weight.numel(),
         norm_parameters=norms,
         # what is neither linear, embedding nor norm: fused experts, convolutions, position tables
         expert_parameters=max(0, total - counted - norms),
+        experts_per_token=(first_of(text, *EXPERTS_PER_TOKEN) or 1) if experts else 0,
+        expert_intermediate=(first_of(text, "moe_intermediate_size") or intermediate) if experts else 0,
         max_length=getattr(text, "max_position_embeddings", None),
     )
 
 
+def linear_sizes(module: nn.Module) -> tuple[int, int] | None:
+    """Inputs and outputs of an `nn.Linear` or of GPT-2's `Conv1D`, which is one with its weight transposed."""
+    from transformers.pytorch_utils import Conv1D
+
+    if isinstance(module, nn.Linear):
+        return module.in_features, module.out_features
+    return (module.nx, module.nf) if isinstance(module, Conv1D) else None
+
+
+def fused_experts(model: Any) -> bool:
+    """Whether experts are parameters of three dimensions, as transformers 5 makes them; linear layers count as such."""
+    return any(parameter.dim() == 3 for parameter in model.parameters())
+
+
+def first_of(config: Any, *names: str) -> int | None:
+    """The first of these fields that the configuration gives."""
+    return next((int(value) for name in names if (value := getattr(config, name, None))), None)
+
+
 def trace_layers(source: str, *, lora_r: int = 16) -> Traced:
-    """Bytes one decoder layer saves for a token, in each way this package trains."""
+    """Bytes one decoder layer saves for a token, in each way this package trains.
+
+    Fused experts run on fake tensors in bf16 only (torch's `_grouped_mm`): in fp32 they count as twice that, which is
+    more than autocast saves.
+    """
     config = load_config(source)
+    full = saved_bytes(config, dtype=torch.bfloat16)
+    fused = fused_experts(empty_model(config))
     return Traced(
-        full=saved_bytes(config, dtype=torch.bfloat16),
-        full_mixed=saved_bytes(config, dtype=torch.float32, autocast=True),
-        full_fp32=saved_bytes(config, dtype=torch.float32),
+        full=full,
+        full_mixed=2 * full if fused else saved_bytes(config, dtype=torch.float32, autocast=True),
+        full_fp32=2 * full if fused else saved_bytes(config, dtype=torch.float32),
         adapters=saved_bytes(config, dtype=torch.bfloat16, lora_r=lora_r),
         adapters_fp32=saved_bytes(config, dtype=torch.bfloat16, autocast=True, lora_r=lora_r),
     )
@@ -112,8 +145,13 @@ def saved_bytes(config: Any, *, dtype: torch.dtype, autocast: bool = False, lora
 def adapter_inputs(config: Any) -> int:
     """Values that the linear layers inside the decoder read, of one token."""
     model = empty_model(config)
+    return sum(sizes[0] for module in inner_linears(model).values() if (sizes := linear_sizes(module)) is not None)
+
+
+def inner_linears(model: Any) -> dict[str, nn.Module]:
+    """What PEFT's "all-linear" means without fused experts: every linear layer but the output head, by its path."""
     head = model.get_output_embeddings()
-    return sum(m.in_features for m in model.modules() if isinstance(m, nn.Linear) and m is not head)
+    return {name: m for name, m in model.named_modules() if linear_sizes(m) is not None and m is not head}
 
 
 def forward_bytes(config: Any, depth: int, tokens: int, dtype: torch.dtype, autocast: bool, lora_r: int) -> int:
@@ -141,7 +179,8 @@ def forward_bytes(config: Any, depth: int, tokens: int, dtype: torch.dtype, auto
 def adapted(model: Any, lora_r: int, autocast: bool) -> Any:
     from peft import LoraConfig, get_peft_model
 
-    config = LoraConfig(r=lora_r, lora_dropout=0.05, target_modules="all-linear", task_type="CAUSAL_LM")
+    targets = list(inner_linears(model))  # by name: "all-linear" would take fused experts, which allow no dropout
+    config = LoraConfig(r=lora_r, lora_dropout=0.05, target_modules=targets, task_type="CAUSAL_LM")
     with torch.device("meta"):
         wrapped = get_peft_model(model, config, autocast_adapter_dtype=autocast)
     wrapped.enable_input_require_grads()
@@ -192,9 +231,15 @@ def load_config(source: str) -> Any:
 
 
 def with_depth(config: Any, depth: int) -> Any:
-    """The same model with another number of layers; lists with an entry a layer follow."""
+    """The same model with another number of layers; lists with an entry a layer follow.
+
+    Attention without dropout: with it a CPU keeps matrices of tokens x tokens, which no kernel of a GPU does.
+    """
     made = copy.deepcopy(config)
     text = made.get_text_config()
+    for name in ATTENTION_DROPOUT:
+        if getattr(text, name, None):
+            setattr(text, name, 0.0)
     before = text.num_hidden_layers
     for name, value in list(vars(text).items()):
         if isinstance(value, list) and len(value) == before:

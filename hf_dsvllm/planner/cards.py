@@ -9,8 +9,10 @@ those shares were measured on one card only, an H200: 785 of 989 TFLOP/s in larg
 from __future__ import annotations
 
 import dataclasses
+import hashlib
 import json
 import os
+import re
 import statistics
 from collections.abc import Mapping
 from pathlib import Path
@@ -18,7 +20,7 @@ from typing import Any
 
 from hf_dsvllm.errors import HardwareError
 from hf_dsvllm.files import write_text
-from hf_dsvllm.hardware import CARDS_MIB, MIB, Machine, find_card, squeeze
+from hf_dsvllm.hardware import CARDS_MIB, MIB, Gpu, Machine, find_card, squeeze
 
 __all__ = [
     "CARDS",
@@ -26,6 +28,7 @@ __all__ = [
     "Card",
     "Rates",
     "calibration_file",
+    "lacks_bf16",
     "learn",
     "machine_rates",
     "rates_of",
@@ -154,9 +157,13 @@ def stored_rates(file: Path | None = None) -> Mapping[str, Any] | None:
     return record if isinstance(record, dict) else None
 
 
-def from_record(record: Mapping[str, Any]) -> Rates:
-    """A record of `hf_dsvllm.calibrate` → rates: the best product, attention at the middle length."""
-    base = rates_of("H200") if record["device"] == "cuda" else CPU_RATES
+def from_record(record: Mapping[str, Any], base: Rates | None = None) -> Rates:
+    """A record of `hf_dsvllm.calibrate` → rates: the best product, attention at the middle length.
+
+    `base` gives what was not measured (links of a single GPU), the catalogue's H200 by default.  KeyError, TypeError,
+    ValueError or AttributeError for a record that is not whole.
+    """
+    base = base or (rates_of("H200") if record["device"] == "cuda" else CPU_RATES)
     links = [max(found["all_gather"].values()) for found in record.get("collectives", {}).values()]
 
     def middle(name: str, default: float) -> float:
@@ -181,21 +188,29 @@ def runs_file() -> Path:
     return calibration_file().with_name("runs.jsonl")
 
 
-def learn(card: str, ratio: float, file: Path | None = None) -> None:
-    """Keep how much longer a run's steps took than predicted without any correction; the last `RUNS_KEPT` runs stay."""
+def learn(card: str, rates: Rates, ratio: float, file: Path | None = None) -> None:
+    """Keep how much longer a run's steps took than `rates` said without any correction; the last `RUNS_KEPT` stay."""
     path = file or runs_file()
     path.parent.mkdir(parents=True, exist_ok=True)
     lines = path.read_text(encoding="utf-8").splitlines() if path.exists() else []
-    lines.append(json.dumps({"card": card, "ratio": round(ratio, 4)}))
+    lines.append(json.dumps({"card": card, "rates": fingerprint(rates), "ratio": round(ratio, 4)}))
     write_text(path, "\n".join(lines[-RUNS_KEPT:]) + "\n")
 
 
+def fingerprint(rates: Rates) -> str:
+    """A short name of the rates themselves: a ratio means nothing beside others, such as a new calibration's."""
+    plain = dataclasses.replace(rates, correction=1.0, source="")
+    return hashlib.sha256(repr(dataclasses.astuple(plain)).encode()).hexdigest()[:12]
+
+
 def corrected(rates: Rates, card: str, file: Path | None = None) -> Rates:
-    """`rates` with the median ratio of this machine's runs on that card, once there are `RUNS_NEEDED`."""
+    """`rates` with the median ratio of the runs on that card that were held against them, from `RUNS_NEEDED` on."""
+    basis = fingerprint(rates)
     try:
         lines = (file or runs_file()).read_text(encoding="utf-8").splitlines()
-        ratios = [run["ratio"] for run in map(json.loads, lines) if run["card"] == card]
-    except (OSError, ValueError, KeyError):
+        runs = [json.loads(line) for line in lines]
+        ratios = [run["ratio"] for run in runs if run["card"] == card and run.get("rates") == basis]
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return rates
     if len(ratios) < RUNS_NEEDED:
         return rates
@@ -205,25 +220,69 @@ def corrected(rates: Rates, card: str, file: Path | None = None) -> Rates:
 
 
 def machine_rates(machine: Machine | None) -> Rates:
-    """The measured rates where `doctor --calibrate` was run here, else the catalogue's; None is a run on CPUs."""
-    device = "cuda" if machine is not None and machine.gpus else "cpu"
+    """The measured rates where `doctor --calibrate` was run with these cards, else the catalogue's; None is on CPUs.
+
+    Raises HardwareError for a card that was neither measured nor is in the catalogue.
+    """
+    gpu = machine.gpus[0] if machine is not None and machine.gpus else None
     record = stored_rates()
-    on_gpu = machine is not None and bool(machine.gpus)
-    if record is not None and record.get("device") == device:
-        rates = from_record(record)
+    if gpu is None:
+        return CPU_RATES if record is None else measured_rates(record, "cpu", CPU_RATES)
+    try:
+        listed: Rates | None = rates_of(catalogue_name(gpu))
+    except HardwareError:
+        listed = None
+        if record is None or not same_card(record, gpu):
+            raise
+    if record is not None and record.get("device") == "cuda":
+        if same_card(record, gpu):
+            rates = measured_rates(record, "cuda", listed)
+        else:
+            assert listed is not None
+            other = f"the calibration kept here is that of {record.get('device_name')}"
+            rates = dataclasses.replace(listed, source=f"{listed.source}; {other}")
     else:
-        rates = rates_of(catalogue_name(machine)) if on_gpu and machine is not None else CPU_RATES
-    return corrected(rates, machine.gpus[0].name) if on_gpu and machine is not None else rates
+        assert listed is not None
+        rates = listed
+    return corrected(rates, gpu.name)
 
 
-def catalogue_name(machine: Machine) -> str:
-    """The card of the catalogue that a detected one is: by name, and of several sizes the nearest in memory."""
-    gpu = machine.gpus[0]
+def measured_rates(record: Mapping[str, Any], device: str, listed: Rates | None) -> Rates:
+    """The record's rates, or `listed` with the reason where the record is of another device or not whole."""
+    if record.get("device") != device and listed is not None:
+        return listed
+    try:
+        return from_record(record, listed)
+    except (KeyError, TypeError, ValueError, AttributeError) as error:
+        why = f"{calibration_file()} is not whole ({type(error).__name__}: {error})"
+        if listed is None:
+            raise HardwareError(f"{why}; measure again: hf-dsvllm doctor --calibrate") from error
+        return dataclasses.replace(listed, source=f"{listed.source}; {why}: hf-dsvllm doctor --calibrate")
+
+
+def same_card(record: Mapping[str, Any], gpu: Gpu) -> bool:
+    """Whether a calibration was made with this card: by its name, or as the same row of the catalogue."""
+    name = str(record.get("device_name", ""))
+    if squeeze(name) == squeeze(gpu.name):
+        return True
+    try:
+        measured = Gpu(name=name, memory_bytes=int(record.get("device_bytes") or gpu.memory_bytes), index=0)
+        return catalogue_name(measured) == catalogue_name(gpu)
+    except (HardwareError, TypeError, ValueError):
+        return False
+
+
+def catalogue_name(gpu: Gpu) -> str:
+    """The card of the catalogue that a detected one is: by whole words of its name, of several sizes the nearest.
+
+    `NVIDIA RTX A6000` is RTXA6000; `NVIDIA L40` is not L4.  Slices of a card and laptops' cards are none of them.
+    """
     if gpu.name in CARDS:
         return gpu.name
-    squeezed = squeeze(gpu.name)
-    same = [card for card in CARDS if squeeze(card.rpartition("-")[0]) in squeezed]
-    if not same:
+    words = re.findall(r"[a-z0-9.]+", gpu.name.lower())
+    runs = {"".join(words[start:end]) for start in range(len(words)) for end in range(start + 1, len(words) + 1)}
+    same = [card for card in CARDS if squeeze(card.rpartition("-")[0]) in runs]
+    if not same or {"mig", "laptop"} & set(words):
         raise HardwareError(
             f"the card {gpu.name} is not in the catalogue, so its speed is not known. Measure it: "
             "hf-dsvllm doctor --calibrate"
@@ -231,3 +290,11 @@ def catalogue_name(machine: Machine) -> str:
     longest = max(len(card.rpartition("-")[0]) for card in same)
     same = [card for card in same if len(card.rpartition("-")[0]) == longest]
     return min(same, key=lambda card: abs(CARDS_MIB[card] * MIB - gpu.memory_bytes))
+
+
+def lacks_bf16(gpu: Gpu) -> bool:
+    """Whether the catalogue says that a card has no bf16; one that it does not know is taken to have it."""
+    try:
+        return not CARDS[catalogue_name(gpu)].bf16
+    except HardwareError:
+        return False

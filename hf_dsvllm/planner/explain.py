@@ -7,14 +7,15 @@ import shlex
 from collections.abc import Iterator
 from typing import Any
 
-from hf_dsvllm.hardware import Gpu, Machine
+from hf_dsvllm.planner.cards import lacks_bf16
+from hf_dsvllm.planner.engine import CONCURRENT_SEQUENCES
 from hf_dsvllm.planner.footprint import PHASES, Setup
 from hf_dsvllm.planner.search import GIB, Candidate, Job, Plan, gib, make_plan, usable_bytes
+from hf_dsvllm.planner.suggest import NODE_GPUS, suggestions
 
 __all__ = ["bars", "best_of_each", "command_line", "record", "sentences", "suggestions", "table_rows"]
 
 WIDTH = 46
-SHORTEST = 256  # tokens; below it a suggestion helps nobody
 HEADINGS = ("preset", "batch", "recompute", "GPU GiB", "host GiB", "tokens/s", "verdict")
 
 
@@ -42,7 +43,7 @@ def table_rows(plan: Plan) -> list[tuple[str, ...]]:
                 f"{setup.micro} x {setup.accumulation}",
                 "yes" if setup.recompute else "no",
                 f"{found.gpu_bytes / GIB:.1f}",
-                f"{found.host.peak / GIB:.0f}",
+                f"{found.host_bytes / GIB:.0f}",
                 f"{found.step.tokens_per_second:,.0f}",
                 verdict,
             )
@@ -54,15 +55,20 @@ def sentences(plan: Plan) -> list[str]:
     """The choice, for somebody who has never heard of ZeRO."""
     chosen, job = plan.chosen, plan.job
     if chosen is None:
-        lines = [f"Nothing fits on {job.machine.describe()}: {closest(plan)}."]
+        lines = [f"Nothing fits on this machine ({job.machine.describe()}): {closest(plan)}."]
         found = suggestions(job)
-        return [*lines, "What would fit: " + "; or ".join(found) + "."] if found else lines
+        if found:
+            lines.append("What would fit: " + "; or ".join(found) + ".")
+        if not job.machine.gpus:
+            lines.append("The driver reports no GPU here: --gpus 4xH100-80GB plans for another machine.")
+        return lines
     setup = chosen.setup
     lines = [
         f"Use {setup.preset.name}: {setup.preset.summary}.",
         batch_sentence(setup),
         memory_sentence(plan, chosen),
         speed_sentence(job, chosen),
+        *engine_sentences(job, chosen),
     ]
     return [*lines, *why_not_others(plan), *advice(plan)]
 
@@ -86,23 +92,53 @@ def speed_sentence(job: Job, chosen: Candidate) -> str:
 
 def memory_sentence(plan: Plan, chosen: Candidate) -> str:
     if plan.job.device == "cpu":
-        return f"It needs {gib(chosen.host.peak + chosen.footprint.peak)} of memory at its highest."
+        return f"It needs {gib(chosen.host_bytes)} of memory at its highest."
     usable = usable_bytes(plan.job.gpu.memory_bytes, chosen.setup)
     parts = chosen.footprint.parts[chosen.footprint.peak_phase]
     largest = sorted(parts, key=lambda name: -parts[name])[:3]
     text = ", ".join(f"{name} {gib(parts[name])}" for name in largest)
     return (
         f"At its highest, in the {chosen.footprint.peak_phase} phase, it takes {gib(chosen.gpu_bytes)} of the "
-        f"{gib(usable)} usable on each {plan.job.gpu.name} ({text}), and {gib(chosen.host.peak)} of host RAM."
+        f"{gib(usable)} usable on each {plan.job.gpu.name} ({text}), and {host_words(chosen)}."
     )
+
+
+def engine_sentences(job: Job, chosen: Candidate) -> Iterator[str]:
+    """Where vLLM answers, what it takes there, and what it does between evaluations."""
+    engine, place = chosen.engine, chosen.place
+    if engine is None or job.evaluation is None:
+        return
+    cards = "1 GPU" if place.gpus == 1 else f"{place.gpus} GPUs"
+    where = f"on {cards} of its own" if place.kind == "spare" else f"on {cards} that train too"
+    takes = f"{gib(engine.awake)} on each ({gib(engine.weights)} weights, {gib(engine.kv_bytes)} KV cache)"
+    yield f"vLLM answers {where} and takes {takes}."
+    if place.sleeps:
+        yield (
+            f"Between evaluations it sleeps ({gib(engine.asleep)} stay), which it does only with --gen_eval_weights "
+            "stream: without that it does not fit beside this training."
+        )
+    elif place.kind == "shared":
+        yield "It keeps that memory between evaluations, as weights reach it by the disk."
+    rounds = -(-job.evaluation[0] // CONCURRENT_SEQUENCES)
+    if rounds > 1:
+        yield f"{job.evaluation[0]} sequences are answered {CONCURRENT_SEQUENCES} at a time: its cache is for as many."
+
+
+def host_words(chosen: Candidate) -> str:
+    """Host memory in training, which was held against measurements, and what loading and saving may take beyond it."""
+    training, peak = chosen.host.measured_peak, chosen.host_bytes
+    more = f" ({gib(peak)} while the model is loaded or saved)" if peak > 1.05 * training else ""
+    return f"{gib(training)} of host RAM in training{more}"
 
 
 def why_not_others(plan: Plan) -> Iterator[str]:
     """The presets a newcomer would have tried first, and why they are not it."""
     assert plan.chosen is not None
+    said = {plan.chosen.setup.preset.name}
     for found in best_of_each(plan):
         name = found.setup.preset.name
-        if name in ("zero2", "lora", "qlora") and name != plan.chosen.setup.preset.name:
+        if name in ("zero2", "lora", "qlora") and name not in said:
+            said.add(name)
             if not found.fits:
                 yield f"{name} does not fit: {'; '.join(found.lacking)}."
             elif found.setup.method == plan.chosen.setup.method:
@@ -114,6 +150,18 @@ def advice(plan: Plan) -> Iterator[str]:
     """What the choice costs that a newcomer would not expect."""
     chosen, job = plan.chosen, plan.job
     assert chosen is not None
+    if without_bf16(job):
+        yield (
+            f"{job.gpu.name} has no bf16: train with --fp16 true, whose loss scaling may skip steps; nothing of this "
+            "was measured." + (" vLLM is started in bf16 and will not run there." if chosen.engine else "")
+        )
+    if job.nodes > 1:
+        yield (
+            f"{len(job.machine.gpus)} GPUs are taken to be {job.nodes} machines of {NODE_GPUS} each, --host_ram "
+            "and --nvme to be those of one; the network between machines is not in the speed."
+        )
+    if job.traced is not None:
+        yield "Parameters and activations were counted on the model itself, with fake tensors; the rest are formulas."
     if len(job.machine.gpus) == 1 and job.method in ("full", "any"):
         yield "ZeRO-1 and ZeRO-2 shard over GPUs: on one GPU they save nothing."
     if chosen.setup.preset.offload_optimizer == "none" or chosen.setup.method != "full":
@@ -136,58 +184,44 @@ def closest(plan: Plan) -> str:
     return f"{least.setup.preset.name} comes closest ({'; '.join(least.lacking)})"
 
 
-def suggestions(job: Job) -> list[str]:
-    """The nearest jobs that fit: adapters, more cards, offload with enough host RAM, shorter sequences."""
-    found = []
-    for method, length in ((m, job.length // part) for m in ("lora", "qlora") for part in (1, 2, 4, 8)):
-        plan = make_plan(dataclasses.replace(job, method=method, length=length))
-        if job.method == "full" and length >= SHORTEST and plan.chosen is not None:
-            shorter = "" if length == job.length else f" with {length:,} tokens"
-            found.append(f"{plan.chosen.setup.preset.name} on the same machine{shorter}")
-            break
-    if job.host_bytes is not None:
-        plan = make_plan(dataclasses.replace(job, host_bytes=None))
-        if plan.chosen is not None:
-            found.append(f"{plan.chosen.setup.preset.name} with {gib(plan.chosen.host.peak / 0.95)} of host RAM")
-    length = job.length // 2
-    while length >= SHORTEST:
-        plan = make_plan(dataclasses.replace(job, length=length))
-        if plan.chosen is not None:
-            found.append(f"{length:,} tokens instead of {job.length:,}, with {plan.chosen.setup.preset.name}")
-            break
-        length //= 2
-    for count in (2, 4, 8, 16, 32, 64):
-        if count <= len(job.machine.gpus) or job.global_batch % count:
-            continue
-        plan = make_plan(dataclasses.replace(job, machine=machine_of(job.gpu, count)))
-        if plan.chosen is not None:
-            found.append(f"{plan.chosen.setup.preset.name} on {count} x {job.gpu.name}")
-            break
-    return found
-
-
-def machine_of(gpu: Gpu, count: int) -> Machine:
-    cards = tuple(dataclasses.replace(gpu, index=index) for index in range(count))
-    return Machine(gpus=cards, cpu_count=None, ram_bytes=None)
-
-
 def command_line(plan: Plan, model: str) -> str:
-    """What to type for the chosen candidate."""
+    """What to type for the chosen candidate; the files, and the address of several machines, are to be filled in."""
     assert plan.chosen is not None
-    setup = plan.chosen.setup
+    setup, job = plan.chosen.setup, plan.job
     length = ["--max_length", str(setup.length)] if setup.loss == "trl" else ["--block_size", str(setup.length)]
     script = "recipes/sft.py" if setup.loss == "trl" else "recipes/continued_pretraining.py"
+    nodes = job.nodes if setup.world % job.nodes == 0 else 1
+    several = ["--nnodes", str(nodes), "--rdzv_backend", "c10d", "--rdzv_endpoint", "HOST:29500"] if nodes > 1 else []
     return shlex.join(
         [
-            "torchrun", "--nproc_per_node", str(setup.world), script,
+            "torchrun", *several, "--nproc_per_node", str(setup.world // nodes), script,
             "--ds_preset", setup.preset.name,
             "--model_name_or_path", model,
             "--per_device_train_batch_size", str(setup.micro),
             "--gradient_accumulation_steps", str(setup.accumulation),
             "--gradient_checkpointing", str(setup.recompute).lower(),
             *length,
+            *(("--fp16", "true") if without_bf16(job) else ()),
+            *engine_flags(plan.chosen),
         ]
     )  # fmt: skip
+
+
+def engine_flags(chosen: Candidate) -> Iterator[str]:
+    """The flags with which a run puts vLLM where the plan has it."""
+    place = chosen.place
+    if chosen.engine is None:
+        return
+    yield from ("--gen_eval_file", "EVALUATION.jsonl", "--gen_eval_placement", place.kind)
+    if place.gpus > 1:
+        yield from ("--gen_eval_tensor_parallel", str(place.gpus))
+    if place.sleeps:
+        yield from ("--gen_eval_weights", "stream")
+
+
+def without_bf16(job: Job) -> bool:
+    """Whether the card computes in fp16 only."""
+    return job.device == "cuda" and lacks_bf16(job.gpu)
 
 
 def bars(plan: Plan, candidate: Candidate) -> list[str]:
@@ -210,6 +244,7 @@ def record(plan: Plan, model: str) -> dict[str, Any]:
     return {
         "model": model,
         "machine": plan.job.machine.describe(),
+        "counted_by": "trace" if plan.job.traced else "formulas",
         "rates": dataclasses.asdict(plan.job.rates),
         "chosen": None if chosen is None else candidate_record(chosen),
         "why": sentences(plan),
@@ -227,12 +262,17 @@ def candidate_record(found: Candidate) -> dict[str, Any]:
         "gradient_accumulation_steps": setup.accumulation,
         "recompute": setup.recompute,
         "evaluation": found.placement,
+        "engine": None
+        if found.engine is None
+        else {"gpus": found.place.gpus, "sleeps": found.place.sleeps, **dataclasses.asdict(found.engine)},
         "fits": found.fits,
         "lacking": list(found.lacking),
         "gpu_allocated_bytes": dict(found.footprint.allocated),
         "gpu_parts_bytes": {phase: dict(parts) for phase, parts in found.footprint.parts.items()},
         "gpu_peak_bytes": found.gpu_bytes,
         "gpu_reserved_bytes": found.reserved_bytes,
+        "host_peak_bytes": found.host_bytes,
+        "host_training_bytes": found.host.measured_peak,
         "host_bytes": dataclasses.asdict(found.host),
         "checkpoint_bytes": found.disk_bytes,
         "step_seconds": {name: round(value, 4) for name, value in found.step.parts.items()},

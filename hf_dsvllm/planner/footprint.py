@@ -125,7 +125,7 @@ def layers_before_reduction(setup: Setup) -> float:
     bucket = bucket_elements(setup.preset)
     if setup.preset.zero_stage not in (1, 2) or setup.method != "full" or head > bucket:
         return 0.0
-    return (bucket - head) / (shape.linear_parameters / shape.layers)
+    return (bucket - head) / max(1.0, shape.linear_parameters / shape.layers)
 
 
 def loss_bytes(setup: Setup) -> tuple[float, float, float]:
@@ -146,7 +146,7 @@ def loss_bytes(setup: Setup) -> tuple[float, float, float]:
 
 
 def largest_inner(shape: ModelShape) -> int:
-    return max(linear.inputs * linear.outputs for linear in shape.linears if linear.kind != "lm_head")
+    return max((linear.inputs * linear.outputs for linear in shape.linears if linear.kind != "lm_head"), default=0)
 
 
 def gathered_bytes(setup: Setup) -> float:

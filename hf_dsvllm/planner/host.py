@@ -1,4 +1,4 @@
-"""Host memory, NVMe and disk of a run, and the vLLM process beside it; arithmetic only."""
+"""Host memory, NVMe and disk of a run; arithmetic only."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import dataclasses
 from hf_dsvllm.memory import SUB_GROUP
 from hf_dsvllm.planner.footprint import Setup
 
-__all__ = ["Engine", "HostFootprint", "disk_bytes", "engine_footprint", "host_footprint"]
+__all__ = ["HostFootprint", "disk_bytes", "host_footprint"]
 
 GIB = 2**30
 # Resident bytes of one process with torch, transformers and TRL imported and CUDA running, under the plain Trainer and
@@ -16,19 +16,21 @@ PLAIN_BYTES = int(1.44 * GIB)
 DEEPSPEED_BYTES = int(1.86 * GIB)
 TRL_BYTES = int(0.12 * GIB)
 STARTED_BYTES = int(1.2 * GIB)
+STARTED_DEEPSPEED_BYTES = int(1.4 * GIB)  # the same while a recipe loads; benchmarks/results, main-job on H200s
 CPU_BYTES = int(0.75 * GIB)
 SMALL_PINNED_BYTES = int(1.28 * GIB)  # ZeRO-3's offload: small buffers beside those of the formula
-# vLLM 0.26 on an H200, 8B: left on the card at sleep level 2, and what it takes beside weights and KV cache when awake.
-ENGINE_ASLEEP_BYTES = int(2.0 * GIB)
-ENGINE_WORK_BYTES = int(3.0 * GIB)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class HostFootprint:
-    """Bytes of host memory of all processes of one node: at loading, at engine init, in training (of that pinned),
-    at a save."""
+    """Bytes of host memory of all processes: at loading, at engine init, in training (of that pinned), at a save.
+
+    `mapped` is what their resident sizes show of the file of weights at loading: pages that they share and the kernel
+    takes back where it needs them, so nothing that must fit.
+    """
 
     load: int
+    mapped: int
     init: int
     train: int
     pinned: int
@@ -41,14 +43,21 @@ class HostFootprint:
         return max(self.init, self.train)
 
     @property
+    def resident_peak(self) -> int:
+        """What the processes' resident sizes add up to in a run that saves nothing, mapped files in each of them."""
+        return max(self.load + self.mapped, self.init, self.train)
+
+    @property
     def peak(self) -> int:
+        """What the machine must have, saves too."""
         return max(self.load, self.init, self.train, self.save)
 
 
 def host_footprint(setup: Setup) -> HostFootprint:
-    """load = N * (process + model); train = N * process + offloaded states; save adds 2P a process under ZeRO-1 and 2.
+    """load = N * process; train = N * process + offloaded states; save adds 2P a process under ZeRO-1 and 2.
 
-    4-bit weights are quantised on the GPU tensor by tensor as the files are read: nothing stays on the host.  ZeRO-3
+    Weights in the dtype of their file are views of it (transformers 5.19: 540 MB of model are 2 MB of private memory)
+    until they are on the GPU, 4-bit ones are made of such views; where fp32 is trained each process holds 4P.  ZeRO-3
     passes each rank's weights through host memory once: 2P/N at engine init.  Saving clones the whole state dict to
     every rank's host memory (accelerate, get_state_dict); ZeRO-3 gathers it on rank 0 only.
     """
@@ -64,8 +73,11 @@ def host_footprint(setup: Setup) -> HostFootprint:
     train = processes + world * (pinned + ordinary)
     passing = weights if preset.zero_stage == 3 and setup.device == "cuda" else 0
     started = world * min(STARTED_BYTES, process)
+    loading = world * min(STARTED_DEEPSPEED_BYTES, process) if preset.uses_deepspeed else started
+    on_gpu = setup.device == "cuda"
     return HostFootprint(
-        load=started + (0 if setup.method == "qlora" else world * weights),
+        load=loading + (world * weights if e == 4 and setup.method != "qlora" else 0),
+        mapped=world * 2 * shape.parameters if on_gpu else 0,
         init=started + passing,
         train=train,
         pinned=world * pinned,
@@ -93,8 +105,8 @@ def offloaded(setup: Setup) -> tuple[int, int, int]:
         moved = 18 * setup.trainable if preset.offload_param == "nvme" else 16 * setup.trainable
         return (rounded(SMALL_PINNED_BYTES), 0, moved + (e * shape.parameters if frozen else 0))
     if preset.zero_stage == 3:
-        groups = [SUB_GROUP] * (share // SUB_GROUP) + [share % SUB_GROUP]
-        fp32 = sum(rounded(4 * size) for size in groups)
+        whole, rest = divmod(share, SUB_GROUP)
+        fp32 = whole * rounded(4 * SUB_GROUP) + rounded(4 * rest)
         copies = rounded(e * (share + frozen)) if preset.offload_param == "cpu" else rounded(e * share)
         return (2 * fp32 + copies + SMALL_PINNED_BYTES, 12 * share, 0)
     largest = e * shape.vocab * shape.hidden if setup.method == "full" else 0
@@ -110,19 +122,3 @@ def disk_bytes(setup: Setup) -> int:
     """One checkpoint: weights 2P and, for resuming, fp32 weights and Adam's moments 12P."""
     e = setup.numerics.weight_bytes if setup.method == "full" else setup.numerics.adapter_bytes
     return int((e + 12) * setup.trainable)
-
-
-@dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
-class Engine:
-    """The vLLM process: bytes on its GPU while it answers and while it sleeps; `kv_bytes` of it are KV cache."""
-
-    awake: int
-    asleep: int
-    kv_bytes: int
-
-
-def engine_footprint(setup: Setup, *, sequences: int, length: int) -> Engine:
-    """awake = 2 * all parameters + kv + workspace;  kv = sequences * length * 4 * layers * kv_heads * head_dim."""
-    shape = setup.shape
-    kv = sequences * length * 4 * shape.layers * shape.kv_heads * shape.head_dim
-    return Engine(awake=2 * shape.parameters + kv + ENGINE_WORK_BYTES, asleep=ENGINE_ASLEEP_BYTES, kv_bytes=kv)

@@ -8,16 +8,17 @@ import re
 
 from hf_dsvllm.errors import ConfigError, DsvllmError, HardwareError, Problem
 from hf_dsvllm.hardware import Machine, count_and_card, detect, parse_machine
-from hf_dsvllm.model_shape import ModelShape, load_shape
+from hf_dsvllm.model_shape import ModelShape, UnknownModelError, load_shape
 from hf_dsvllm.planner.cards import Rates, machine_rates, rates_of
 from hf_dsvllm.planner.footprint import Traced
 from hf_dsvllm.planner.search import Job
+from hf_dsvllm.planner.suggest import nodes_of
 
-__all__ = ["METHODS", "Request", "job_of", "parse_bytes"]
+__all__ = ["METHODS", "Request", "job_of", "lacks_formulas", "parse_bytes"]
 
 METHODS = ("full", "lora", "qlora", "any")
-UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "TB": 10**12, "KIB": 2**10, "MIB": 2**20, "GIB": 2**30}
-UNITS["TIB"] = 2**40
+UNITS = {"K": 1, "M": 2, "G": 3, "T": 4}  # powers of 1000, of 1024 with an i
+MOST_GPUS = 1024
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -55,6 +56,7 @@ def job_of(request: Request, shape: ModelShape | None = None, traced: Traced | N
     except HardwareError as error:
         raise ConfigError([Problem(str(error), "--gpus with the nearest card of the catalogue")]) from error
     on_gpu = bool(machine.gpus)
+    nodes = 1 if request.gpus is None else nodes_of(len(machine.gpus))
     return Job(
         shape=shape,
         machine=machine,
@@ -64,11 +66,13 @@ def job_of(request: Request, shape: ModelShape | None = None, traced: Traced | N
         method=request.method,  # type: ignore[arg-type]
         loss=request.loss,  # type: ignore[arg-type]
         lora_r=request.lora_r,
-        host_bytes=host or machine.ram_bytes,
-        nvme_bytes=nvme,
+        host_bytes=host * nodes if host else machine.ram_bytes,
+        nvme_bytes=nvme and nvme * nodes,
         evaluation=(request.eval_sequences, request.eval_length) if request.eval_sequences else None,
         device="cuda" if on_gpu else "cpu",
         traced=traced,
+        streams=None,
+        nodes=nodes,
     )
 
 
@@ -85,7 +89,22 @@ def found_shape(request: Request, problems: list[Problem]) -> ModelShape | None:
         return None
 
 
+def lacks_formulas(model: str) -> str | None:
+    """The `model_type` that no formula knows; None where there is one, or another problem that `job_of` will name."""
+    try:
+        load_shape(model)
+    except UnknownModelError as error:
+        return error.model_type
+    except DsvllmError:
+        return None
+    return None
+
+
 def found_machine(request: Request, problems: list[Problem]) -> Machine | None:
+    count = 1 if request.gpus is None else count_and_card(request.gpus)[0]
+    if count > MOST_GPUS:
+        problems.append(Problem(f"--gpus {request.gpus} is more than {MOST_GPUS:,} GPUs", f"{MOST_GPUS} or fewer"))
+        return None
     try:
         return detect() if request.gpus is None else parse_machine(request.gpus)
     except HardwareError as error:
@@ -103,14 +122,18 @@ def sized(text: str | None, flag: str, problems: list[Problem]) -> int | None:
         return None
     size = parse_bytes(text)
     if size is None:
-        problems.append(Problem(f"{flag} {text} is not a size", f"{flag} 512GB or 2TB"))
+        bare = text.strip().isdecimal()
+        what = "has no unit: bytes or gigabytes?" if bare else "is not a size"
+        problems.append(
+            Problem(f"{flag} {text} {what}", f"{flag} {text.strip()}GB" if bare else f"{flag} 512GB or 2TB")
+        )
     return size
 
 
 def parse_bytes(text: str) -> int | None:
-    """`512GB` → bytes; None for anything that is no positive size."""
-    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT]I?B|)", text.strip().upper())
-    size = int(float(found[1]) * UNITS[found[2]]) if found else 0
+    """`512GB`, `512G`, `1.5TiB` → bytes; None for anything that is no positive size with its unit."""
+    found = re.fullmatch(r"(\d+(?:\.\d+)?)\s*([KMGT])(I?)B?", text.strip().upper())
+    size = int(float(found[1]) * (1024 if found[3] else 1000) ** UNITS[found[2]]) if found else 0
     return size if size > 0 else None
 
 
@@ -130,16 +153,14 @@ def number_problems(request: Request, shape: ModelShape | None, machine: Machine
     ):
         if value < 1:
             problems.append(Problem(f"--{name} {value} must be at least 1", f"--{name} a positive number"))
-    longest = shape.max_length if shape else None
-    if longest is not None and request.seq_len > longest:
-        problems.append(
-            Problem(
-                f"--seq_len {request.seq_len} is longer than the model's max_position_embeddings={longest}",
-                f"--seq_len {longest} or less",
-            )
-        )
+    if request.eval_sequences < 0:
+        what = f"--eval_sequences {request.eval_sequences} is less than none"
+        problems.append(Problem(what, "--eval_sequences 0 without evaluation, else 1 or more"))
+    if request.eval_sequences > 0 and request.eval_length < 1:
+        problems.append(Problem(f"--eval_length {request.eval_length} must be at least 1", "--eval_length 1024"))
+    problems += length_problems(request, shape)
     count = len(machine.gpus) if machine else count_and_card(request.gpus or "")[0]
-    if count > 1 and request.global_batch >= 1 and request.global_batch % count:
+    if 1 < count <= MOST_GPUS and request.global_batch >= 1 and request.global_batch % count:
         down = request.global_batch // count * count
         choices = " or ".join(str(value) for value in (down, down + count) if value)
         problems.append(
@@ -149,3 +170,17 @@ def number_problems(request: Request, shape: ModelShape | None, machine: Machine
             )
         )
     return problems
+
+
+def length_problems(request: Request, shape: ModelShape | None) -> list[Problem]:
+    """Sequences longer than the model was made for."""
+    longest = shape.max_length if shape else None
+    lengths = {"seq_len": request.seq_len, "eval_length": request.eval_length if request.eval_sequences > 0 else 0}
+    return [
+        Problem(
+            f"--{name} {value} is longer than the model's max_position_embeddings={longest}",
+            f"--{name} {longest} or less",
+        )
+        for name, value in lengths.items()
+        if longest is not None and value > longest
+    ]

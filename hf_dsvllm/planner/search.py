@@ -10,8 +10,9 @@ from hf_dsvllm.hardware import Gpu, Machine
 from hf_dsvllm.model_shape import ModelShape
 from hf_dsvllm.planner.allocator import outside_bytes, reserved_bytes
 from hf_dsvllm.planner.cards import Rates
+from hf_dsvllm.planner.engine import Engine, EnginePlace, engine_footprint, places, settled_place
 from hf_dsvllm.planner.footprint import Footprint, Loss, Setup, Traced, gpu_footprint
-from hf_dsvllm.planner.host import Engine, HostFootprint, disk_bytes, engine_footprint, host_footprint
+from hf_dsvllm.planner.host import HostFootprint, disk_bytes, host_footprint
 from hf_dsvllm.planner.speed import StepTime, step_time
 from hf_dsvllm.presets import Preset, get_preset
 
@@ -37,10 +38,11 @@ LARGEST_MICRO = 64
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """What is to be done, on what.  `global_batch` in sequences of `length` tokens; sizes of the machine in bytes.
+    """What is to be done, on what.  `global_batch` in sequences of `length` tokens; bytes of all `nodes` together.
 
-    `evaluation`: sequences vLLM answers at once and their length, None without evaluation.  `processes` (of them
-    `local_processes` here) where the launch has settled their number; otherwise one for each GPU, or one less.
+    `evaluation`: sequences vLLM answers at once and their length, None without evaluation; `streams` whether weights
+    reach it from GPU to GPU (then a shared engine sleeps), None where the plan may choose.  `processes` (of them
+    `local_processes` here) where the launch has settled their number; otherwise one for each GPU that vLLM leaves.
     """
 
     shape: ModelShape
@@ -54,10 +56,17 @@ class Job:
     host_bytes: int | None = None
     nvme_bytes: int | None = None
     evaluation: tuple[int, int] | None = None
+    streams: bool | None = False
     device: Literal["cuda", "cpu"] = "cuda"
     traced: Traced | None = None
     processes: int | None = None
     local_processes: int | None = None
+    nodes: int = 1
+
+    @property
+    def hosts(self) -> int:
+        """Machines: as launched, else as assumed."""
+        return self.processes // self.local_processes if self.processes and self.local_processes else self.nodes
 
     @property
     def gpu(self) -> Gpu:
@@ -75,9 +84,14 @@ class Candidate:
     host: HostFootprint
     disk_bytes: int
     step: StepTime
-    placement: str
+    place: EnginePlace
     engine: Engine | None
     lacking: tuple[str, ...]
+
+    @property
+    def placement(self) -> str:
+        """Where vLLM answers, in a word."""
+        return self.place.kind
 
     @property
     def fits(self) -> bool:
@@ -86,14 +100,32 @@ class Candidate:
     @property
     def scarce(self) -> tuple[str, ...]:
         """What is lacking, in a word each."""
-        words = {"GPU memory": "GPU", "its own GPU": "vLLM's GPU", "host RAM": "host RAM", "NVMe": "NVMe"}
+        words = {"GPU memory": "GPU", "its own GPU": "vLLM's GPU", "of its GPU": "vLLM's GPU", "host RAM": "host RAM"}
+        words["NVMe"] = "NVMe"
         return tuple(short for phrase, short in words.items() if any(phrase in text for text in self.lacking))
 
     @property
     def gpu_bytes(self) -> int:
-        """Peak of the GPU that carries most: with an engine beside the trainer, both."""
-        shared = self.engine.awake if self.engine is not None and self.placement == "shared" else 0
-        return self.footprint.peak + shared
+        """Peak of the GPU that carries most: with an engine beside the trainer, both.
+
+        Awake all the time: peak + awake.  Asleep while training: max(peak + asleep, start + awake, rest + awake), where
+        it starts while the trainer loads, and answers beside what training holds between two steps, whose cached blocks
+        have been given back (live/stream.py).
+        """
+        if self.engine is None or self.placement != "shared":
+            return self.footprint.peak
+        if not self.place.sleeps:
+            return self.footprint.peak + self.engine.awake
+        start = max(self.footprint.allocated["load"], self.footprint.allocated["init"])
+        after = self.footprint.parts["optimizer"]
+        rest = sum(size for name, size in after.items() if name != "optimizer step")
+        return max(self.footprint.peak + self.engine.asleep, max(start, rest) + self.engine.awake)
+
+    @property
+    def host_bytes(self) -> int:
+        """Peak of the host; without GPUs the training of all processes is there too."""
+        tensors = self.setup.world * self.footprint.peak if self.setup.device == "cpu" else 0
+        return self.host.peak + tensors
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -132,48 +164,55 @@ def simplicity(preset: Preset) -> int:
     return names.index(preset.name) if preset.name in names else len(names)
 
 
-def rank(job: Job, candidate: Candidate) -> tuple[bool, int, float, float]:
+def rank(job: Job, candidate: Candidate) -> tuple[bool, int, float, bool, float]:
     """What fits first; where any method will do, all weights, then adapters, then offloading; then the fastest.
 
-    Speeds are compared to three digits; of equals the one that needs less is better.
+    Speeds are compared to three digits; of equals the one that needs less is better, but no engine sleeps needlessly.
     """
     speed = float(f"{candidate.step.tokens_per_second:.3g}")
     preferred = preference(candidate.setup.preset) if job.method == "any" else 0
-    return (not candidate.fits, preferred, -speed, candidate.gpu_bytes)
+    return (not candidate.fits, preferred, -speed, candidate.fits and candidate.place.sleeps, candidate.gpu_bytes)
 
 
 def preference(preset: Preset) -> int:
     """What learns most first, but nothing that waits for the host while something else fits."""
-    if preset.adapter is None:
-        return 3 if preset.offload_optimizer != "none" else 0
-    return 1 if preset.adapter == "lora" else 2
+    if preset.offload_optimizer != "none":
+        return 3
+    return {None: 0, "lora": 1, "qlora": 2}[preset.adapter]
 
 
 def every_candidate(job: Job, presets: Sequence[str] | None) -> Iterator[Candidate]:
-    for world, placement in placements(job):
+    for world, place in placements(job):
         if job.global_batch % world:
             continue
         for preset in wanted_presets(job, presets, world):
             for micro in micro_batches(job.global_batch // world):
                 for recompute in (False, True):
-                    yield judge(job, preset, world, micro, recompute, placement)
+                    yield judge(job, preset, world, micro, recompute, place)
 
 
-def placements(job: Job) -> Iterator[tuple[int, str]]:
-    """Processes that train, and where vLLM answers: no evaluation, beside rank 0, or on a GPU of its own."""
+def placements(job: Job) -> Iterator[tuple[int, EnginePlace]]:
+    """Processes that train, and where vLLM answers."""
     gpus = len(job.machine.gpus)
+    evaluates = job.evaluation is not None and job.device == "cuda"
     if job.processes is not None:
-        spare = gpus > (job.local_processes or job.processes)
-        with_engine = job.evaluation is not None and job.device == "cuda"
-        yield job.processes, ("spare" if spare else "shared") if with_engine else "none"
+        local = job.local_processes or job.processes
+        if not evaluates:
+            yield job.processes, EnginePlace()
+            return
+        spare = gpus > local
+        there = gpus - local if spare else local
+        kind: Literal["spare", "shared"] = "spare" if spare else "shared"
+        yield (
+            job.processes,
+            settled_place(job.shape, kind, there, job.gpu.memory_bytes, streams=bool(job.streams)),
+        )
         return
     count = gpus if job.device == "cuda" else 1
-    if job.evaluation is None or job.device == "cpu":
-        yield count, "none"
+    if not evaluates:
+        yield count, EnginePlace()
         return
-    yield count, "shared"
-    if count > 1:
-        yield count - 1, "spare"
+    yield from places(job.shape, count, job.gpu.memory_bytes, streams=job.streams)
 
 
 def wanted_presets(job: Job, names: Sequence[str] | None, world: int) -> Iterator[Preset]:
@@ -194,7 +233,7 @@ def micro_batches(per_process: int) -> list[int]:
     return [size for size in range(1, min(per_process, LARGEST_MICRO) + 1) if per_process % size == 0]
 
 
-def judge(job: Job, preset: Preset, world: int, micro: int, recompute: bool, placement: str) -> Candidate:
+def judge(job: Job, preset: Preset, world: int, micro: int, recompute: bool, place: EnginePlace) -> Candidate:
     """One candidate with everything it takes and lacks."""
     setup = Setup(
         shape=job.shape,
@@ -211,8 +250,8 @@ def judge(job: Job, preset: Preset, world: int, micro: int, recompute: bool, pla
     )
     footprint, host = gpu_footprint(setup), host_footprint(setup)
     engine = None
-    if job.evaluation is not None and placement != "none":
-        engine = engine_footprint(setup, sequences=job.evaluation[0], length=job.evaluation[1])
+    if job.evaluation is not None and place.kind != "none":
+        engine = engine_footprint(job.shape, place, length=job.evaluation[1], card_bytes=job.gpu.memory_bytes)
     candidate = Candidate(
         setup=setup,
         footprint=footprint,
@@ -220,7 +259,7 @@ def judge(job: Job, preset: Preset, world: int, micro: int, recompute: bool, pla
         host=host,
         disk_bytes=disk_bytes(setup),
         step=step_time(setup, job.rates),
-        placement=placement,
+        place=place,
         engine=engine,
         lacking=(),
     )
@@ -239,13 +278,25 @@ def shortfalls(job: Job, candidate: Candidate) -> Iterator[str]:
         if candidate.gpu_bytes > usable:
             beside = " with vLLM beside it" if candidate.placement == "shared" else ""
             yield f"needs {gib(candidate.gpu_bytes)} of GPU memory, {gib(usable)} are usable{beside}"
-        if candidate.engine is not None and candidate.placement == "spare" and candidate.engine.awake > usable:
-            yield f"vLLM needs {gib(candidate.engine.awake)} on its own GPU, {gib(usable)} are usable"
-    host = candidate.host.peak + (0 if job.device == "cuda" else candidate.footprint.peak)
-    if job.host_bytes is not None and host > job.host_bytes * (1 - HOST_MARGIN):
-        yield f"needs {gib(host)} of host RAM, {gib(job.host_bytes * (1 - HOST_MARGIN))} are usable"
+        yield from engine_shortfalls(candidate, usable)
+    if job.host_bytes is not None and candidate.host_bytes > job.host_bytes * (1 - HOST_MARGIN):
+        yield f"needs {gib(candidate.host_bytes)} of host RAM, {gib(job.host_bytes * (1 - HOST_MARGIN))} are usable"
     if candidate.host.nvme and job.nvme_bytes is not None and candidate.host.nvme > job.nvme_bytes:
         yield f"needs {gib(candidate.host.nvme)} of NVMe, {gib(job.nvme_bytes)} are free"
+
+
+def engine_shortfalls(candidate: Candidate, usable: int) -> Iterator[str]:
+    """What vLLM alone has too little of."""
+    engine = candidate.engine
+    if engine is None:
+        return
+    if not engine.starts:
+        yield (
+            f"vLLM's weights are {gib(engine.weights)} on each of {candidate.place.gpus} GPUs, and it may take "
+            f"{gib(engine.allowed_weights)} of its GPU for them ({candidate.placement})"
+        )
+    elif candidate.placement == "spare" and engine.awake > usable:
+        yield f"vLLM needs {gib(engine.awake)} on its own GPU, {gib(usable)} are usable"
 
 
 def gib(size_bytes: float) -> str:

@@ -6,6 +6,7 @@ import html
 import json
 from pathlib import Path
 
+from hf_dsvllm.errors import ConfigError, Problem
 from hf_dsvllm.files import write_text
 from hf_dsvllm.planner.explain import HEADINGS, bars, best_of_each, command_line, record, sentences, table_rows
 from hf_dsvllm.planner.footprint import PHASES
@@ -20,15 +21,26 @@ COLOURS = ("#4e79a7", "#f28e2b", "#59a14f", "#e15759", "#76b7b2", "#edc948", "#b
 def show(
     request: Request, job: Job, *, explain: bool = False, as_json: bool = False, html_file: Path | None = None
 ) -> bool:
-    """Plan and print; True if something fits."""
+    """Plan and print; True if something fits.  ConfigError for a page that cannot be written."""
+    if html_file is not None and html_file.is_dir():
+        raise ConfigError([Problem(f"--html {html_file} is a folder", f"--html {html_file / 'plan.html'}")])
     plan = make_plan(job)
     if html_file is not None:
-        write_text(html_file, page(plan, request.model))
+        write_page(html_file, page(plan, request.model))
     if as_json:
         print(json.dumps(record(plan, request.model), indent=2))
         return plan.chosen is not None
     print_plan(plan, request, explain=explain)
     return plan.chosen is not None
+
+
+def write_page(file: Path, text: str) -> None:
+    """Raises ConfigError where the page cannot be written."""
+    try:
+        write_text(file, text)
+    except OSError as error:
+        why = f"--html {file} cannot be written: {error.strerror or error}"
+        raise ConfigError([Problem(why, "--html with a file in a folder of yours")]) from error
 
 
 def print_plan(plan: Plan, request: Request, *, explain: bool) -> None:

@@ -7,7 +7,7 @@ import json
 import pytest
 
 from hf_dsvllm.errors import ModelShapeError
-from hf_dsvllm.model_shape import FAMILIES, ModelShape, load_shape, shape_from_config
+from hf_dsvllm.model_shape import FAMILIES, ModelShape, UnknownModelError, load_shape, shape_from_config
 
 TINY = {
     "hidden_size": 64,
@@ -20,7 +20,8 @@ TINY = {
     "bos_token_id": 1,
     "eos_token_id": 2,
 }
-TINY_MOE = {**TINY, "moe_intermediate_size": 48, "shared_expert_intermediate_size": 80, "num_experts": 6}
+TINY_MOE = {**TINY, "moe_intermediate_size": 48, "shared_expert_intermediate_size": 80}
+TINY_MOE |= {"num_experts": 6, "num_experts_per_tok": 2}
 QWEN3_4B = {
     "model_type": "qwen3",
     "hidden_size": 2560,
@@ -223,3 +224,37 @@ def test_a_hub_that_does_not_answer_is_a_clear_error(monkeypatch):
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", refuse)
     with pytest.raises(ModelShapeError, match=r"ConnectionError: no route to the hub\)"):
         load_shape("org/model")
+
+
+@pytest.mark.parametrize(
+    ("fields", "part"),
+    [
+        ({**LLAMA_8B, "num_key_value_heads": 5}, "num_key_value_heads=5"),
+        ({**LLAMA_8B, "num_key_value_heads": 64}, "num_key_value_heads=64"),
+        ({**CASES["mixtral"], "num_experts_per_tok": 99}, "num_experts_per_tok=99 is more than the 4 experts"),
+        ({**CASES["qwen2_moe"], "mlp_only_layers": 5}, "mlp_only_layers=5"),
+        ({**CASES["qwen2_moe"], "mlp_only_layers": "abc"}, "mlp_only_layers='abc'"),
+        ({**LLAMA_8B, "tie_word_embeddings": "yes"}, "tie_word_embeddings='yes'"),
+        ({**LLAMA_8B, "hidden_size": 10**12}, "hidden_size=1000000000000"),
+    ],
+)
+def test_sizes_that_cannot_be_together_are_refused(fields, part):
+    with pytest.raises(ModelShapeError, match=part):
+        shape_from_config(fields)
+
+
+def test_every_field_that_is_missing_or_wrong_is_named_at_once():
+    fields = {**without(LLAMA_8B, "hidden_size", "vocab_size"), "num_hidden_layers": "32", "max_position_embeddings": 0}
+    with pytest.raises(ModelShapeError) as caught:
+        shape_from_config(fields)
+    for part in ("no hidden_size, vocab_size", "num_hidden_layers='32'", "max_position_embeddings=0"):
+        assert part in str(caught.value)
+
+
+def test_an_architecture_without_formulas_is_told_from_a_broken_file():
+    with pytest.raises(UnknownModelError) as caught:
+        shape_from_config({**TINY, "model_type": "gpt2"})
+    assert caught.value.model_type == "gpt2"
+    with pytest.raises(ModelShapeError) as broken:
+        shape_from_config(without(LLAMA_8B, "hidden_size"))
+    assert not isinstance(broken.value, UnknownModelError)

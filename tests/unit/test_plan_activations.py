@@ -6,12 +6,12 @@ from pathlib import Path
 
 import pytest
 import torch
-from transformers import GPTNeoXConfig, LlamaConfig, Qwen3Config
+from transformers import GPT2Config, GPTNeoXConfig, LlamaConfig, MixtralConfig, Qwen3Config
 
 from hf_dsvllm.errors import ModelShapeError
 from hf_dsvllm.model_shape import shape_from_config
 from hf_dsvllm.planner.activations import Numerics, layer_bytes
-from hf_dsvllm.trace import saved_bytes, traced_shape
+from hf_dsvllm.trace import saved_bytes, trace_layers, traced_shape
 
 SIZES = {
     "hidden_size": 256,
@@ -71,3 +71,28 @@ def test_a_model_without_formulas_is_counted_on_its_modules(tmp_path: Path):
 def test_a_folder_without_a_model_is_refused(tmp_path: Path):
     with pytest.raises(ModelShapeError, match="no configuration"):
         traced_shape(str(tmp_path))
+
+
+def test_layers_whose_weights_are_transposed_are_counted_and_attention_keeps_no_squares(tmp_path: Path):
+    sizes = {"n_embd": 64, "n_head": 2, "n_layer": 3, "vocab_size": 512, "n_positions": 512}
+    config = GPT2Config(**sizes)
+    config.save_pretrained(tmp_path)
+    shape = traced_shape(str(tmp_path))
+    assert shape.linear_parameters == 3 * 12 * 64**2
+    assert (shape.intermediate, shape.experts) == (256, 0)
+    assert shape.parameters == 512 * 64 + 512 * 64 + 3 * (12 * 64**2 + 13 * 64) + 2 * 64
+    without = GPT2Config(**sizes, attn_pdrop=0.0)
+    assert saved_bytes(config, dtype=torch.bfloat16) == saved_bytes(without, dtype=torch.bfloat16)
+
+
+def test_experts_are_found_on_the_model_and_adapters_leave_them_alone(tmp_path: Path):
+    moe = {"num_local_experts": 4, "num_experts_per_tok": 2}
+    MixtralConfig(**SIZES, **moe).save_pretrained(tmp_path)
+    shape, formulas = traced_shape(str(tmp_path)), shape_from_config(MixtralConfig(**SIZES, **moe).to_dict())
+    assert (shape.experts, shape.experts_per_token, shape.expert_intermediate) == (4, 2, 640)
+    assert shape.parameters == formulas.parameters
+    assert shape.expert_parameters == formulas.expert_parameters
+    traced = trace_layers(str(tmp_path), lora_r=8)
+    assert traced.full == pytest.approx(layer_bytes(formulas, Numerics(method="full")), rel=0.05)
+    assert traced.full < traced.full_mixed
+    assert 0 < traced.adapters < traced.full
