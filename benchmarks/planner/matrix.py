@@ -1,8 +1,22 @@
 """The cells that the planner is held against: which runs are measured, in which order, and which are for testing only.
 
 Order matters: a measurement may be cut off at any moment, so what tells most comes first.  Cells of one `case` are
-alternatives for the same work (model, method, cards, length, tokens in a step): the planner's choice among them is
-compared with the best that was measured.
+alternatives for the same work (model, method, cards, length, tokens in a step): what `make_plan` chooses for it is
+compared with the fastest of them (`choices.py`), and they must be timed on one host for that.
+
+`NEXT` is what has not been measured: choices of the planner that the first cells (`FIRST`) leave out, each with its
+nearest rivals to be timed again beside it; cells within 8 % of where the planner says that memory ends, on both sides;
+adapters, ZeRO-1 and offload on several GPUs.  Those of several GPUs come first, for only there can they be measured.
+Ten minutes of four GPUs, then eight of one, each into a folder of its own (rates are those of one host):
+
+    python benchmarks/planner/measure.py --out runs/planner/4 --gpus 4 --budget_s 560 --note "4 x H200, second host"
+    python benchmarks/planner/measure.py --out runs/planner/1 --gpus 1 --budget_s 470 --note "1 x H200, third host"
+    mkdir -p benchmarks/planner/results/4xH200-2 benchmarks/planner/results/1xH200-3
+    cp runs/planner/4/*.json benchmarks/planner/results/4xH200-2/
+    cp runs/planner/1/*.json benchmarks/planner/results/1xH200-3/
+    python benchmarks/planner/report.py
+
+`python benchmarks/planner/matrix.py` lists the cells with what is predicted of each, and which are held out.
 """
 
 from __future__ import annotations
@@ -24,6 +38,7 @@ SHAPES: dict[str, tuple[int, int, int, int, int, bool]] = {
     "14b": (5120, 17408, 40, 40, 8, False),
     "32b": (5120, 25600, 64, 64, 8, False),
 }
+EDGE = "edge"
 HEAD_DIM = 128
 VOCAB = 151936
 
@@ -80,12 +95,37 @@ def make(line: str) -> Iterator[Cell]:
             length=int(length),
             recompute=recompute == "rc",
             loss="plain" if loss else "trl",
-            case="" if case == "-" else case,
+            case="" if case in ("-", EDGE) else case,
         )
 
 
-# One GPU first: four of them run at a time.  Cases A to L each do the same work in several ways.
-LINES = """
+# Cases G to P: several GPUs, then A to I on one.  `edge` cells are within 8 % of the end of memory.
+NEXT = """
+G 8b 2 4096    | zero1 2 no; zero2 2 rc; zero3 2 rc; zero2 1x2 rc
+L 4b 4 16384   | zero2 1 no; zero3 1 no; zero2 1 rc
+M 8b 4 4096    | lora_zero2 2 no; lora 2 no; zero3+lora 2 no; lora_zero2 2 rc
+edge 32b 4 2048 | zero3 1 rc; zero3 2 rc; qlora_zero2 2 no; zero3+lora 2 no
+J 1.7b 4 8192  | zero2 2 no; zero1 2 no; zero2 1x2 no; zero3 2 no
+edge 14b 2 4096 | zero3+lora 2 no; lora_zero2 2 no; zero3 2 rc; zero3 4 rc
+edge 8b 2 8192 | zero3 1 no; zero2 1 no; zero1 1 no
+N 1.7b 2 1024  | ddp 8 no; zero2 8 no; zero1 8 no; zero3 8 no
+P 14b 2 4096   | qlora 2 no; qlora_zero2 2 no; qlora_zero2 1x2 no; qlora_zero2 2 rc
+H 4b 2 8192    | zero2 1 no; ddp 1 no
+- 4b 2 4096    | zero2_offload 2 rc; zero3_offload 2 rc; zero1 2 no; ddp 2 no
+edge 14b 4 2048 | zero2 2 no; lora_zero2 4 no
+- 8b 4 1024    | zero3+lora 8 rc; qlora_zero2 8 no
+A 1.7b 1 2048  | none 4 no; zero2 4 no; zero1 4 no
+B 4b 1 4096    | none 1x2 no; none 2 no; zero2 2 no; zero2 1x2 no
+C 8b 1 4096    | lora_zero2 2x2 no; lora 2x2 no; lora 4 rc
+I 14b 1 4096   | lora_zero2 1x2 no; lora 1x2 no; qlora 2 no; qlora 1x2 no
+edge 8b 1 4096 | zero3 2 rc; zero3 4 rc; none 2 rc
+edge 14b 1 4096 | lora 2 no; lora_zero2 2 no
+edge 1.7b 1 4096 | zero2 8 no; none 8 no; zero3 8 no; zero1 8 no
+edge 32b 1 2048 | qlora_zero2 2 no; qlora 2 no
+edge 0.6b 1 8192 | zero2 8 no; qlora 8 no
+"""
+# One GPU first: four of them run at a time.  Cases A to K each do the same work in several ways.
+FIRST = """
 A 1.7b 1 2048 | zero2 4 rc; zero2 4 no; zero2 2x2 no; zero1 4 no
 B 4b 1 4096   | zero2 2 rc; zero2 2 no; zero2 1x2 no; zero3 2 rc
 C 8b 1 4096   | lora 2x2 no; lora 4 rc; lora_zero2 4 rc; lora 1x4 no
@@ -117,8 +157,13 @@ K 1.7b 2 1024 | zero2 8 no; zero2 8 rc; zero3 8 no; zero1 8 no
 
 
 def cells() -> tuple[Cell, ...]:
-    """All of them, most informative first."""
-    return tuple(cell for line in LINES.strip().splitlines() for cell in make(line))
+    """All of them, most informative first; each once."""
+    lines = (*NEXT.strip().splitlines(), *FIRST.strip().splitlines())
+    every: dict[str, Cell] = {}
+    for line in lines:
+        for cell in make(line):
+            every.setdefault(cell.name, cell)
+    return tuple(every.values())
 
 
 def dry_cells() -> tuple[Cell, ...]:
@@ -129,3 +174,21 @@ def dry_cells() -> tuple[Cell, ...]:
     - tiny 1 64 | zero2_offload 1 rc plain; qlora_zero2 1 rc plain
     """
     return tuple(cell for line in lines.strip().splitlines() for cell in make(line))
+
+
+def main() -> None:
+    """What is to be measured: each cell, whether it is held out, the peak predicted and its share of what is usable."""
+    from report import CARD_BYTES, setup_of
+
+    from hf_dsvllm.planner.footprint import gpu_footprint
+    from hf_dsvllm.planner.search import usable_bytes
+
+    for cell in cells():
+        setup = setup_of(cell)
+        peak, usable = gpu_footprint(setup).peak, usable_bytes(CARD_BYTES, setup)
+        part = "held out" if held_out(cell.name) else "fit"
+        print(f"{cell.case or '-':2} {cell.name:45} {part:9} {peak / 2**30:6.1f} GiB {100 * peak / usable:5.0f} %")
+
+
+if __name__ == "__main__":
+    main()

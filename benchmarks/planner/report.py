@@ -2,7 +2,8 @@
 
     python benchmarks/planner/report.py [--results FOLDER] [--out FILE]
 
-Reads cells.json and rates.json as `measure.py` wrote them.  Half of the cells, by a hash of their names, were never
+Reads cells.json and rates.json as `measure.py` wrote them, of FOLDER and of the folders in it: one for each host that
+cells were measured on.  Half of the cells, by a hash of their names, were never
 used to fit a constant (`matrix.held_out`); errors are given for both halves.  Rows that ran out of memory stay in.
 """
 
@@ -16,6 +17,7 @@ from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
+import choices
 from matrix import HEAD_DIM, SHAPES, VOCAB, Cell, held_out
 from rows import shared
 
@@ -52,6 +54,8 @@ class Row:
     host_footprint: HostFootprint
     step: StepTime
     setup: Setup
+    rates: Rates
+    source: str
 
     @property
     def held_out(self) -> bool:
@@ -63,9 +67,13 @@ class Row:
 
 
 def load_rows(results: Path) -> list[Row]:
-    cells = json.loads((results / "cells.json").read_text(encoding="utf-8"))
-    rates = machine_rates(results)
-    return [row_of(record, rates) for record in cells.values()]
+    """Rows of a folder and of those in it, each with the rates of its own host."""
+    rows = []
+    for folder in (results, *sorted(file.parent for file in results.glob("*/cells.json"))):
+        cells = json.loads((folder / "cells.json").read_text(encoding="utf-8"))
+        rates = machine_rates(folder)
+        rows += [row_of(record, rates, "" if folder == results else folder.name) for record in cells.values()]
+    return rows
 
 
 def machine_rates(results: Path) -> Rates:
@@ -79,7 +87,7 @@ def machine_rates(results: Path) -> Rates:
     return from_record({**one, "collectives": links})
 
 
-def row_of(record: dict[str, Any], rates: Rates) -> Row:
+def row_of(record: dict[str, Any], rates: Rates, source: str) -> Row:
     cell = Cell(**record["cell"])
     setup = setup_of(cell)
     ranks = record["ranks"]
@@ -101,6 +109,8 @@ def row_of(record: dict[str, Any], rates: Rates) -> Row:
         host_footprint=host_footprint(setup),
         step=step_time(setup, rates),
         setup=setup,
+        rates=rates,
+        source=source,
     )
 
 
@@ -235,50 +245,6 @@ def fit_verdicts(rows: Sequence[Row]) -> list[str]:
     return wrong
 
 
-def picks(rows: Sequence[Row]) -> dict[str, tuple[Row, Row]]:
-    """For each case with two measured ways or more: the planner's pick among its cells, and the fastest measured."""
-    found = {}
-    for case in sorted({row.cell.case for row in rows if row.cell.case}):
-        ours = [row for row in rows if row.cell.case == case]
-        ran = [row for row in ours if row.seconds]
-        # a cell without a time of its own cannot be compared, whether picked or not
-        fitting = [row for row in ours if row.predicted_fit and (row.seconds or row.status == "oom")]
-        if len(ran) >= 2 and fitting:
-            picked = max(fitting, key=lambda row: row.step.tokens_per_second)
-            found[case] = (picked, max(ran, key=speed))
-    return found
-
-
-def speed(row: Row) -> float:
-    """Measured tokens a second; 0 where the cell did not run."""
-    return row.cell.tokens / row.seconds if row.seconds else 0.0
-
-
-def shares(rows: Sequence[Row]) -> dict[str, float]:
-    """Speed of the pick over that of the best, by case."""
-    return {case: speed(picked) / speed(best) for case, (picked, best) in picks(rows).items()}
-
-
-def choices(rows: Sequence[Row]) -> str:
-    """For each case: the planner's choice among what was measured, against the fastest that was."""
-    lines = [
-        "| case | model, cards, length | choice | tokens/s | best measured | share |",
-        "| --- | --- | --- | --- | --- | --- |",
-    ]
-    for case, (picked, best) in picks(rows).items():
-        cell = picked.cell
-        what = f"{cell.shape}, {cell.world} GPU, {cell.length}"
-        lines.append(
-            f"| {case} | {what} | {label(cell)} | {speed(picked):,.0f} | {label(best.cell)} {speed(best):,.0f} | "
-            f"{100 * speed(picked) / speed(best):.0f} % |"
-        )
-    return "\n".join(lines)
-
-
-def label(cell: Cell) -> str:
-    return f"{cell.preset} {cell.micro}x{cell.accumulation}{' recompute' if cell.recompute else ''}"
-
-
 def table(rows: Sequence[Row]) -> str:
     names = (
         "cell", "held out", "result", "allocated", "predicted", "", "reserved", "predicted", "host", "predicted",
@@ -286,11 +252,12 @@ def table(rows: Sequence[Row]) -> str:
     )  # fmt: skip
     lines = ["| " + " | ".join(names) + " |", "|" + " --- |" * 15]
     for row in rows:
+        name = f"{row.cell.name} ({row.source})" if row.source else row.cell.name
         found = deepspeed_estimate(row.setup)
         host = row.host_footprint.measured_peak
         result = row.status if row.status == "ok" else f"{row.status} ({row.phase or row.message[:60]})"
         lines.append(
-            f"| {row.cell.name} | {'yes' if row.held_out else ''} | {result} | {size(row.allocated)} | "
+            f"| {name} | {'yes' if row.held_out else ''} | {result} | {size(row.allocated)} | "
             f"{size(row.footprint.peak)} | {off(row.footprint.peak, row.allocated)} | {size(row.reserved)} | "
             f"{size(reserved_bytes(row.setup, row.footprint))} | {size(row.host)} | {size(host)} | "
             f"{f'{row.seconds:.3f}' if row.seconds else '–'} | {row.step.seconds:.3f} | "
@@ -320,6 +287,15 @@ def about(rows: Sequence[Row], rates: dict[str, Any]) -> str:
     )
 
 
+def others(rows: Sequence[Row], results: Path) -> list[str]:
+    """The same of each further host."""
+    found = []
+    for source in sorted({row.source for row in rows if row.source}):
+        rates = json.loads((results / source / "rates.json").read_text(encoding="utf-8"))
+        found += [f"{source}: {about([row for row in rows if row.source == source], rates)}", *rates.get("notes", ())]
+    return found
+
+
 def page(results: Path) -> str:
     rows = load_rows(results)
     rates = json.loads((results / "rates.json").read_text(encoding="utf-8"))
@@ -328,14 +304,15 @@ def page(results: Path) -> str:
     return "\n\n".join(
         [
             "# The planner against measurements",
-            about(rows, rates),
+            about([row for row in rows if not row.source], rates),
             *rates.get("notes", ()),
+            *others(rows, results),
             f"{len(rows)} cells: " + ", ".join(f"{count} {status}" for status, count in counts.items() if count) + ".",
             summary(rows),
             "## Fits or not",
             "\n".join(f"* {line}" for line in wrong) or "Every verdict was right.",
             "## The choice against the best measured alternative",
-            choices(rows),
+            choices.table(rows),
             "## All cells",
             table(rows),
         ]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import statistics
 import sys
 from pathlib import Path
@@ -31,7 +32,7 @@ def rows(report: Any) -> Any:
 def test_there_are_sixty_cells_and_half_of_them_are_held_out(rows: Any) -> None:
     assert len(rows) >= 60
     held = sum(row.held_out for row in rows)
-    assert 0.35 < held / len(rows) < 0.65
+    assert held / len(rows) >= 0.5
     assert any(row.status == "oom" for row in rows)
 
 
@@ -55,6 +56,38 @@ def test_what_fits_and_what_does_not_was_said_right(report: Any, rows: Any) -> N
 
 
 def test_the_choice_is_as_fast_as_the_best_that_was_measured(report: Any, rows: Any) -> None:
-    shares = report.shares(rows)
-    assert len(shares) >= 8
+    shares = report.choices.shares(rows)
+    assert len(shares) >= 6  # of 13: the others chose what was not measured, and are in matrix.NEXT
     assert min(shares.values()) >= 0.95, shares
+
+
+def test_a_choice_that_was_not_measured_is_not_counted_and_will_be_measured(report: Any, rows: Any) -> None:
+    every = report.choices.choices(rows)
+    missing = [choice for choice in every if choice.picked is None]
+    assert len(every) == len(missing) + len(report.choices.shares(rows))
+    to_measure = {cell.name for cell in report.choices.matrix.cells()}
+    assert {choice.cell.name for choice in missing} <= to_measure
+    assert report.choices.table(rows).count("not measured") == len(missing)
+
+
+def test_the_choice_is_the_planners_own_whatever_happens_to_be_measured(report: Any, rows: Any) -> None:
+    """Without the row of the choice, the fastest of the others is not taken for it."""
+    every = [choice for choice in report.choices.choices(rows) if choice.picked is not None and choice.ways > 2]
+    choice = next(choice for choice in every if choice.picked is choice.best)
+    fewer = [row for row in rows if row is not choice.picked]
+    (again,) = [found for found in report.choices.choices(fewer) if found.work == choice.work]
+    assert (again.cell, again.picked) == (choice.cell, None)
+
+
+def test_cells_of_another_host_are_not_compared_with_these(report: Any, rows: Any) -> None:
+    moved = [dataclasses.replace(row, source="elsewhere") if row.cell.case == "E" else row for row in rows]
+    assert {choice.work.source for choice in report.choices.choices(moved) if choice.case == "E"} == {"elsewhere"}
+
+
+def test_cells_near_the_end_of_memory_are_measured_on_both_sides(report: Any) -> None:
+    shares = {}
+    for cell in report.choices.matrix.cells():
+        setup = report.setup_of(cell)
+        shares[cell.name] = report.gpu_footprint(setup).peak / report.usable_bytes(report.CARD_BYTES, setup)
+    assert sum(0.92 <= share <= 1.0 for share in shares.values()) >= 12
+    assert sum(1.0 < share <= 1.08 for share in shares.values()) >= 8
