@@ -6,11 +6,13 @@ Every function returns plain numbers in SI units (FLOP/s, bytes/s, seconds).  to
 from __future__ import annotations
 
 import json
+import mmap
 import os
 import socket
 import statistics
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -28,13 +30,20 @@ PRODUCTS = ((4096, 1024, 3072), (4096, 2048, 6144), (8192, 2560, 9728), (8192, 4
 ATTENTION = ((8, 1024), (2, 4096), (1, 16384))  # batch x length; 32 heads of 128
 COLLECTIVE_MIB = (1, 16, 128, 512)
 ADAM_PARAMETERS = 50_000_000
+HOST_COPY_MIB = 2048  # beyond the caches of large servers
+DRIVE_MIB = 1024
 
 
-def calibrate_machine(file: Path | None = None) -> tuple[Path, dict[str, Any]]:
-    """Measure this machine and keep the record where the planner looks for it; the file and the record."""
+def calibrate_machine(file: Path | None = None, *, nvme_path: Path | None = None) -> tuple[Path, dict[str, Any]]:
+    """Measure this machine and keep the record where the planner looks for it; the file and the record.
+
+    `nvme_path`: a folder on the drive that offloading will use, to measure it too.
+    """
     count = len(detect().gpus)
     record = measure("cuda" if count else "cpu")
     record["collectives"] = {str(world): collectives_of(world) for world in (2, 4, 8) if world <= count}
+    if nvme_path is not None:
+        record["nvme_bytes_per_s"] = drive_rate(nvme_path)
     path = file or calibration_file()
     path.parent.mkdir(parents=True, exist_ok=True)
     write_json(path, record)
@@ -66,6 +75,7 @@ def measure(device: str = "cuda") -> dict[str, Any]:
     rates["copy_bytes_per_s"] = copy_rate(device)
     if device == "cuda":
         rates["device_bytes"] = torch.cuda.get_device_properties(0).total_memory
+        rates["host_copy_bytes_per_s"] = copy_rate("cpu", HOST_COPY_MIB)
         rates |= attention_rates() | link_rates() | launch_rates()
         torch.cuda.empty_cache()
     rates["adam_parameters_per_s"] = cpu_adam_rate() if device == "cuda" else None
@@ -90,11 +100,11 @@ def matmul_rates(device: str) -> dict[str, float]:
     return rates
 
 
-def copy_rate(device: str) -> float:
-    """Bytes read and written a second when a tensor is copied on the device."""
+def copy_rate(device: str, mib: int | None = None) -> float:
+    """Bytes read and written a second when a tensor is copied on the device, by all threads of this process."""
     import torch
 
-    size = (1024 if device == "cuda" else 128) * MIB
+    size = (mib or (1024 if device == "cuda" else 128)) * MIB
     source = torch.zeros(size, device=device, dtype=torch.uint8)
     target = torch.empty_like(source)
     return 2 * size / seconds_of(lambda: target.copy_(source), device, 5)
@@ -180,6 +190,31 @@ def cpu_adam_rate() -> float | None:
         return None
     parameter.grad = torch.full_like(parameter, 1e-3)
     return ADAM_PARAMETERS / seconds_of(optimizer.step, "cpu", 3)
+
+
+def drive_rate(folder: Path, mib: int = DRIVE_MIB) -> float:
+    """Bytes a second through a file past the page cache, written and read back, in blocks as DeepSpeed's aio has them.
+
+    Raises OSError where the drive's file system allows no direct access.
+    """
+    block = mmap.mmap(-1, MIB)  # direct access wants memory on a page's boundary
+    block.write(os.urandom(MIB))
+    handle, name = tempfile.mkstemp(dir=folder)
+    os.close(handle)
+    try:
+        began = time.perf_counter()
+        for flags, move in ((os.O_WRONLY, os.writev), (os.O_RDONLY, os.readv)):
+            direct = os.open(name, flags | os.O_DIRECT)
+            try:
+                for _ in range(mib):
+                    move(direct, [block])
+                if flags == os.O_WRONLY:
+                    os.fsync(direct)
+            finally:
+                os.close(direct)
+        return 2 * mib * MIB / (time.perf_counter() - began)
+    finally:
+        os.unlink(name)
 
 
 def measure_collectives(device: str = "cuda") -> dict[str, Any]:

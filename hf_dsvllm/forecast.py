@@ -17,12 +17,18 @@ from hf_dsvllm.planner.footprint import Footprint, Setup, gpu_footprint
 from hf_dsvllm.planner.host import HostFootprint, host_footprint
 from hf_dsvllm.planner.search import Job, gib, make_plan
 from hf_dsvllm.planner.speed import StepTime, step_time
+from hf_dsvllm.planner.suggest import suggestions
 from hf_dsvllm.presets import Preset
 
 __all__ = ["Forecast", "comparison", "forecast", "learn_from", "out_of_memory_advice"]
 
 
 STEPS_TO_LEARN_FROM = 5
+WORDS = {
+    "before training": "before training (load, engine init)",
+    "steps": "in steps (forward, backward, optimizer)",
+    "between steps": "between steps (states; evaluations and saves come on top)",
+}
 FULL = 0.9  # of the planned tokens: with shorter sequences a step says nothing about the formulas
 
 
@@ -50,11 +56,26 @@ class Forecast:
             "loss": setup.loss,
             "gpu_allocated_bytes": dict(self.footprint.allocated) if setup.device == "cuda" else None,
             "gpu_parts_bytes": {phase: dict(parts) for phase, parts in self.footprint.parts.items()},
+            "gpu_bytes_as_measured": moments(self) if setup.device == "cuda" else None,
             "host_bytes": host_peak(self),
             "step_seconds": round(self.step.seconds, 4),
             "step_parts_seconds": {name: round(value, 4) for name, value in self.step.parts.items()},
             "rates": self.rates.source,
         }
+
+
+def moments(found: Forecast) -> dict[str, int]:
+    """Predicted peaks of the moments that a run can tell apart (`hf_dsvllm.measure`).
+
+    Loading and engine init are one to it, and so are the parts of a step: callbacks come too late to part them.  Between
+    steps it is the least: an evaluation, a snapshot or a save comes on top.
+    """
+    allocated, after = found.footprint.allocated, found.footprint.parts["optimizer"]
+    return {
+        "before training": max(allocated["load"], allocated["init"]),
+        "steps": max(allocated["forward"], allocated["backward"], allocated["optimizer"]),
+        "between steps": sum(size for name, size in after.items() if name != "optimizer step"),
+    }
 
 
 def host_peak(found: Forecast) -> int:
@@ -97,7 +118,10 @@ def forecast(args: Any, model_args: Any, preset: Preset | None, device: str) -> 
 
 
 def comparison(found: Forecast, measured: Mapping[str, Any]) -> list[str]:
-    """Predicted against measured, one line each; `measured` are the figures of measured.json."""
+    """Predicted against measured, one line each; `measured` are the figures of measured.json.
+
+    The peaks first, then the GPU's moment by moment.
+    """
     pairs = []
     allocated = measured.get("gpu_peak_allocated_gib")
     if allocated:
@@ -106,6 +130,11 @@ def comparison(found: Forecast, measured: Mapping[str, Any]) -> list[str]:
         pairs.append(("host RAM", host_peak(found) / 2**30, measured["host_peak_all_gib"], "GiB"))
     if measured.get("median_step_seconds") and found.setup.device == "cuda":  # CPUs have no rates of their own
         pairs.append(("step", found.step.seconds, measured["median_step_seconds"], "s"))
+    pairs += [
+        (f"GPU {WORDS[name]}", said / 2**30, actual, "GiB")
+        for name, said in moments(found).items()
+        if (actual := measured.get("phases", {}).get(name, {}).get("allocated_gib"))
+    ]
     return [
         f"{name}: predicted {said:.2f} {unit}, measured {actual:.2f} {unit} ({100 * (said / actual - 1):+.0f} %)"
         for name, said, actual, unit in pairs
@@ -139,7 +168,8 @@ def out_of_memory_advice(found: Forecast | None, error: str) -> str:
         if candidate.fits and candidate.gpu_bytes < 0.9 * found.footprint.peak
     ]
     if not less:
-        return f"the GPU ran out of memory ({said}): {first}. Nothing smaller fits this work: shorten --max_length."
+        others = "; or ".join(suggestions(plan.job)) or "shorter sequences (--max_length)"
+        return f"the GPU ran out of memory ({said}): {first}. Nothing smaller fits; what would: {others}."
     best = less[0].setup
     changes = [
         f"--{name} {value}"
@@ -161,6 +191,7 @@ def job_of(found: Forecast) -> Job:
     """The work of this run, for another plan."""
     setup = found.setup
     local = read_launch().local_world_size
+    nodes = max(1, setup.world // local)
     return Job(
         shape=setup.shape,
         machine=found.machine,
@@ -170,7 +201,7 @@ def job_of(found: Forecast) -> Job:
         method=setup.method,
         loss=setup.loss,
         lora_r=setup.lora_r,
-        host_bytes=found.machine.ram_bytes,
+        host_bytes=found.machine.ram_bytes and found.machine.ram_bytes * nodes,
         device=setup.device,
         processes=setup.world,
         local_processes=local,

@@ -25,6 +25,7 @@ from hf_dsvllm.hardware import CARDS_MIB, MIB, Gpu, Machine, find_card, squeeze
 __all__ = [
     "CARDS",
     "CPU_RATES",
+    "NVME_BYTES_PER_S",
     "Card",
     "Rates",
     "calibration_file",
@@ -91,6 +92,11 @@ class Reached:
 REACHED = Reached()
 
 
+# Of a host, shared by its processes.  Assumed: two sockets of eight channels each; one PCIe 4 drive, reads and writes.
+HOST_MEMORY_BYTES_PER_S = 3e11
+NVME_BYTES_PER_S = 3e9
+
+
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Rates:
     """What the speed model computes with: FLOP/s, bytes/s, seconds; `source` says where it is from."""
@@ -104,6 +110,8 @@ class Rates:
     adam_parameters_per_s: float
     launch_s: float
     source: str
+    host_memory_bytes_per_s: float = HOST_MEMORY_BYTES_PER_S
+    nvme_bytes_per_s: float = NVME_BYTES_PER_S
     correction: float = 1.0  # measured over predicted seconds of a step, from runs of this machine
 
 
@@ -119,6 +127,7 @@ CPU_RATES = Rates(
     host_bytes_per_s=1e10,
     adam_parameters_per_s=2e8,
     launch_s=LAUNCH_S,
+    host_memory_bytes_per_s=1.2e10,
     source="an assumption for one CPU core and its neighbour",
 )
 
@@ -179,6 +188,8 @@ def from_record(record: Mapping[str, Any], base: Rates | None = None) -> Rates:
         host_bytes_per_s=record.get("host_to_device_bytes_per_s", base.host_bytes_per_s),
         adam_parameters_per_s=record.get("adam_parameters_per_s") or base.adam_parameters_per_s,
         launch_s=record.get("launch_s", base.launch_s),
+        host_memory_bytes_per_s=record.get("host_copy_bytes_per_s", base.host_memory_bytes_per_s),
+        nvme_bytes_per_s=record.get("nvme_bytes_per_s", base.nvme_bytes_per_s),
         source=f"measured on this machine ({record['device_name']})",
     )
 

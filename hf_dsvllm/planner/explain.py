@@ -7,11 +7,12 @@ import shlex
 from collections.abc import Iterator
 from typing import Any
 
-from hf_dsvllm.planner.cards import lacks_bf16
+from hf_dsvllm.planner.cards import NVME_BYTES_PER_S, lacks_bf16
 from hf_dsvllm.planner.engine import CONCURRENT_SEQUENCES
 from hf_dsvllm.planner.footprint import PHASES, Setup
 from hf_dsvllm.planner.search import GIB, Candidate, Job, Plan, gib, make_plan, usable_bytes
-from hf_dsvllm.planner.suggest import NODE_GPUS, suggestions
+from hf_dsvllm.planner.setup import NODE_GPUS
+from hf_dsvllm.planner.suggest import suggestions
 
 __all__ = ["bars", "best_of_each", "command_line", "record", "sentences", "suggestions", "table_rows"]
 
@@ -160,6 +161,10 @@ def advice(plan: Plan) -> Iterator[str]:
             f"{len(job.machine.gpus)} GPUs are taken to be {job.nodes} machines of {NODE_GPUS} each, --host_ram "
             "and --nvme to be those of one; the network between machines is not in the speed."
         )
+    if chosen.setup.preset.needs_nvme:
+        rate = job.rates.nvme_bytes_per_s
+        known = "an assumption" if rate == NVME_BYTES_PER_S else "as measured"
+        yield f"The NVMe drive is taken to move {rate / 1e9:.1f} GB/s ({known}); all processes of a machine share it."
     if job.traced is not None:
         yield "Parameters and activations were counted on the model itself, with fake tensors; the rest are formulas."
     if len(job.machine.gpus) == 1 and job.method in ("full", "any"):

@@ -9,9 +9,10 @@ from hf_dsvllm.model_shape import ModelShape
 from hf_dsvllm.planner.activations import Method, Numerics, Traced, layer_bytes
 from hf_dsvllm.presets import Preset
 
-__all__ = ["Loss", "Setup"]
+__all__ = ["NODE_GPUS", "Loss", "Setup"]
 
 Loss = Literal["trl", "plain"]
+NODE_GPUS = 8  # of one machine, where several are needed
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

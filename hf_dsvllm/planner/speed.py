@@ -14,7 +14,7 @@ from collections.abc import Mapping
 
 from hf_dsvllm.model_shape import Linear, ModelShape
 from hf_dsvllm.planner.cards import Rates
-from hf_dsvllm.planner.footprint import Setup
+from hf_dsvllm.planner.setup import NODE_GPUS, Setup
 
 __all__ = ["OVERHEADS", "Overheads", "StepTime", "step_time"]
 
@@ -45,6 +45,7 @@ class Overheads:
 
 
 OVERHEADS = Overheads()
+ADAM_BYTES = 28  # a parameter: weight, gradient and two moments read, all but the gradient written
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -194,12 +195,7 @@ def communication_seconds(setup: Setup, rates: Rates, overheads: Overheads, back
 
 
 def optimizer_seconds(setup: Setup, rates: Rates, overheads: Overheads) -> float:
-    """On the GPU: Adam reads 16 and writes 12 bytes of each parameter, the rest is clipping, casts and flat copies.
-
-    Offloaded: DeepSpeedCPUAdam, and over the host link updated weights 2P and gradients 2P; with accumulation each
-    micro-batch fetches what is there, adds on the GPU and sends it back, 6P (stage_1_and_2.py,
-    async_accumulate_grad_in_cpu_via_gpu).
-    """
+    """On the GPU: Adam reads 16 and writes 12 bytes of each parameter, the rest is clipping, casts and flat copies."""
     stage = setup.preset.zero_stage
     share = setup.trainable / (setup.world if stage else 1)
     tensors = (
@@ -209,8 +205,34 @@ def optimizer_seconds(setup: Setup, rates: Rates, overheads: Overheads) -> float
     if setup.preset.offload_optimizer == "none":
         moved_bytes = overheads.deepspeed_bytes if stage else overheads.optimizer_bytes
         return moved_bytes * share / rates.memory_bytes_per_s + norms
+    return offloaded_seconds(setup, rates, share) + nvme_seconds(setup, rates, share) + norms
+
+
+def offloaded_seconds(setup: Setup, rates: Rates, share: float) -> float:
+    """DeepSpeedCPUAdam, and over the host link updated weights 2P and gradients 2P.
+
+    With accumulation each micro-batch fetches what is there, adds on the GPU and sends it back, 6P
+    (stage_1_and_2.py, async_accumulate_grad_in_cpu_via_gpu).  Adam moves 28 bytes a parameter (4 arrays in, 3 out);
+    the processes of a host share its memory: seconds = max(share / rate, 28 * local * share / host memory).
+    """
     gradients = 2 if setup.accumulation == 1 else 6 * setup.accumulation
     moved = (2 + gradients) * share / rates.host_bytes_per_s
     if setup.preset.offload_param != "none":
         moved += 2 * 3 * setup.accumulation * setup.shape.parameters / setup.world / rates.host_bytes_per_s
-    return share / rates.adam_parameters_per_s + moved + norms
+    local = min(setup.world, NODE_GPUS)
+    adam = max(share / rates.adam_parameters_per_s, ADAM_BYTES * local * share / rates.host_memory_bytes_per_s)
+    return adam + moved
+
+
+def nvme_seconds(setup: Setup, rates: Rates, share: float) -> float:
+    """What goes to and from the drive of a host, which its processes share; nothing of it is taken to overlap.
+
+    optimizer: fp32 weights, gradients and two moments read, 16P, and written, 16P.  Parameters: 2 bytes read in each
+    pass of each micro-batch, and written once.
+    """
+    local = min(setup.world, NODE_GPUS)
+    moved = 32 * share if setup.preset.offload_optimizer == "nvme" else 0.0
+    if setup.preset.offload_param == "nvme":
+        passes = setup.accumulation * (3 if setup.recompute else 2)
+        moved += 2 * (passes + 1) * setup.shape.parameters / setup.world
+    return local * moved / rates.nvme_bytes_per_s

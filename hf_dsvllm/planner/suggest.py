@@ -7,12 +7,12 @@ from collections.abc import Iterator
 
 from hf_dsvllm.hardware import Gpu, Machine
 from hf_dsvllm.planner.search import HOST_MARGIN, Job, gib, make_plan, preference
+from hf_dsvllm.planner.setup import NODE_GPUS
 
-__all__ = ["NODE_GPUS", "nodes_of", "suggestions"]
+__all__ = ["nodes_of", "suggestions"]
 
 SHORTEST = 256  # tokens; below it a suggestion helps nobody
 COUNTS = (2, 4, 8, 16, 32, 64)
-NODE_GPUS = 8  # of one machine, where several are needed
 LESS = {"full": ("lora", "qlora"), "lora": ("qlora",)}  # "any" has tried them all
 
 

@@ -2,16 +2,19 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 import trl
 from transformers import TrainingArguments
 
 from hf_dsvllm import auto, forecast
-from hf_dsvllm.errors import ConfigError
+from hf_dsvllm.errors import ConfigError, GpuMemoryError
 from hf_dsvllm.hardware import Machine, parse_machine
 from hf_dsvllm.launch import Launch
 from hf_dsvllm.planner import cards
@@ -19,6 +22,7 @@ from hf_dsvllm.planner.footprint import Setup, gpu_footprint
 from hf_dsvllm.planner.host import host_footprint
 from hf_dsvllm.planner.speed import step_time
 from hf_dsvllm.presets import get_preset
+from hf_dsvllm.session import Session
 from tests.door import enter, leave
 from tests.tiny import write_tiny_model
 from tests.unit.test_plan_rules import config, shape
@@ -163,6 +167,20 @@ def test_the_end_of_a_run_says_predicted_and_measured() -> None:
     assert lines[0].endswith("(+10 %)")
 
 
+def test_the_end_of_a_run_holds_each_moment_against_its_own_prediction() -> None:
+    found = predicted(recompute=True)
+    said = forecast.moments(found)
+    allocated = found.footprint.allocated
+    assert said["before training"] == max(allocated["load"], allocated["init"])
+    assert said["steps"] == found.footprint.peak
+    assert said["between steps"] < allocated["optimizer"] <= said["steps"]
+    phases = {name: {"allocated_gib": size / 2**30 / 1.25, "host_gib": 1.0} for name, size in said.items()}
+    lines = forecast.comparison(found, {"phases": {**phases, "end": {"host_gib": 1.0}}})
+    assert [line.partition(":")[0] for line in lines] == [f"GPU {words}" for words in forecast.WORDS.values()]
+    assert all(line.endswith("(+25 %)") for line in lines)
+    assert found.as_record()["gpu_bytes_as_measured"] == said
+
+
 def test_out_of_memory_is_answered_with_less_memory_for_the_same_batch() -> None:
     found = predicted()
     text = forecast.out_of_memory_advice(found, "CUDA out of memory. Tried to allocate 2 GiB")
@@ -173,3 +191,41 @@ def test_out_of_memory_is_answered_with_less_memory_for_the_same_batch() -> None
 
 def test_out_of_memory_without_a_forecast_still_has_advice() -> None:
     assert "--gradient_checkpointing true" in forecast.out_of_memory_advice(None, "")
+
+
+def test_out_of_memory_with_nothing_smaller_names_what_would_fit() -> None:
+    """LoRA with recompute and one sequence at a time on a card that is too small for it."""
+    small = dataclasses.replace(parse_machine("1xL4"), ram_bytes=16 * 2**30)
+    found = dataclasses.replace(predicted("lora", 1, recompute=True), machine=small)
+    found = dataclasses.replace(found, setup=dataclasses.replace(found.setup, shape=shape("14b"), length=4096))
+    found = dataclasses.replace(found, footprint=gpu_footprint(found.setup))
+    text = forecast.out_of_memory_advice(found, "CUDA out of memory")
+    assert "Nothing smaller fits; what would: " in text
+    assert "qlora" in text
+
+
+def test_an_out_of_memory_error_of_training_becomes_the_plans_advice_and_the_engine_is_stopped() -> None:
+    """What `attach` puts around `trainer.train`."""
+    found, stopped = predicted(), []
+    session = SimpleNamespace(features=frozenset(), forecast=found, stop_engine=lambda: stopped.append(True))
+
+    def train() -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.")
+
+    explained = Session._explaining_memory(session, train)  # type: ignore[arg-type]
+    with pytest.raises(GpuMemoryError) as caught:
+        explained()
+    assert str(caught.value) == forecast.out_of_memory_advice(found, "CUDA out of memory. Tried to allocate 2.00 GiB.")
+    assert "Start again with --" in str(caught.value)
+    assert isinstance(caught.value.__cause__, torch.OutOfMemoryError)
+    assert stopped == [True]
+
+
+def test_other_errors_of_training_stay_what_they_are() -> None:
+    session = SimpleNamespace(features=frozenset(), forecast=None, stop_engine=lambda: None)
+
+    def train() -> None:
+        raise RuntimeError("something else")
+
+    with pytest.raises(RuntimeError, match="something else"):
+        Session._explaining_memory(session, train)()  # type: ignore[arg-type]

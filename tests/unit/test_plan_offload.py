@@ -1,0 +1,67 @@
+"""What offloading costs: the host's memory and its drive are shared by the processes on it."""
+
+from __future__ import annotations
+
+import dataclasses
+from pathlib import Path
+
+import pytest
+
+from hf_dsvllm import calibrate
+from hf_dsvllm.planner import cards
+from hf_dsvllm.planner.explain import sentences
+from hf_dsvllm.planner.footprint import Setup
+from hf_dsvllm.planner.speed import ADAM_BYTES, step_time
+from hf_dsvllm.presets import get_preset
+from tests.unit.test_plan_rules import plan, shape
+
+RATES = cards.rates_of("H200")
+
+
+def optimizer(preset: str, world: int = 1, rates: cards.Rates = RATES, **more: object) -> float:
+    options: dict[str, object] = {"micro": 1, "length": 1024, "recompute": True, **more}
+    setup = Setup(shape=shape("8b"), preset=get_preset(preset), world=world, **options)  # type: ignore[arg-type]
+    return step_time(setup, rates).parts["optimizer"]
+
+
+def test_what_goes_to_the_drive_takes_time() -> None:
+    parameters = shape("8b").parameters
+    slower = optimizer("zero3_nvme") - optimizer("zero3_offload")
+    assert slower == pytest.approx((32 + 2 * 4) * parameters / RATES.nvme_bytes_per_s)
+    twice = dataclasses.replace(RATES, nvme_bytes_per_s=2 * RATES.nvme_bytes_per_s)
+    assert optimizer("zero3_nvme", rates=twice) - optimizer("zero3_offload") == pytest.approx(slower / 2)
+
+
+def test_more_processes_on_a_host_do_not_make_its_drive_faster() -> None:
+    one, four = (optimizer("zero3_nvme", world) - optimizer("zero3_offload", world) for world in (1, 4))
+    assert four == pytest.approx(one)
+
+
+def test_adam_on_the_host_is_no_faster_than_its_memory() -> None:
+    parameters = shape("8b").parameters
+    floor = ADAM_BYTES * parameters / RATES.host_memory_bytes_per_s
+    times = {world: optimizer("zero2_offload", world) for world in (1, 2, 4, 8)}
+    assert times[1] > parameters / RATES.adam_parameters_per_s > floor
+    assert times[1] > times[2] > times[4]
+    assert times[8] > floor
+    narrow = dataclasses.replace(RATES, host_memory_bytes_per_s=RATES.host_memory_bytes_per_s / 4)
+    assert optimizer("zero2_offload", 8, narrow) - times[8] == pytest.approx(3 * floor)
+
+
+def test_a_plan_that_needs_the_drive_says_how_fast_it_is_taken_to_be() -> None:
+    found = plan("32b", "1xH100-80GB", ram_gib=128, nvme_bytes=2 * 10**12, length=1024, global_batch=8)
+    assert found.chosen is not None
+    assert found.chosen.setup.preset.name == "zero3_nvme"
+    assert any("3.0 GB/s (an assumption)" in sentence for sentence in sentences(found))
+
+
+def test_a_drive_and_the_hosts_memory_are_measured_and_kept(tmp_path: Path) -> None:
+    try:
+        rate = calibrate.drive_rate(tmp_path, mib=4)
+    except OSError:
+        pytest.skip("this file system allows no direct access")
+    assert rate > 0
+    assert list(tmp_path.iterdir()) == []
+    record = {"device": "cuda", "device_name": "H200", "matmul_flops": {"a": 1e14}, "copy_bytes_per_s": 1e12}
+    rates = cards.from_record({**record, "nvme_bytes_per_s": rate, "host_copy_bytes_per_s": 2e11})
+    assert (rates.nvme_bytes_per_s, rates.host_memory_bytes_per_s) == (rate, 2e11)
