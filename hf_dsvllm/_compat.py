@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import logging
+import os
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
 __all__ = [
+    "forget_earlier_deepspeed",
     "join_deepspeed_on_cpu",
     "keep_4bit_weights_packed",
     "keep_out_of_uploads",
@@ -25,6 +27,21 @@ OF_A_RUN = (
     *("run.json", "plan.json", "measured.json", "ds_config.json", "report.html", ".running", ".*.tmp", ".*.tmp/*"),
 )
 _kept_out: dict[Path, tuple[str, ...]] = {}  # patterns by output folder
+
+
+def forget_earlier_deepspeed() -> None:
+    """Take back ACCELERATE_USE_DEEPSPEED, which accelerate sets for a run with DeepSpeed and leaves in the process.
+
+    A later run without DeepSpeed, as in a notebook, would get ZeRO-2 by it.  Its launcher sets more beside it, by which
+    it is known.  Remove when Accelerator restores the variable (read in 1.15, accelerator.py, `__init__`).
+    """
+    of_the_launcher = (
+        "ACCELERATE_CONFIG_DS_FIELDS",
+        "ACCELERATE_DEEPSPEED_ZERO_STAGE",
+        "ACCELERATE_DEEPSPEED_CONFIG_FILE",
+    )
+    if not any(name in os.environ for name in of_the_launcher):
+        os.environ.pop("ACCELERATE_USE_DEEPSPEED", None)
 
 
 def join_deepspeed_on_cpu() -> None:

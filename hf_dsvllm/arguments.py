@@ -19,7 +19,7 @@ from typing import Any, TypeVar
 from transformers import TrainingArguments
 
 from hf_dsvllm import auto, traps
-from hf_dsvllm._compat import join_deepspeed_on_cpu
+from hf_dsvllm._compat import forget_earlier_deepspeed, join_deepspeed_on_cpu
 from hf_dsvllm.adapters import full_dtype
 from hf_dsvllm.console import say
 from hf_dsvllm.ds_config import RunShape, build, get_key
@@ -114,6 +114,8 @@ def training_device(args: Any) -> str:
 
 def _before(args: Any) -> None:
     """Everything that must be settled before TrainingArguments derives state from its fields."""
+    if args.ds_preset is not None or args.deepspeed:
+        forget_earlier_deepspeed()
     launch = read_launch()
     device = training_device(args)
     problems = [*launch.problems(), *evaluation_problems(args, launch, device), *feature_problems(args.ds_speed)]

@@ -44,10 +44,11 @@ def problems_of(folder: Path, cls: type = TrainingArguments, **kwargs: Any) -> t
 def leave() -> None:
     """Forget accelerate's state and end the process group that arguments with DeepSpeed begin."""
     import deepspeed.comm.comm as deepspeed_group
+    import deepspeed.utils.groups as of_engines
     import torch.distributed as dist
     from accelerate.state import AcceleratorState
 
     AcceleratorState._reset_state(reset_partial_state=True)
-    deepspeed_group.cdb = None
+    deepspeed_group.cdb = of_engines._WORLD_GROUP = of_engines.mpu = of_engines.mesh_device = None
     if dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()

@@ -211,6 +211,20 @@ def test_one_process_trains_on_one_gpu_and_says_what_would_use_all(
     assert enter(tmp_path, FourGpus).n_gpu == 4, "without a preset nothing changes"
 
 
+@pytest.mark.parametrize("preset", ["zero2", "lora"])
+def test_a_second_run_in_a_process_is_not_taken_for_one_of_accelerates_launcher(
+    preset: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """accelerate leaves the variable behind a run with DeepSpeed; a LoRA run would be ZeRO-2 by it."""
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    args = enter(tmp_path, ds_preset=preset)
+    assert (args.deepspeed_plugin is not None) == (preset == "zero2")
+    monkeypatch.setenv("ACCELERATE_USE_DEEPSPEED", "true")
+    monkeypatch.setenv("ACCELERATE_CONFIG_DS_FIELDS", "zero_stage")
+    (problem,) = problems_of(tmp_path, ds_preset="zero2")
+    assert "accelerate launch brings a DeepSpeed configuration of its own" in problem.what
+
+
 # -- a preset and a configuration of one's own
 
 

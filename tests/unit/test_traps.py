@@ -134,6 +134,7 @@ def test_a_second_configuration_from_accelerate_is_refused(
     variable: str, what: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv(f"ACCELERATE_USE_{variable}", "true")
+    monkeypatch.setenv("ACCELERATE_CONFIG_DS_FIELDS", "")  # its launcher sets this beside it
     (problem,) = problems_of(tmp_path, ds_preset="zero2")
     assert what in problem.what
     assert "default_config.yaml" in problem.what
