@@ -16,15 +16,51 @@ __all__ = ["OutsideAutocast", "apply", "attention_order"]
 
 def apply(trainer: Any, features: Collection[str]) -> list[str]:
     """Put the features that belong to model and collator into `trainer`, which has not trained yet; a line for each."""
-    lines = []
+    lines = ready_for_slices(trainer) if trainer.args.parallelism_config is not None else []
     masks = {"unmasked", "varlen", "padding_free"} & set(features)
     if masks:
         lines += without_masks(trainer, masks)
-    if "lean_adapters" in features:
+    if "bf16_adapters" in features:
+        lines += bf16_adapters(trainer)
+    elif "lean_adapters" in features:
         lines += lean_adapters(trainer)
     if "cudnn" in features and not torch.cuda.is_available():
         lines.append("speed: cudnn left out, because there is no GPU")
     return lines
+
+
+def ready_for_slices(trainer: Any) -> list[str]:
+    """What Ulysses sequence parallelism asks of a Trainer and accelerate 1.15 leaves to its user.
+
+    The attention it spreads must be named, and be the model's own; every batch must have a length that all processes
+    can share, and say where in its sequence each token stands, which of all collators only TRL's for SFT does.
+    """
+    parallel, collator = trainer.args.parallelism_config, trainer.data_collator
+    handler = getattr(parallel, "sp_handler", None)
+    if handler is None or isinstance(collator, WithPositions):
+        return []
+    if handler.sp_attn_implementation is None:
+        handler.sp_attn_implementation = trainer.model.config._attn_implementation
+    if getattr(collator, "pad_to_multiple_of", parallel.sp_size) is None:
+        collator.pad_to_multiple_of = parallel.sp_size
+    if getattr(collator, "return_position_ids", False):
+        return []
+    trainer.data_collator = WithPositions(collator)
+    return ["sequence parallel: batches carry the position of each token, which Ulysses asks for"]
+
+
+class WithPositions:
+    """A data collator whose batches, (rows, tokens), have `position_ids`: its own, or counted from each row's start."""
+
+    def __init__(self, collator: Any) -> None:
+        self.collator = collator
+
+    def __call__(self, rows: Any) -> Any:
+        batch = self.collator(rows)
+        if "position_ids" not in batch:
+            tokens = batch["input_ids"]
+            batch["position_ids"] = torch.arange(tokens.shape[1], device=tokens.device).repeat(tokens.shape[0], 1)
+        return batch
 
 
 def without_masks(trainer: Any, features: Collection[str]) -> list[str]:
@@ -86,6 +122,33 @@ def lean_adapters(trainer: Any) -> list[str]:
     for layer in layers:
         layer.cast_input_dtype_enabled = OutsideAutocast(device)
     return [f"speed: {len(layers)} adapted layers take their input as it is under autocast (lean_adapters)"]
+
+
+def bf16_adapters(trainer: Any) -> list[str]:
+    """Adapters in bf16, and so their optimizer states: before the optimizer exists.
+
+    Of `modules_to_save` and DoRA's magnitudes, which are no small differences to a weight, the precision stays.
+    """
+    names = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")
+    found = [
+        parameter
+        for name, parameter in trainer.model.named_parameters()
+        if parameter.requires_grad and parameter.dtype == torch.float32 and set(names) & set(name.split("."))
+    ]
+    reason = None
+    if trainer.is_deepspeed_enabled:
+        reason = "DeepSpeed holds adapters in the training dtype, beside their fp32 master weights"
+    elif not trainer.args.bf16:
+        reason = "nothing is computed in bf16"
+    elif trainer.optimizer is not None:
+        reason = "the optimizer was made before"
+    elif not found:
+        reason = "there are no fp32 adapters"
+    if reason is not None:
+        return [f"speed: bf16_adapters left out, because {reason}"]
+    for parameter in found:
+        parameter.data = parameter.data.to(torch.bfloat16)
+    return [f"speed: {len(found)} adapter matrices and their optimizer states in bf16 (bf16_adapters)"]
 
 
 def casts_its_input(module: Any) -> bool:

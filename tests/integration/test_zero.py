@@ -30,6 +30,7 @@ EXPECTED = {
     "zero1": ("DeepSpeedEngine", 1, 0),
     "zero2": ("DeepSpeedEngine", 2, 0),
     "lora_zero2": ("DeepSpeedEngine", 2, 14),
+    "zero2_lowmem": ("DeepSpeedEngine", 2, 0),
     "ddp": ("DistributedDataParallel", None, 0),
     "lora": ("DistributedDataParallel", None, 14),
 }
@@ -49,6 +50,13 @@ def test_the_live_trainer_is_what_the_preset_stands_for(preset: str, runs: Runs)
     result = runs[preset]
     assert (result["engine"], result["zero_stage"], result["adapter_modules"]) == EXPECTED[preset]
     assert result["world_size"] == 2
+
+
+@pytest.mark.distributed
+def test_master_weights_in_bf16_begin_where_fp32_ones_do(runs: Runs) -> None:
+    (lowmem,), (zero2,) = runs.losses("zero2_lowmem"), runs.losses("zero2")
+    assert lowmem != zero2, "it ran in float32"
+    assert lowmem == pytest.approx(zero2, abs=0.01)
 
 
 @pytest.mark.distributed

@@ -19,7 +19,7 @@ from tests.scripts.runs import Runs, train_all, write_wide_model
 pytestmark = [pytest.mark.distributed]
 
 TOLERANCE = 1e-4
-SHARDED = ("zero3", "zero2", "zero1", "ddp")  # ZeRO-3 first: see train_runs.py
+SHARDED = ("zero3", "zero3_hpz", "zero2", "zero1", "ddp")  # ZeRO-3 first: see train_runs.py
 ACCUMULATED = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
 
 
@@ -43,6 +43,14 @@ def test_two_processes_learn_what_one_learns(name: str, alone: Runs, spread: Run
     assert spread[name]["world_size"] == 2
     assert len(spread.losses(name)) == 8
     assert spread.losses(name) == pytest.approx(alone.losses("none"), abs=TOLERANCE)
+
+
+def test_two_processes_with_half_of_each_sequence_learn_what_one_learns(alone: Runs, tmp_path: Path) -> None:
+    """In a launch of its own: DeepSpeed leaves its attention in the process."""
+    run = {"name": "sliced", "preset": "long_context", "args": {"per_device_train_batch_size": 4}}
+    runs = train_all(tmp_path, [run])
+    assert runs["sliced"]["world_size"] == 2
+    assert runs.losses("sliced") == pytest.approx(alone.losses("none"), abs=TOLERANCE)
 
 
 def test_the_losses_move_far_more_than_the_tolerance(alone: Runs) -> None:
