@@ -23,7 +23,7 @@ from hf_dsvllm.launch import Launch, read_launch
 from hf_dsvllm.model_shape import load_shape
 from hf_dsvllm.planner.cards import machine_rates
 from hf_dsvllm.planner.explain import sentences, suggestions
-from hf_dsvllm.planner.search import Job, Plan, gib, judge, make_plan, placements
+from hf_dsvllm.planner.search import TIE, Candidate, Job, Plan, gib, judge, make_plan, placements
 from hf_dsvllm.presets import Preset
 from hf_dsvllm.traps import Fix
 
@@ -115,27 +115,60 @@ def keep_activations(args: Any, model_args: Any, preset: Preset, device: str) ->
     """Recompute off where a preset leaves room for all activations, unless the user said how it is to be.
 
     For TRL's SFT on GPUs, which recomputes by default and whose formulas the planner has.  `model_args` is TRL's
-    `ModelConfig`; called before the model is loaded.
+    `ModelConfig`; called before the model is loaded.  With the feature `split_batch` also by smaller micro-batches.
     """
     sft = any(parent.__name__ == "SFTConfig" for parent in type(args).__mro__)
     if not (sft and device == "cuda" and args.gradient_checkpointing):
         return []
     if not args.max_length or args.gradient_checkpointing_kwargs or args.activation_offloading:
         return []  # no bound to plan for, or a choice of the user's
-    if was_given(args, "gradient_checkpointing") or "keep_activations" not in features.choose(args.ds_speed):
+    wanted = features.choose(args.ds_speed)
+    if was_given(args, "gradient_checkpointing") or not wanted & {"keep_activations", "split_batch"}:
         return []
+    micro = args.per_device_train_batch_size
     try:
         model, kind = str(model_args.model_name_or_path), preset.adapter or "full"
         job = job_of(args, read_launch(), device, model, kind, (), lora_r=model_args.lora_r)
-        world, placement = next(iter(placements(job)))
-        found = judge(job, preset, world, args.per_device_train_batch_size, False, placement)
+        world, place = next(iter(placements(job)))
+        found = judge(job, preset, world, micro, False, place)
+        if found.fits and "keep_activations" in wanted:
+            why = f"the planner predicts {gib(found.gpu_bytes)} without it, which fits (--ds_speed no_keep_activations)"
+            args.gradient_checkpointing = False
+            return [Fix("gradient_checkpointing", True, False, why)]
+        if found.fits or "split_batch" not in wanted or was_given(args, "gradient_accumulation_steps"):
+            return []
+        if job.shape.experts:  # their balance loss is one of each micro-batch
+            return []
+        smaller = [judge(job, preset, world, size, False, place) for size in range(1, micro) if micro % size == 0]
+        recomputed = judge(job, preset, world, micro, True, place)
     except (DsvllmError, StopIteration):
         return []
-    if not found.fits:
+    fitting = [candidate for candidate in smaller if candidate.fits]
+    best = max(fitting, key=lambda candidate: candidate.step.tokens_per_second, default=None)
+    if best is None or best.step.tokens_per_second < (1 + TIE) * recomputed.step.tokens_per_second:
         return []
-    args.gradient_checkpointing = False
-    why = f"the planner predicts {gib(found.gpu_bytes)} without it, which fits (--ds_speed no_keep_activations)"
-    return [Fix("gradient_checkpointing", True, False, why)]
+    return split_batch(args, best, recomputed)
+
+
+def split_batch(args: Any, best: Candidate, recomputed: Candidate) -> list[Fix]:
+    """Write the smaller micro-batch and its accumulation into arguments, and into DeepSpeed's numbers made of them."""
+    why = (
+        f"the same batch without recompute: the planner predicts {gib(best.gpu_bytes)} and "
+        f"{best.step.tokens_per_second:,.0f} tokens/s instead of {recomputed.step.tokens_per_second:,.0f} (split_batch)"
+    )
+    wanted = {
+        "per_device_train_batch_size": best.setup.micro,
+        "gradient_accumulation_steps": best.setup.accumulation,
+        "gradient_checkpointing": False,
+    }
+    fixes = [Fix(name, getattr(args, name), value, why) for name, value in wanted.items()]
+    for name, value in wanted.items():
+        setattr(args, name, value)
+    filled = getattr(args, "hf_deepspeed_config", None)
+    if filled is not None:
+        filled.config["train_micro_batch_size_per_gpu"] = best.setup.micro
+        filled.config["gradient_accumulation_steps"] = best.setup.accumulation
+    return fixes
 
 
 def planned_length(args: Any, argv: Sequence[str]) -> int:

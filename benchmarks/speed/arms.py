@@ -174,7 +174,7 @@ scale 4b 2 4096 b2       | zero2 no +fused; zero3 no +fused
 off8 8b 2 4096 b2x8      | zero2 b1x16 no +fused; zero2_offload no +fused; zero2_offload b4x4 sel +fused; plain:z3o
 scale 4b 1 4096 b2       | zero2 no +fused; zero3 no +fused
 full4 4b 1 4096 b2       | plain:z2; zero2 b2x4 no +fused; zero2 b4 no +fused
-lora8 8b 1 4096 b4       | plain:lora; lora b2x2 no +lean_adapters +fused; lora b2x2 no +lean_adapters +fused +cudnn; lora no +lean_adapters +fused
+lora8 8b 1 4096 b4       | plain:lora; lora b2x2 no +lean_adapters +fused; lora b2x2 no +lean_adapters +fused +cudnn; lora b2x2 no +bf16_adapters +fused +cudnn; lora no +lean_adapters +fused
 mix8 8b 1 4096 b8 mix    | plain:lora; lora b2 no pack +varlen +lean_adapters +fused
 mix4 4b 1 4096 b8 mix    | plain:z2; zero2 b2 no pack +varlen +fused
 qlora8 8b 1 4096 b4      | lora rc +lean_adapters +fused; qlora rc +fused; lora sel +lean_adapters +fused; qlora sel +fused; plain:qlora

@@ -174,7 +174,11 @@ def traffic_share(arm: Arm, setup: Setup) -> float:
     """
     layers, adapters = between_bytes(setup.shape) * setup.shape.layers, adapter_traffic(setup)
     casts = 10.0 * sum(linear.count * linear.inputs for linear in setup.shape.linears if linear.kind != "lm_head")
-    lean = "lean_adapters" in arm.features and setup.method != "full" and setup.numerics.adapter_bytes == 4
+    lean = (
+        bool({"lean_adapters", "bf16_adapters"} & set(arm.features))
+        and setup.method != "full"
+        and setup.numerics.adapter_bytes == 4
+    )
     fused = fused_share(setup.shape) if "fused" in arm.features else 1.0
     return (layers * fused + adapters - lean * casts) / (layers + adapters)
 

@@ -176,7 +176,7 @@ def test_other_kinds_of_attention_keep_their_masks(changed: dict[str, Any]) -> N
 
 def mixed(**changed: Any) -> Any:
     """What `speedups` reads of arguments that train in bf16 under autocast, on a CPU."""
-    return SimpleNamespace(**{"use_cpu": True, "bf16": True, "fp16": False} | changed)
+    return SimpleNamespace(**{"use_cpu": True, "bf16": True, "fp16": False, "parallelism_config": None} | changed)
 
 
 @pytest.mark.parametrize(
@@ -220,7 +220,7 @@ def test_what_a_machine_without_gpu_leaves_out_is_said(
     from hf_dsvllm.speedups import apply
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert apply(SimpleNamespace(), {"cudnn"}) == ["speed: cudnn left out, because there is no GPU"]
+    assert apply(SimpleNamespace(args=mixed()), {"cudnn"}) == ["speed: cudnn left out, because there is no GPU"]
     enter(tmp_path, SFTConfig, ds_preset="lora", ds_speed=["fused"])
     assert "speed: fused left out, because its kernels run on GPUs" in capsys.readouterr().err
     other = enter(tmp_path, DPOConfig, ds_preset="lora", ds_speed=["fused"])
@@ -260,6 +260,36 @@ def test_lean_adapters_compute_the_same_under_autocast(model_path: str) -> None:
     model(input_ids=tokens)  # outside autocast inputs are cast as ever: no error
 
 
+def test_sequence_parallelism_gets_the_attention_the_positions_and_the_lengths_it_asks_for() -> None:
+    import torch
+    from transformers import default_data_collator
+    from trl.trainer.sft_trainer import DataCollatorForLanguageModeling as CollatorOfSft
+
+    from hf_dsvllm.speedups import apply
+
+    def ready(collator: Any, implementation: str | None = None) -> tuple[Any, Any, list[str]]:
+        handler = SimpleNamespace(sp_attn_implementation=implementation)
+        parallel = SimpleNamespace(sp_size=4, sp_handler=handler)
+        model = SimpleNamespace(config=SimpleNamespace(_attn_implementation="sdpa"))
+        trainer = SimpleNamespace(args=mixed(parallelism_config=parallel), model=model, data_collator=collator)
+        lines = apply(trainer, ())
+        assert apply(trainer, ()) == []
+        return handler, trainer.data_collator, lines
+
+    handler, collator, (line,) = ready(default_data_collator)
+    assert (handler.sp_attn_implementation, "position" in line) == ("sdpa", True)
+    batch = collator([{"input_ids": [5, 6, 7]}, {"input_ids": [8, 9, 4]}])
+    assert torch.equal(batch["position_ids"], torch.tensor([[0, 1, 2], [0, 1, 2]]))
+    own = collator([{"input_ids": [5, 6], "position_ids": [3, 4]}])
+    assert own["position_ids"].tolist() == [[3, 4]]
+    of_sft = CollatorOfSft(pad_token_id=0)
+    of_sft.return_position_ids = True
+    handler, collator, lines = ready(of_sft, "flash_attention_2")
+    assert (handler.sp_attn_implementation, collator, collator.pad_to_multiple_of, lines) == (
+        "flash_attention_2", of_sft, 4, [],
+    )  # fmt: skip
+
+
 def keep(monkeypatch: pytest.MonkeyPatch, *, card: str = "1xH200", device: str = "cuda", **changed: Any) -> Any:
     """`auto.keep_activations` for a full fine-tune of a 1.7B shape on a named machine, and the arguments after it."""
     from hf_dsvllm import auto
@@ -277,7 +307,14 @@ def keep(monkeypatch: pytest.MonkeyPatch, *, card: str = "1xH200", device: str =
     class SFTConfig(SimpleNamespace):
         """By the name that tells supervised fine-tuning from other losses."""
 
-    base = {"per_device_train_batch_size": 4, "gradient_accumulation_steps": 1, "max_length": 2048, "ds_speed": None}
+    hf_config = SimpleNamespace(config={"train_micro_batch_size_per_gpu": 32, "gradient_accumulation_steps": 1})
+    base = {
+        "hf_deepspeed_config": hf_config,
+        "per_device_train_batch_size": 4,
+        "gradient_accumulation_steps": 1,
+        "max_length": 2048,
+        "ds_speed": None,
+    }
     base |= {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": None, "activation_offloading": False}
     asked = {"gen_eval_file": None, "gen_eval_lm_eval": None, "gen_eval_max_new_tokens": 256}
     args = SFTConfig(**(base | asked | changed))
@@ -336,3 +373,74 @@ def test_recompute_stays_where_memory_the_user_or_the_formulas_ask_for_it(
     args, fixes = keep(monkeypatch, **changed)
     assert args.gradient_checkpointing is True
     assert fixes == []
+
+
+SPLIT = {"ds_speed": ["split_batch"], "per_device_train_batch_size": 32}
+
+
+def test_a_batch_that_does_not_fit_is_split_instead_of_recomputed_and_stays_the_same(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    args, fixes = keep(monkeypatch, **SPLIT)
+    micro, steps = args.per_device_train_batch_size, args.gradient_accumulation_steps
+    assert args.gradient_checkpointing is False
+    assert (micro * steps, micro < 32, steps > 1) == (32, True, True)
+    assert args.hf_deepspeed_config.config == {
+        "train_micro_batch_size_per_gpu": micro,
+        "gradient_accumulation_steps": steps,
+    }
+    assert [fix.key for fix in fixes] == [
+        "per_device_train_batch_size", "gradient_accumulation_steps", "gradient_checkpointing",
+    ]  # fmt: skip
+    assert "tokens/s instead of" in str(fixes[0])
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [{"card": "1xA100-40GB"}, {"ds_speed": None}, {"argv": ["t.py", "--gradient_accumulation_steps", "1"]}],
+    ids=["nothing fits", "not asked for", "accumulation given"],
+)
+def test_a_batch_is_not_split_without_need_and_leave(monkeypatch: pytest.MonkeyPatch, changed: dict[str, Any]) -> None:
+    monkeypatch.setattr("sys.argv", changed.get("argv", ["t.py"]))
+    args, fixes = keep(monkeypatch, **SPLIT | {name: value for name, value in changed.items() if name != "argv"})
+    assert (args.per_device_train_batch_size, args.gradient_checkpointing, fixes) == (32, True, [])
+
+
+def test_adapters_in_bf16_learn_nearly_the_same_and_keep_what_is_no_adapter(model_path: str, tmp_path: Path) -> None:
+    import torch
+    from datasets import Dataset
+    from peft import LoraConfig
+    from trl import SFTConfig, SFTTrainer
+
+    from hf_dsvllm.speedups import apply
+
+    def trained(features: set[str]) -> tuple[list[float], Any, list[str]]:
+        rows = [[4 + (7 * i + 3 * j) % 300 for j in range(12)] for i in range(8)]
+        args = SFTConfig(
+            output_dir=str(tmp_path), per_device_train_batch_size=4, max_steps=4, learning_rate=2e-3, logging_steps=1,
+            save_strategy="no", report_to=[], use_cpu=True, bf16=True, disable_tqdm=True,
+            model_init_kwargs={"dtype": "bfloat16"},
+        )  # fmt: skip
+        torch.manual_seed(0)
+        config = LoraConfig(r=4, target_modules=["q_proj", "v_proj"], modules_to_save=["lm_head"])
+        data = Dataset.from_dict({"input_ids": rows})
+        trainer = SFTTrainer(model=model_path, args=args, train_dataset=data, peft_config=config)
+        lines = apply(trainer, features)
+        trainer.train()
+        return [row["loss"] for row in trainer.state.log_history if "loss" in row], trainer, lines
+
+    plain, before, _ = trained(set())
+    found, after, lines = trained({"bf16_adapters", "lean_adapters"})
+    assert lines == ["speed: 8 adapter matrices and their optimizer states in bf16 (bf16_adapters)"]
+    assert found == pytest.approx(plain, abs=0.02)
+    kinds = {
+        trainer: {parameter.dtype for name, parameter in trainer.model.named_parameters() if part in name}
+        for trainer, part in ((before, "lora_A"), (after, "lora_A"))
+    }
+    assert kinds == {before: {torch.float32}, after: {torch.bfloat16}}
+    states = [state["exp_avg"].dtype for p, state in after.optimizer.state.items() if p.dtype == torch.bfloat16]
+    assert set(states) == {torch.bfloat16}
+    heads = {p.dtype for name, p in after.model.named_parameters() if "modules_to_save" in name}
+    assert heads == {p.dtype for name, p in before.model.named_parameters() if "modules_to_save" in name}
+    (line,) = apply(after, {"bf16_adapters"})
+    assert "left out, because the optimizer was made before" in line
