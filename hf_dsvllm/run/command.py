@@ -122,6 +122,8 @@ def read_command(words: Sequence[str], *, module: bool = False, adapter: Adapter
 
     `trl sft …` stands for the script of that name in the installed TRL.
     """
+    if words[0].startswith("-"):
+        raise ConfigError([_before_the_script(words[0])])
     target, rest, problems = find_target(list(words), module=module)
     script_args, ours, trouble = split(rest)
     problems += trouble
@@ -161,7 +163,7 @@ def read_rank(argv: Sequence[str]) -> Command:
     parser.add_argument("words", nargs=argparse.REMAINDER, metavar="SCRIPT …")
     options, before = parser.parse_known_args(list(argv))
     if before:
-        raise ConfigError([Problem(f"{before[0]} stands before the script", "put it after the script")])
+        raise ConfigError([_before_the_script(before[0])])
     if not options.words:
         parser.error("which script?")
     names = [field.name for field in dataclasses.fields(AdapterOptions)]
@@ -225,6 +227,13 @@ def is_launch_option(flag: str) -> bool:
 def says_yes(value: str | None) -> bool:
     """Whether an argument of the script is switched on: given, and not as "false" or the like."""
     return value is not None and _BOOLS.get(value.lower(), True)
+
+
+def _before_the_script(flag: str) -> Problem:
+    near = difflib.get_close_matches(_name(flag), LAUNCH_OPTIONS, n=1, cutoff=0.8)
+    if near:
+        return Problem(f"{flag} is no option of this command", f"did you mean --{near[0]}?")
+    return Problem(f"{flag} stands before the script", f"SCRIPT {flag} …: after the script")
 
 
 def _misspelt(target: Target, script_args: Sequence[str]) -> list[Problem]:

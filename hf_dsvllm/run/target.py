@@ -77,8 +77,6 @@ def find_target(words: list[str], *, module: bool) -> tuple[Target, list[str], l
 
 
 def _script_problems(path: Path, rest: list[str]) -> list[Problem]:
-    if str(path).startswith("-"):
-        return [Problem(f"{path} stands before the script", f"hf-dsvllm run SCRIPT {path} …: after the script")]
     if STARTERS.fullmatch(path.name) and path.suffix != ".py":
         return [Problem(f"{path} is no script: this command starts the processes", f"leave {path} out")]
     if path.is_dir():

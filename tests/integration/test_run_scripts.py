@@ -102,6 +102,16 @@ def resumed_cases(folder: Path) -> list[Case]:
     return cases
 
 
+def json_case(folder: Path) -> Case:
+    """Everything, ours included, in the JSON that is the script's only argument."""
+    words = [*clm_words(folder, "json"), *ours("zero2")]
+    file = folder / "clm.json"
+    values = {flag[2:]: value for flag, value in zip(words[::2], words[1::2], strict=True)}
+    numbers = {name: int(values[name]) for name in ("max_steps", "per_device_train_batch_size", "logging_steps")}
+    file.write_text(json.dumps({**values, **numbers, "disable_tqdm": True, "learning_rate": 1e-2}), encoding="utf-8")
+    return Case(name="json", argv=[str(HERE / "clm.py"), str(file)])
+
+
 ODD = {
     "made_whole_first": ("zero3",),
     "only_arguments": ("zero2",),
@@ -148,7 +158,7 @@ def odd_cases(folder: Path) -> list[Case]:
 def outcomes(tmp_path_factory: pytest.TempPathFactory) -> Mapping[str, Outcome]:
     folder = write_place(tmp_path_factory.mktemp("scripts"))
     makers = (trl_cases, own_cases, plain_cases, resumed_cases, odd_cases)
-    return run_all(folder, [case for make in makers for case in make(folder)])
+    return run_all(folder, [*(case for make in makers for case in make(folder)), json_case(folder)])
 
 
 # -- TRL's own scripts
@@ -221,6 +231,10 @@ def test_saved_arguments_load_without_this_package(outcomes: Mapping[str, Outcom
     strings = {value for _, value, _ in pickletools.genops(pickled) if isinstance(value, str)}
     assert any("SFTConfig" in text for text in strings)
     assert not any("hf_dsvllm" in text or "Dsvllm" in text for text in strings)
+
+
+def test_a_script_with_everything_in_one_json_trains_the_same(outcomes: Mapping[str, Outcome]) -> None:
+    assert outcomes["json"].trained().losses() == outcomes["clm-zero2"].losses()
 
 
 # -- scripts that do something unusual

@@ -191,7 +191,7 @@ def test_asking_for_help_is_no_failure(folder: Path) -> None:
 def test_a_flag_of_ours_before_the_script_is_told_its_place(folder: Path) -> None:
     ended = python(folder, "-m", "hf_dsvllm.run", *OURS, "scripts/seen.py")
     assert ended.returncode == 2
-    assert "--ds_preset stands before the script\n    fix: put it after the script" in ended.stderr
+    assert "--ds_preset stands before the script\n    fix: SCRIPT --ds_preset …: after the script" in ended.stderr
 
 
 # A script that catches what we say of its arguments, and ends in its own way.
