@@ -67,8 +67,8 @@ class Forecast:
 def moments(found: Forecast) -> dict[str, int]:
     """Predicted peaks of the moments that a run can tell apart (`hf_dsvllm.measure`).
 
-    Loading and engine init are one to it, and so are the parts of a step: callbacks come too late to part them.  Between
-    steps it is the least: an evaluation, a snapshot or a save comes on top.
+    Loading and engine init are one to it, and so are the parts of a step: callbacks come too late to part them.
+    Between steps it is the least: an evaluation, a snapshot or a save comes on top.
     """
     allocated, after = found.footprint.allocated, found.footprint.parts["optimizer"]
     return {
