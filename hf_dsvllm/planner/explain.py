@@ -110,7 +110,7 @@ def engine_sentences(job: Job, chosen: Candidate) -> Iterator[str]:
     if engine is None or job.evaluation is None:
         return
     cards = "1 GPU" if place.gpus == 1 else f"{place.gpus} GPUs"
-    where = f"on {cards} of its own" if place.kind == "spare" else f"on {cards} that train too"
+    where = f"on {cards} of its own" if place.kind == "spare" else f"on {cards} of the trainer's"
     takes = f"{gib(engine.awake)} on each ({gib(engine.weights)} weights, {gib(engine.kv_bytes)} KV cache)"
     yield f"vLLM answers {where} and takes {takes}."
     if place.sleeps:
@@ -155,6 +155,11 @@ def advice(plan: Plan) -> Iterator[str]:
         yield (
             f"{job.gpu.name} has no bf16: train with --fp16 true, whose loss scaling may skip steps; nothing of this "
             "was measured." + (" vLLM is started in bf16 and will not run there." if chosen.engine else "")
+        )
+    if named_targets(chosen.setup):
+        yield (
+            "Adapters are put on the attention alone, by name: on fused experts PEFT allows none with dropout, and they "
+            "are not counted here."
         )
     if job.nodes > 1:
         yield (
@@ -207,9 +212,22 @@ def command_line(plan: Plan, model: str) -> str:
             "--gradient_checkpointing", str(setup.recompute).lower(),
             *length,
             *(("--fp16", "true") if without_bf16(job) else ()),
+            *(("--lora_target_modules", *targets) if (targets := named_targets(setup)) else ()),
             *engine_flags(plan.chosen),
         ]
     )  # fmt: skip
+
+
+def named_targets(setup: Setup) -> tuple[str, ...]:
+    """Adapters of a mixture of experts, by name: () where "all-linear" does.
+
+    PEFT 0.21.2 takes "all-linear" to mean fused experts as well where the attention's layers are the only linear ones
+    (Mixtral, Qwen3-MoE), and refuses them with dropout, TRL's default.
+    """
+    inner = [linear for linear in setup.shape.linears if linear.kind != "lm_head"]
+    if setup.method == "full" or not setup.shape.experts or any(linear.kind != "attention" for linear in inner):
+        return ()
+    return tuple(dict.fromkeys(linear.name for linear in inner))
 
 
 def engine_flags(chosen: Candidate) -> Iterator[str]:

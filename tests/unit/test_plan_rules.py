@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -262,3 +263,26 @@ def test_nothing_fits_is_exit_code_1_with_what_would(tmp_path: Path):
     assert done.exit_code == 1
     assert "Nothing fits" in done.output
     assert "What would fit" in done.output
+
+
+MIXTRAL = {**LLAMA_70B, "model_type": "mixtral", "hidden_size": 1024, "intermediate_size": 2048, "num_hidden_layers": 8}
+MIXTRAL |= {"num_attention_heads": 16, "num_key_value_heads": 8, "num_local_experts": 8, "num_experts_per_tok": 2}
+
+
+def test_adapters_of_a_mixture_of_experts_are_named_for_peft_takes_all_linear_to_mean_the_experts():
+    machine = parse_machine("1xH100-80GB")
+    job = Job(
+        shape=shape_from_config(MIXTRAL),
+        machine=machine,
+        rates=rates_of("H100"),
+        length=512,
+        global_batch=4,
+        method="lora",
+    )
+    targets = "--lora_target_modules q_proj k_proj v_proj o_proj"
+    assert targets in command_line(make_plan(job), "MODEL")
+    assert any("on the attention alone" in sentence for sentence in sentences(make_plan(job)))
+    whole = dataclasses.replace(job, method="full")
+    assert "--lora_target_modules" not in command_line(make_plan(whole), "MODEL")
+    dense = dataclasses.replace(job, shape=shape("1.7b"))
+    assert "--lora_target_modules" not in command_line(make_plan(dense), "MODEL")
