@@ -11,6 +11,7 @@ from typing import Any
 
 from hf_dsvllm.adapters import ALL_LINEAR, trl_flags
 from hf_dsvllm.auto import is_auto
+from hf_dsvllm.ds_config import explain
 from hf_dsvllm.fields import added_fields
 from hf_dsvllm.presets import Preset
 from hf_dsvllm.run.command import Command, says_yes, split
@@ -31,7 +32,7 @@ def as_text(plan: Plan) -> str:
     lines += ["", "# what would be started"]
     lines.append(_shell(plan.words, plan.environment, comment=True))
     if plan.preset is not None:
-        lines += ["", *_explained(plan.preset, plan.device)]
+        lines += ["", *_explained(plan.preset, plan.ds_config, plan.device)]
     elif is_auto(plan.command.value("ds_preset")):
         lines += [
             "",
@@ -48,9 +49,9 @@ def _shell(words: tuple[str, ...] | list[str], environment: object, *, comment: 
     return f"#   {text}" if comment else text
 
 
-def _explained(preset: Preset, device: str) -> list[str]:
+def _explained(preset: Preset, config: dict[str, Any] | None, device: str) -> list[str]:
     lines = [f"# preset {preset.name}: {preset.summary}"]
-    lines += [f"#   {setting.key} = {setting.value}: {setting.why}" for setting in preset.deepspeed]
+    lines += [f"#   {key} = {json.dumps(value)}: {why}" for key, value, why in explain(preset, config)]
     precision = "--bf16 false: CPUs train in float32" if device == "cpu" else "--bf16 true: unless --fp16 is set"
     lines.append(f"# defaults of the arguments it changes, where the script leaves them alone\n#   {precision}")
     lines += [f"#   --{setting.key} {setting.value}: {setting.why}" for setting in preset.arguments]
