@@ -173,7 +173,10 @@ def _explain(preset: Preset, config: dict[str, Any] | None, processes: int, devi
         line(f"\nThe same adapter with TRL's own flags\n  {shlex.join(trl_flags(preset, device))}")
 
 
-@app.command(context_settings={**_SETTINGS, "allow_interspersed_args": False})
+@app.command(
+    # Unknown options reach `read_command`, which says whose they are and where they stand.
+    context_settings={**_SETTINGS, "allow_interspersed_args": False, "ignore_unknown_options": True}
+)
 def run(
     script: Annotated[
         list[str],

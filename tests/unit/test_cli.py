@@ -228,6 +228,20 @@ def test_the_exit_code_of_the_server_is_ours(run: Run, tmp_path: Path, monkeypat
     assert run("serve", str(tmp_path))[0] == 3
 
 
+# -- run
+
+
+@pytest.mark.parametrize(
+    ("flag", "fix"), [("--ds_preset=zero2", "after the script"), ("--num_proceses=2", "did you mean --num_processes?")]
+)
+def test_flags_in_front_of_the_script_are_told_their_place(run: Run, tmp_path: Path, flag: str, fix: str) -> None:
+    script = tmp_path / "train.py"
+    script.write_text("from transformers import TrainingArguments\n", encoding="utf-8")
+    code, _, err = run("run", flag, str(script))
+    assert code == 2
+    assert fix in err
+
+
 # -- doctor
 
 
