@@ -44,9 +44,7 @@ def with_special_tokens(config: Mapping[str, Any], generation: Mapping[str, Any]
     """config.json with the special tokens as trained; models of several parts keep them in `text_config`."""
     if generation is None:
         return dict(config)
-    nested = config.get("text_config")
-    place = nested if isinstance(nested, dict) else config
-    tokens = {key: value for key, value in generation["special_tokens"].items() if value is not None or key in place}
+    tokens, nested = generation["special_tokens"], config.get("text_config")
     return {**config, "text_config": {**nested, **tokens}} if isinstance(nested, dict) else {**config, **tokens}
 
 
