@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -12,19 +14,35 @@ from tests.scripts.runs import Runs, train_all
 pytestmark = [pytest.mark.distributed]
 
 PRESETS = ("zero3", "zero2", "qlora_zero2", "qlora")
+OFFLOADED = ("zero3_offload", "zero2_offload")
 
 
-@pytest.fixture(scope="module")
-def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
-    folder = tmp_path_factory.mktemp("resume")
-    shared: dict[str, Any] = {"model_args": {"lora_dropout": 0.1}, "weights": True}
+def train_twice(folder: Path, presets: Sequence[str], **shared: Any) -> Runs:
+    """Each preset uninterrupted, and once more from its checkpoint in the middle."""
     wanted = []
-    for preset in PRESETS:
-        saving = {"save_strategy": "steps", "save_steps": 4}
+    saving = {"save_strategy": "steps", "save_steps": 4}
+    for preset in presets:
         wanted.append({"name": f"{preset} whole", "preset": preset, "args": saving, **shared})
         checkpoint = str(folder / f"{preset} whole" / "checkpoint-4")
         wanted.append({"name": f"{preset} resumed", "preset": preset, "resume": checkpoint, **shared})
     return train_all(folder, wanted)
+
+
+@pytest.fixture(scope="module")
+def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    return train_twice(tmp_path_factory.mktemp("resume"), PRESETS, model_args={"lora_dropout": 0.1}, weights=True)
+
+
+@pytest.fixture(scope="module")
+def offloaded(tmp_path_factory: pytest.TempPathFactory) -> Runs:
+    return train_twice(tmp_path_factory.mktemp("offloaded"), OFFLOADED, weights=True)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("preset", OFFLOADED)
+def test_what_is_in_host_memory_is_resumed_as_well(preset: str, offloaded: Runs) -> None:
+    test_a_resumed_run_has_the_losses_of_the_uninterrupted_one(preset, offloaded)
+    test_a_resumed_run_ends_at_the_same_weights(preset, offloaded)
 
 
 @pytest.mark.parametrize("preset", PRESETS)
