@@ -97,7 +97,8 @@ def zero12_states(setup: Setup) -> States:
     gradients, fp32 accumulation: one buffer of 4P/N, made at the first reduction (Z12, compact partition buffer).
     bf16 accumulation: 2P/N, and at the step flattened 2P/N and as fp32 4P/N  (Z12:3117).
     ZeRO-1 keeps whole gradients 2P.  Buckets: two of bf16 elements (overlap), made
-    whole at the first gradient, however few are trained (Z12, setup_buckets).
+    whole at the first gradient, however few are trained (Z12, setup_buckets); on CPUs one, whose untouched pages are no
+    memory.
     at_reduction and tail: gradients larger than a bucket (output head, embedding) are reduced on their own; the rank
     that owns them adds them to its buffer as fp32: e + 4 bytes.  A tied head's waits in autograd for the embedding's.
     step: the norm is taken in fp64 of one gradient at a time (get_norm_dtype): 8 bytes of the largest.
@@ -113,7 +114,7 @@ def zero12_states(setup: Setup) -> States:
     base = frozen(setup)
     weights = e * trainable + base
     bucket = bucket_elements(preset)
-    ipg = {"buckets": float(bucket * e * (2 if setup.device == "cuda" else 1))}
+    ipg = {"buckets": float(2 * bucket * e if setup.device == "cuda" else min(bucket, trainable) * e)}
     master = 2 if low else 4
     largest = largest_gradient(setup)
     alone = largest if largest > bucket else 0

@@ -67,6 +67,11 @@ def test_buckets_are_whole_even_for_a_few_adapters(world: int) -> None:
     assert parts["buckets"] == 2 * 2 * 200_000_000
 
 
+def test_pages_of_a_bucket_that_are_never_touched_are_no_memory_on_a_cpu() -> None:
+    found = setup("lora_zero2", device="cpu")
+    assert gpu_footprint(found).parts["backward"]["buckets"] == 4 * found.trainable < 4 * 200_000_000
+
+
 def test_the_host_memory_that_was_validated_is_told_from_what_a_save_takes() -> None:
     found = plan("1.7b", "2xH100-80GB", global_batch=8, length=1024)
     assert found.chosen is not None
