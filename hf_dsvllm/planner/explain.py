@@ -158,8 +158,8 @@ def advice(plan: Plan) -> Iterator[str]:
         )
     if named_targets(chosen.setup):
         yield (
-            "Adapters are put on the attention alone, by name: on fused experts PEFT allows none with dropout, and they "
-            "are not counted here."
+            "Adapters are put on the attention alone, by name: on fused experts PEFT allows none with dropout, and "
+            "they are not counted here."
         )
     if job.nodes > 1:
         yield (
