@@ -22,7 +22,7 @@ def benchmark(monkeypatch: pytest.MonkeyPatch) -> Any:
     import export_speed
 
     yield export_speed
-    for name in ("export_speed", "standin"):
+    for name in ("export_speed", "export_measures", "standin"):
         sys.modules.pop(name, None)
 
 
