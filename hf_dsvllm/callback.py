@@ -67,7 +67,7 @@ class SessionCallback(TrainerCallback):
         # Rank 0 knows where vLLM runs, and what it was started for.
         self.late, self.streams = self.session.ranks.broadcast((self.late, self.session.streams))
         wiring = read_wiring(self.trainer)
-        check_wiring(wiring, self.session.preset, self.session.ds_config)
+        check_wiring(wiring, self.session.preset, self.session.ds_config, resumed=state.global_step > 0)
         say(f"running: {wiring.line()}")
         self.session.start_record(self.trainer, wiring)
         if self.session.evaluates and args.gen_eval_on_start:

@@ -148,6 +148,7 @@ def trap_problems(args: Any, config: dict[str, Any] | None, launch: Launch, devi
             trainer_values=_trainer_values(args, launch),
             auto_find_batch_size=args.auto_find_batch_size,
             torch_compile=args.torch_compile,
+            resuming=bool(getattr(args, "resume_from_checkpoint", None)),
             model_already_loaded=zero_stage(config) == 3 and _a_model_is_loaded(),
             device_map=model_kwargs.get("device_map"),
             quant_storage=_quant_storage(model_kwargs.get("quantization_config")),

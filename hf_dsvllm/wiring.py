@@ -8,6 +8,7 @@ from typing import Any
 
 from hf_dsvllm.errors import WiringError
 from hf_dsvllm.presets import Preset
+from hf_dsvllm.traps import resume_problems
 
 __all__ = ["Wiring", "check_wiring", "read_wiring"]
 
@@ -61,9 +62,11 @@ def is_four_bit(module: Any) -> bool:
     return kind.__name__ == "Linear4bit" and kind.__module__.startswith("bitsandbytes.")
 
 
-def check_wiring(wiring: Wiring, preset: Preset | None, config: dict[str, Any] | None) -> None:
-    """Raise WiringError when a run fell back to something plainer than asked for."""
-    wrong = []
+def check_wiring(
+    wiring: Wiring, preset: Preset | None, config: dict[str, Any] | None, *, resumed: bool = False
+) -> None:
+    """Raise WiringError when a run fell back to something plainer than asked for, or resumed what cannot be resumed."""
+    wrong = [f"{problem.what}; {problem.fix}" for problem in resume_problems(config)] if resumed else []
     if config is not None:
         asked = int((config.get("zero_optimization") or {}).get("stage", 0))
         if wiring.zero_stage is None:

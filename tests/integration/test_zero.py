@@ -107,6 +107,14 @@ def test_anything_plainer_than_asked_for_is_an_error(
         check_wiring(dataclasses.replace(SOUND, **change), get_preset(preset), config)
 
 
+def test_a_resumed_optimizer_on_nvme_is_an_error_before_the_first_step(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("WORLD_SIZE", raising=False)
+    config = {"zero_optimization": {"stage": 2, "offload_optimizer": {"device": "nvme", "nvme_path": "nvme"}}}
+    check_wiring(SOUND, get_preset("zero2"), config)
+    with pytest.raises(WiringError, match="does not restore an optimizer that lies on NVMe"):
+        check_wiring(SOUND, get_preset("zero2"), config, resumed=True)
+
+
 def test_processes_that_train_apart_are_an_error(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(WiringError, match="2 processes were started, 1 train together"):

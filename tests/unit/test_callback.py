@@ -179,7 +179,7 @@ def test_a_snapshot_of_a_resumed_run_is_loaded_only_over_weights_that_scored_les
 def test_every_rank_streams_or_not_as_the_main_process_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rank 0's vLLM may be one that takes no stream, which the others cannot see."""
     monkeypatch.setattr(callback_module, "read_wiring", lambda _: SimpleNamespace(line=lambda: ""))
-    monkeypatch.setattr(callback_module, "check_wiring", lambda *_: None)
+    monkeypatch.setattr(callback_module, "check_wiring", lambda *_, **__: None)
     nothing = {"ready_engine": lambda _: None, "start_record": lambda *_: None, "preset": None, "ds_config": None}
     callback = made(tmp_path, streams=True, evaluates=False, **nothing)
     callback.session.ranks.main_says = [(False, False)]  # type: ignore[attr-defined]

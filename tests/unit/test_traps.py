@@ -71,6 +71,12 @@ TRAPS: dict[str, tuple[dict[str, Any], dict[str, Any], str, str]] = {
     "optimizer block and --optim": (
         sound(optimizer={"type": "Lion"}), {"optim": "adafactor"}, "optim=adafactor would be ignored", "remove the opt"
     ),
+    "resuming an optimizer on NVMe": (
+        zero(3, offload_optimizer={**NVME, "nvme_path": "nvme"}),
+        {"resume_from_checkpoint": "checkpoint-4"},
+        "does not restore an optimizer that lies on NVMe",
+        "zero3_offload",
+    ),
     "offload to NVMe without a path": (zero(3, offload_param=NVME), {}, "its nvme_path is None", '"nvme_path"'),
     "offload to NVMe named none": (
         zero(3, offload_param={**NVME, "nvme_path": "none"}), {}, "its nvme_path is 'none'", "local NVMe disk"
