@@ -12,7 +12,8 @@ from typing import Any
 
 from hf_dsvllm.ds_config import zero_stage
 from hf_dsvllm.engine.server import LORA_RANKS
-from hf_dsvllm.errors import Problem
+from hf_dsvllm.errors import DsvllmError, Problem
+from hf_dsvllm.model_shape import load_shape
 from hf_dsvllm.presets import Preset
 from hf_dsvllm.traps import Fix, quant_storage_problems
 
@@ -91,6 +92,8 @@ def apply_to_model_config(config: Any, preset: Preset, *, device: str, full_dtyp
     change("use_peft", True, f"preset {preset.name} trains adapters")
     if config.lora_target_modules is None and getattr(config, "lora_target_parameters", None) is None:
         change("lora_target_modules", ALL_LINEAR, "adapters on every linear layer (QLoRA paper, section 4)")
+    if config.lora_dropout == defaults["lora_dropout"] and _adapts_fused_experts(config):
+        change("lora_dropout", 0.0, "PEFT adapts fused experts as parameters, which take no dropout")
     if preset.adapter == "qlora":
         change("load_in_4bit", True, f"preset {preset.name} trains on a 4-bit model")
         change("load_in_8bit", False, "4-bit and 8-bit exclude each other")
@@ -102,8 +105,16 @@ def apply_to_model_config(config: Any, preset: Preset, *, device: str, full_dtyp
 
 
 def adapter_problems(config: Any, preset: Preset | None) -> list[Problem]:
-    """What this adapter cannot do: run without bitsandbytes, or in this 4-bit storage."""
+    """What this adapter cannot do: run without bitsandbytes, in this 4-bit storage, or with dropout on experts."""
     problems = []
+    if config.use_peft and config.lora_dropout and _adapts_fused_experts(config):
+        problems.append(
+            Problem(
+                f"lora_dropout={config.lora_dropout} with adapters on every linear layer of a mixture of experts: PEFT "
+                "adapts its fused experts as parameters, which take no dropout",
+                "--lora_dropout 0, or layers outside the experts: --lora_target_modules q_proj k_proj v_proj o_proj",
+            )
+        )
     four_bit = (preset is not None and preset.adapter == "qlora") or getattr(config, "load_in_4bit", False)
     if four_bit and importlib.util.find_spec("bitsandbytes") is None:
         problems.append(
@@ -173,6 +184,16 @@ def quantization_record(model: Any) -> dict[str, Any] | None:
         "bnb_4bit_quant_storage": str(config.bnb_4bit_quant_storage).removeprefix("torch."),
         "llm_int8_skip_modules": config.llm_int8_skip_modules,
     }
+
+
+def _adapts_fused_experts(config: Any) -> bool:
+    """Whether "all-linear" reaches experts here; False where the model's shape is not known before it is loaded."""
+    if config.lora_target_modules not in (ALL_LINEAR, [ALL_LINEAR]) or not config.model_name_or_path:
+        return False
+    try:
+        return load_shape(config.model_name_or_path).experts > 0
+    except DsvllmError:
+        return False
 
 
 def _dtype_reason(preset: Preset, device: str) -> str:

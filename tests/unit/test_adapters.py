@@ -9,7 +9,7 @@ from typing import Any
 
 import pytest
 import torch
-from transformers import HfArgumentParser, LlamaConfig, LlamaForCausalLM
+from transformers import HfArgumentParser, LlamaConfig, LlamaForCausalLM, Qwen3MoeConfig, Qwen3MoeForCausalLM
 from trl import ModelConfig, get_peft_config, get_quantization_config
 
 from hf_dsvllm import adapters
@@ -43,6 +43,35 @@ def test_a_preset_equals_the_trl_flags_it_shows(name: str, device: str) -> None:
     if get_preset(name).adapter == "lora":
         ours.pop("bnb_4bit_quant_storage"), theirs.pop("bnb_4bit_quant_storage")
     assert ours == theirs
+
+
+def mixture(folder: Path) -> str:
+    """A mixture of two experts, its configuration alone."""
+    sizes = {"hidden_size": 32, "intermediate_size": 32, "moe_intermediate_size": 16, "head_dim": 8, "vocab_size": 64}
+    heads = {"num_hidden_layers": 1, "num_attention_heads": 4, "num_key_value_heads": 2}
+    Qwen3MoeConfig(**sizes, **heads, num_experts=2, num_experts_per_tok=1).save_pretrained(folder)
+    return str(folder)
+
+
+def test_adapters_on_fused_experts_have_no_dropout_which_peft_would_refuse(tmp_path: Path) -> None:
+    preset = get_preset("lora")
+    config = ModelConfig(model_name_or_path=mixture(tmp_path))
+    fixes = apply_to_model_config(config, preset, device="cpu", full_dtype="float32")
+    assert "lora_dropout" in [fix.key for fix in fixes]
+    assert adapter_problems(config, preset) == []
+    model = Qwen3MoeForCausalLM(Qwen3MoeConfig.from_pretrained(tmp_path))
+    args = SimpleNamespace(deepspeed=None, gradient_checkpointing=False, bf16=False)
+    assert any("experts" in name for name, _ in wrap(model, get_peft_config(config), args).named_parameters())
+
+
+def test_dropout_asked_for_on_fused_experts_is_refused_before_the_model_is_loaded(tmp_path: Path) -> None:
+    preset = get_preset("lora")
+    config = ModelConfig(model_name_or_path=mixture(tmp_path), lora_dropout=0.1)
+    apply_to_model_config(config, preset, device="cpu", full_dtype="float32")
+    (problem,) = adapter_problems(config, preset)
+    assert "--lora_dropout 0" in problem.fix
+    config.lora_target_modules = ["q_proj", "v_proj"]
+    assert adapter_problems(config, preset) == []
 
 
 def test_a_preset_without_adapter_shows_no_flags() -> None:
