@@ -48,6 +48,7 @@ def arguments(**fields: Any) -> Any:
         gen_eval_file = None
         gen_eval_lm_eval = None
         gen_eval_max_new_tokens = 256
+        gen_eval_weights = "disk"
 
     for name, value in fields.items():
         setattr(Fields, name, value)
@@ -74,6 +75,14 @@ def test_auto_writes_its_choice_into_the_arguments_and_keeps_the_batch(eight_bil
     assert args.per_device_train_batch_size * args.gradient_accumulation_steps == 8
     assert any("Use zero2" in sentence for sentence in choice.sentences)
     assert str(choice.fixes[0]).startswith("ds_preset")
+
+
+@pytest.mark.parametrize(("weights", "asleep"), [("disk", False), ("stream", True)])
+def test_auto_counts_vllm_asleep_only_where_the_run_lets_it_sleep(
+    eight_billion: str, weights: str, asleep: bool
+) -> None:
+    args = arguments(gen_eval_file=["eval.jsonl"], gen_eval_weights=weights)
+    assert auto.job_of(args, launched(4), "cuda", eight_billion, "full", []).streams is asleep
 
 
 @pytest.mark.parametrize(
