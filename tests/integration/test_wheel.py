@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
 import os
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -14,9 +17,13 @@ from pathlib import Path
 import pytest
 
 import hf_dsvllm
+from tests.tiny import write_tiny_model
 
 ROOT = Path(__file__).resolve().parents[2]
 pytestmark = pytest.mark.slow
+ONE_STEP = (
+    "--max_steps 1 --per_device_train_batch_size 2 --use_cpu true --bf16 false --report_to none --eval_strategy no"
+)
 
 
 def find_uv() -> str:
@@ -104,6 +111,26 @@ def test_the_public_names_of_a_clean_installation_resolve(installed: Path, tmp_p
     code = "import hf_dsvllm; print(hf_dsvllm.__file__); [getattr(hf_dsvllm, name) for name in hf_dsvllm.__all__]"
     done = run([str(installed / "python"), "-c", code], cwd=tmp_path)
     assert str(installed.parent) in done.stdout
+
+
+def test_the_readmes_plan_and_run_work_from_a_clean_installation(installed: Path, tmp_path: Path) -> None:
+    """The plan word for word; of the run its first words, with an adapter and one step on a CPU."""
+    write_tiny_model(tmp_path / "my-model")
+    plan = re.search(
+        r"^(hf-dsvllm plan my-model .*?) +#", (ROOT / "README.md").read_text(encoding="utf-8"), re.MULTILINE
+    )
+    assert plan is not None
+    words = shlex.split(plan[1].replace("4096", "128"))  # the tiny model reads no more
+    assert "Use " in run([str(installed / words[0]), *words[1:]], cwd=tmp_path).stdout
+    rows = [{"prompt": f"{number} plus one is", "completion": f" {number + 1}"} for number in range(8)]
+    (tmp_path / "data").mkdir()
+    (tmp_path / "data" / "train.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    line = (
+        "hf-dsvllm run trl sft --model_name_or_path my-model --dataset_name data --output_dir runs/sft --ds_preset lora"
+    )
+    done = run([str(installed / "hf-dsvllm"), *shlex.split(line)[1:], *shlex.split(ONE_STEP)], cwd=tmp_path)
+    assert "adapters in" in done.stdout + done.stderr
+    assert (tmp_path / "runs" / "sft" / "export" / "model.safetensors").exists()
 
 
 def test_vllm_is_no_base_dependency(installed: Path, tmp_path: Path) -> None:
