@@ -145,15 +145,22 @@ class SessionCallback(TrainerCallback):
         if self.late:
             self._make_room()
         training = self.trainer.model.training
+        self.measure.evaluation_begins(step)
         started = time.monotonic()
+        phases: dict[str, float] = {}
         snapshot: Snapshot | None = None
         ours: LogProbs | None = None
         sent, error = self._together(lambda: self._send(step) if publish_first and self.streams else None)
+        if sent is not None:
+            phases["stream"] = time.monotonic() - started
         if error is None and publish_first and not self.session.ranks.broadcast(sent is not None):
             snapshot, error = self._together(lambda: self._publish(step))
+            phases["snapshot"] = time.monotonic() - started
         canary = self.session.canary
         if error is None and canary is not None:
+            asking = time.monotonic()
             ours, error = self._together(lambda: canary.ask_trainer(self.trainer))
+            phases["trainer's canary"] = time.monotonic() - asking
         self.trainer.model.train(training)
         if error is not None:
             if self.streams:  # which may have woken the engine
@@ -167,6 +174,7 @@ class SessionCallback(TrainerCallback):
             sent=sent,
             ours=ours,
             publish_seconds=spent,
+            phases=phases,
             now=lambda: int(self.trainer.state.global_step),
             late=self.late and not wait,
         )

@@ -15,7 +15,7 @@ import torch
 from hf_dsvllm.console import say
 from hf_dsvllm.ranks import from_all
 
-__all__ = ["RunMeasure"]
+__all__ = ["RunMeasure", "gib_of_others"]
 
 GIB = 1 << 30
 SAID_EACH, SAID_EVERY = 3, 100  # skipped steps that are spoken of: the first ones, then every so many
@@ -26,7 +26,9 @@ TRAINING = ("steps", "between steps", "end")
 class RunMeasure:
     """Stopwatch and memory gauge of one process.  `durations`: seconds of each step, evaluation left out.
 
-    `skipped_steps` did not change the weights; `unsound`: one did, by gradients that are no numbers.
+    `skipped_steps` did not change the weights; `unsound`: one did, by gradients that are no numbers.  `pauses`: seconds
+    between two steps; `evaluation_pauses`: those in which an evaluation began, with what came before its first question
+    and after its last answer, where training waited for it.
     """
 
     durations: list[float] = dataclasses.field(default_factory=list)
@@ -36,7 +38,11 @@ class RunMeasure:
     evaluations: list[Any] = dataclasses.field(default_factory=list)
     host_peaks: list[float] = dataclasses.field(default_factory=list)
     phases: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
+    pauses: list[float] = dataclasses.field(default_factory=list)
+    evaluation_pauses: list[dict[str, float]] = dataclasses.field(default_factory=list)
     _begun: float | None = None
+    _ended_at: float | None = None  # by time.time(), as evaluations record theirs
+    _evaluating: int | None = None
 
     def mark(self, phase: str) -> None:
         """Close a phase: its peaks since the last mark; of a phase that comes again the highest is kept."""
@@ -51,18 +57,38 @@ class RunMeasure:
     def start(self) -> None:
         """Training begins; what came before, the evaluation of the untrained model too, is no part of it."""
         self.mark("before training")
+        self._ended_at = self._evaluating = None
+
+    def evaluation_begins(self, step: int) -> None:
+        """After `step`, whose pause is then one of `evaluation_pauses`."""
+        self._evaluating = step
 
     def step_begins(self) -> None:
         if self.durations:
             self.mark("between steps")
+        self._pause_ends(time.time())
         self._begun = time.monotonic()
+
+    def _pause_ends(self, now: float) -> None:
+        evaluated, self._evaluating = self._evaluating, None
+        if self._ended_at is None:
+            return
+        self.pauses.append(now - self._ended_at)
+        if evaluated is None:
+            return
+        row = {"step": evaluated, "seconds": round(self.pauses[-1], 4)}
+        last = self.evaluations[-1] if self.evaluations else None
+        if last is not None and last.step == evaluated and last.asked_at and last.answered_at:
+            row["before_questions"] = round(last.asked_at - self._ended_at, 4)
+            row["after_answers"] = round(now - last.answered_at, 4)
+        self.evaluation_pauses.append(row)
 
     def step_ends(self) -> None:
         if self._begun is not None:
             if torch.cuda.is_available():
                 torch.cuda.synchronize()
             self.durations.append(time.monotonic() - self._begun)
-            self._begun = None
+            self._begun, self._ended_at = None, time.time()
             self.mark("steps")
 
     def count_skipped(self, trainer: Any) -> None:
@@ -132,6 +158,10 @@ class RunMeasure:
             "step_seconds": round(self.step_seconds, 3),
             # The first steps load kernels and buffers; the median tells the steady speed of a short run.
             "median_step_seconds": round(statistics.median(self.durations), 4) if self.durations else None,
+            # Evaluation, logging, checkpoints and data: everything between two steps.
+            "pause_seconds": round(sum(self.pauses), 3),
+            "median_pause_seconds": round(statistics.median(self.pauses), 4) if self.pauses else None,
+            "evaluation_pauses": self.evaluation_pauses,
             "tokens": self.tokens,
             "tokens_per_second": self.tokens_per_second and round(self.tokens_per_second, 1),
             "skipped_steps": self.skipped_steps,
@@ -142,3 +172,14 @@ class RunMeasure:
     def highest(self, name: str) -> float:
         """The peak of a figure from the beginning of training on."""
         return max((self.phases[phase][name] for phase in TRAINING if phase in self.phases), default=0.0)
+
+
+def gib_of_others() -> float | None:
+    """Memory of this GPU that PyTorch here does not hold, in GiB: other processes', and our own CUDA context.
+
+    None without a GPU in use.
+    """
+    if not torch.cuda.is_available() or not torch.cuda.is_initialized():
+        return None
+    free, total = torch.cuda.mem_get_info()
+    return round((total - free - torch.cuda.memory_reserved()) / GIB, 3)

@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import logging
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 
 import torch
@@ -35,8 +35,8 @@ class Asked:
 
     They are in `snapshot`, or in the engine already (`sent`), or those the engine started from (neither).  `ours` are
     the trainer's log-probabilities of the canary's prompts at that step, None where it cannot be asked.
-    `publish_seconds`: what training has spent on it.  `now` tells the step training has reached meanwhile; `late`:
-    training goes on meanwhile.
+    `publish_seconds`: what training has spent on it, `phases` by part.  `now` tells the step training has reached
+    meanwhile; `late`: training goes on meanwhile.
     """
 
     step: int
@@ -44,6 +44,7 @@ class Asked:
     sent: SyncResult | None = None
     ours: LogProbs | None = None
     publish_seconds: float = 0.0
+    phases: Mapping[str, float] = dataclasses.field(default_factory=dict)
     now: Callable[[], int] | None = None
     late: bool = False
 
@@ -69,6 +70,8 @@ class Delivery:
         self.timeout_s = timeout_s
         self.merge_base = merge_base
         self.canary = canary
+        self.proof_seconds = 0.0  # of the last proof
+        self.sleep_seconds: float | None = None  # of the last sleep, None where the engine does not sleep now
         self.client = EngineClient(server.uds, default_timeout_s=timeout_s)
         self.sync = WeightSync(server, self.client, restart_timeout_s=timeout_s)
         self._first_model: Path | str | None = None if isinstance(server, RemoteServer) else server.spec.model
@@ -97,11 +100,12 @@ class Delivery:
             return self._deliver(asked)
 
     def _deliver(self, asked: Asked) -> tuple[SyncResult, str | None]:
+        self.proof_seconds = 0.0
         pushed = asked.sent or self._push(asked.snapshot)
         if asked.ours is None or self.canary is None:
             return pushed, None
         try:
-            return pushed, self.canary.prove(self.client, pushed.model_name, asked.ours)
+            return pushed, self._prove(self.canary, pushed, asked.ours)
         except EngineError as refused:
             if asked.sent is not None and isinstance(refused, WrongWeights):
                 self.sync.distrust_streams(str(refused))
@@ -111,7 +115,13 @@ class Delivery:
             self._restart()
             self.server.wait_ready(self.timeout_s)
             pushed = self._push(asked.snapshot)
-            return pushed, self.canary.prove(self.client, pushed.model_name, asked.ours)
+            return pushed, self._prove(self.canary, pushed, asked.ours)
+
+    def _prove(self, canary: Canary, pushed: SyncResult, ours: LogProbs) -> str:
+        started = time.monotonic()
+        sentence = canary.prove(self.client, pushed.model_name, ours)
+        self.proof_seconds = time.monotonic() - started
+        return sentence
 
     def revive(self) -> None:
         """After a failure, start an engine that died or hangs again at once: it loads while training goes on.
@@ -136,11 +146,14 @@ class Delivery:
 
         One that lacks the means stays awake; one that is in no state to sleep is ended until the next evaluation.
         """
+        self.sleep_seconds = None
         if not (self.sleeps and self.server.alive):
             return
+        started = time.monotonic()
         try:
             awake = self.sync.rest()
             if awake is None:
+                self.sleep_seconds = time.monotonic() - started
                 return
             if self.sync.whole:
                 say(f"vLLM stays awake beside training: {awake}")

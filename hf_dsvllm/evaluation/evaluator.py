@@ -30,6 +30,7 @@ from hf_dsvllm.evaluation.scores import Drawn, cut_at_stop, score_task
 from hf_dsvllm.files import write_text
 from hf_dsvllm.forwarder import MODEL, Forwarder, expose_key
 from hf_dsvllm.harness import HarnessScores, Worker, run_tasks
+from hf_dsvllm.measure import gib_of_others
 from hf_dsvllm.statistics import Comparison
 from hf_dsvllm.tasks import EvalTask, render_prompt
 
@@ -91,6 +92,7 @@ class Evaluator:
             raise
         finally:  # whatever failed, training goes on and needs its memory
             self.rest()
+        result = self._rested(result)
         self._append(result, asked.step if asked.now is None else asked.now())
         return result
 
@@ -103,11 +105,17 @@ class Evaluator:
         sync, proof = self.delivery.deliver(weights)
         if self.door is not None:
             self.door.resume(sync.model_name, self.delivery.server.uds)
-        asked = time.monotonic()
-        answers = {task.name: self._ask(task, sync.model_name, deadline) for task in self.tasks}
+        asked, asked_at = time.monotonic(), time.time()
+        answers: dict[str, list[Completion]] = {}
+        task_seconds: dict[str, float] = {}
+        for task in self.tasks:
+            begun = time.monotonic()
+            answers[task.name] = self._ask(task, sync.model_name, deadline)
+            task_seconds[task.name] = time.monotonic() - begun
         generated = time.monotonic() - asked
         harness = self._ask_harness(step, sync.model_name, deadline)
         harnessed = time.monotonic() - asked - generated
+        answered_at = time.time()
         scores, errors, columns = self._score_and_write(step, answers, sync)
         self._add_harness(step, harness, sync, scores, errors, columns)
         comparisons = self.history.compare(step, columns)
@@ -129,7 +137,18 @@ class Evaluator:
             generate_seconds=generated,
             harness_seconds=harnessed if self.harness else 0.0,
             total_seconds=weights.publish_seconds + time.monotonic() - started,
+            phases={**weights.phases, **sync.phases, "engine's canary": self.delivery.proof_seconds},
+            task_seconds=task_seconds,
+            asked_at=asked_at,
+            answered_at=answered_at,
         )
+
+    def _rested(self, result: EvalResult) -> EvalResult:
+        """With what sleep took and leaves, where the engine sleeps now."""
+        slept = self.delivery.sleep_seconds
+        if slept is None:
+            return result
+        return dataclasses.replace(result, phases={**result.phases, "sleep": slept}, asleep_gib=gib_of_others())
 
     def rest(self) -> None:
         """Give training its memory back, where the engine sleeps between evaluations."""

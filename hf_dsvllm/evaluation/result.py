@@ -50,6 +50,10 @@ class EvalResult:
 
     `samples` counts prompts.  `proof`: the canary's sentence, None where it could not be asked.  `comparisons`: by
     metric key, against step 0 and the best step before this one.  `harness_seconds`: those of lm-eval.
+
+    `phases`: seconds of the parts that the sums above hide, `task_seconds` of answering each task.  `asked_at` and
+    `answered_at`: the first question and the last answer, by time.time().  `asleep_gib`: of the GPU's memory what
+    PyTorch here does not hold, once the engine sleeps; the CUDA context of the trainer is in it.
     """
 
     step: int
@@ -67,6 +71,11 @@ class EvalResult:
     total_seconds: float
     comparisons: Mapping[str, Comparison] = dataclasses.field(default_factory=dict)
     harness_seconds: float = 0.0
+    phases: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    task_seconds: Mapping[str, float] = dataclasses.field(default_factory=dict)
+    asked_at: float | None = None
+    answered_at: float | None = None
+    asleep_gib: float | None = None
 
     @property
     def tokens_per_second(self) -> float:

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import time
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from hf_dsvllm import measure as measures
 from hf_dsvllm import metrics
 from hf_dsvllm.engine.client import Completion
 from hf_dsvllm.engine.sync import SyncResult
@@ -18,6 +20,7 @@ from hf_dsvllm.evaluation.delivery import Asked
 from hf_dsvllm.evaluation.evaluator import Evaluator, HarnessTasks, Sampling
 from hf_dsvllm.harness import HarnessScores, TaskResult, Worker
 from hf_dsvllm.live.snapshot import Snapshot
+from hf_dsvllm.measure import RunMeasure
 from hf_dsvllm.task_settings import TaskSettings
 from hf_dsvllm.tasks import EvalSample, EvalTask
 
@@ -120,6 +123,37 @@ def test_each_score_is_held_against_the_first_and_the_best_on_the_console_and_on
     told = score_rows(tmp_path)[-1]["comparisons"][KEY]
     assert told["over_base"] == {"low": 1.0, "high": 1.0, "mean": 1.0}
     assert "as good as the best so far (step 10)" in told["sentence"]
+
+
+def test_the_parts_of_an_evaluations_seconds_are_kept(tmp_path: Path) -> None:
+    made = evaluator(tmp_path, Engine())
+    began = time.time()
+    made.evaluate(Asked(step=10, snapshot=snapshot(tmp_path, 10), phases={"snapshot": 1.5, "trainer's canary": 0.25}))
+    [row] = score_rows(tmp_path)
+    assert row["phases"] == {"snapshot": 1.5, "trainer's canary": 0.25, "engine's canary": 0.0}
+    assert list(row["task_seconds"]) == ["letters"]
+    assert row["task_seconds"]["letters"] <= row["generate_seconds"]
+    assert began <= row["asked_at"] <= row["answered_at"] <= time.time()
+    assert row["asleep_gib"] is None  # this engine does not sleep
+
+
+def test_a_pause_for_an_evaluation_says_what_came_before_the_questions_and_after_the_answers(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    measure, clock = RunMeasure(), SimpleNamespace(now=0.0)
+    monkeypatch.setattr(measures.time, "time", lambda: clock.now)
+    measure.evaluation_begins(0)  # of the untrained model, before any step: no pause
+    for begun, ended in ((5.0, 6.0), (6.5, 7.0), (11.0, 12.0)):
+        clock.now = begun
+        measure.step_begins()
+        clock.now = ended
+        measure.step_ends()
+        if ended == 7.0:
+            measure.evaluation_begins(2)
+            measure.evaluations.append(SimpleNamespace(step=2, asked_at=8.0, answered_at=10.0))
+    record = measure.as_record()
+    assert record["evaluation_pauses"] == [{"step": 2, "seconds": 4.0, "before_questions": 1.0, "after_answers": 1.0}]
+    assert record["pause_seconds"] == 4.5
 
 
 def test_a_metric_that_could_score_nothing_is_not_logged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
