@@ -7,11 +7,13 @@
     torchrun --nproc_per_node 2 benchmarks/generation.py sharded --shape 8b --work WORK --out OUT --zero 3
     python benchmarks/generation.py report  --out OUT
 
-`engine` starts vLLM as a run does (seconds until it is ready) and asks it as an evaluation does, after a reload of the
-weights; `alone` is vLLM's own `LLM.generate` with nothing of ours around it; `hf` is transformers' generate on the
-whole model, prompts sorted by length, in the fastest of several batch sizes; `sharded` is the same on the model as it
-lies in training under ZeRO-2 or 3, a share of the prompts on each process.  Prompts: random tokens, lengths log-uniform
-from 32 to 1,024, greedy, every answer --new_tokens long.  Slow ways answer fewer (--prompts, --new_tokens): tokens per
+`engine` starts vLLM as a run does, with the cache a run gives it (--wide: all the GPU has), seconds until it is ready,
+and asks it as an evaluation does, after a reload of the weights; then seconds of one decoding step with as many
+sequences as the choice between eager and compiled counts on.  `alone` is vLLM's own `LLM.generate` with nothing of ours
+around it; `hf` is transformers' generate on the whole model, prompts sorted by length, in the fastest of several batch
+sizes, tried on half the prompts and a quarter of the tokens; `sharded` is the same on the model as it lies in training
+under ZeRO-2 or 3, a share of the prompts on each process.  Prompts: random tokens, lengths log-uniform from 32 to
+1,024, greedy, every answer --new_tokens long.  Slow ways answer fewer (--prompts, --new_tokens, --most_s): tokens per
 second are compared, of prompts drawn alike.
 """
 
@@ -48,6 +50,8 @@ def main() -> None:
     parser.add_argument("--prompts", type=int, default=512)
     parser.add_argument("--new_tokens", type=int, default=256)
     parser.add_argument("--batch", type=int, nargs="+", default=[64])
+    parser.add_argument("--most_s", type=float, default=600.0, help="of transformers: no batch is begun after so long")
+    parser.add_argument("--wide", action="store_true", help="the engine with all the cache the GPU has room for")
     parser.add_argument("--compiled", action="store_true", help="compiled code and CUDA graphs instead of eager")
     parser.add_argument("--zero", type=int, default=3, choices=[2, 3])
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
@@ -112,6 +116,7 @@ def keep(args: argparse.Namespace, row: dict[str, Any]) -> None:
 def by_engine(args: argparse.Namespace) -> dict[str, Any]:
     """Started, given weights and asked by the code a run uses."""
     from hf_dsvllm.engine import EngineClient, EngineServer, EngineSpec, WeightSync
+    from hf_dsvllm.engine_size import CONCURRENT_SEQUENCES
 
     spec = EngineSpec(
         model=model_folder(args),
@@ -120,6 +125,7 @@ def by_engine(args: argparse.Namespace) -> dict[str, Any]:
         dtype="bfloat16" if args.device == "cuda" else "float32",
         max_model_len=LONGEST + args.new_tokens,
         enforce_eager=not args.compiled,
+        kv_cache_bytes=None if args.wide else cache_of_a_run(args),
         extra_args=tuple(shlex.split(args.vllm_args)),
     )
     server = EngineServer.start(spec, args.work / "engine")
@@ -130,13 +136,29 @@ def by_engine(args: argparse.Namespace) -> dict[str, Any]:
         prompts = draw_prompts(args)
         first = ask(client, prompts, args)
         second = ask(client, prompts, args)
+        rng = random.Random(1)
+        short = [[rng.randrange(100) for _ in range(SHORTEST)] for _ in range(CONCURRENT_SEQUENCES)]
+        steps = ask(client, short, args)["seconds"]
     finally:
         client.close()
         server.stop()
     return {"start_seconds": server.load_seconds, "sync_seconds": pushed.seconds, "path": pushed.path_used} | {
         "first_seconds": first["seconds"],
+        "decode_step_seconds": steps / args.new_tokens,
+        "layers": SHAPES[args.shape].layers,
+        "cache_gib": None if args.wide else cache_of_a_run(args) / (1 << 30),
         **second,
     }
+
+
+def cache_of_a_run(args: argparse.Namespace) -> int:
+    """Bytes of KV cache that a run would give an engine for these prompts."""
+    from hf_dsvllm.engine_size import CONCURRENT_SEQUENCES, GIB, MAX_KV_CACHE_BYTES, kv_bytes_per_token
+
+    config = random_config(SHAPES[args.shape])
+    per_token = kv_bytes_per_token(config, element_bytes=2 if args.device == "cuda" else 4)
+    length = max(map(len, draw_prompts(args))) + args.new_tokens
+    return min(max(CONCURRENT_SEQUENCES * length * per_token, GIB), MAX_KV_CACHE_BYTES)
 
 
 def ask(client: Any, prompts: list[list[int]], args: argparse.Namespace) -> dict[str, float]:
@@ -177,14 +199,23 @@ def by_vllm_alone(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def by_transformers(args: argparse.Namespace) -> dict[str, Any]:
-    """The whole model on one GPU; the batch size that answers most tokens a second."""
+    """The whole model on one GPU, with the batch size that answers most tokens a second."""
     from transformers import AutoModelForCausalLM
 
     dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
     model = AutoModelForCausalLM.from_pretrained(model_folder(args), dtype=dtype).to(args.device).eval()
-    rows = {batch: answer_in_batches(model, draw_prompts(args), batch, args) for batch in args.batch}
-    best = max(rows, key=lambda batch: rows[batch]["tokens_per_second"])
-    return {"batch": best, "tried": {str(batch): row["tokens_per_second"] for batch, row in rows.items()}, **rows[best]}
+    prompts, tried = draw_prompts(args), {}
+    few = argparse.Namespace(**{**vars(args), "new_tokens": max(1, args.new_tokens // 4)})
+    for batch in args.batch if len(args.batch) > 1 else ():
+        try:
+            tried[batch] = answer_in_batches(model, prompts[::2], batch, few)["tokens_per_second"]
+        except torch.OutOfMemoryError:
+            tried[batch] = 0.0
+            torch.cuda.empty_cache()
+    best = max(tried, key=lambda batch: tried[batch]) if tried else args.batch[0]
+    return {"batch": best, "tried": {str(batch): speed for batch, speed in tried.items()}} | answer_in_batches(
+        model, prompts, best, args
+    )
 
 
 def by_shards(args: argparse.Namespace) -> dict[str, Any]:
@@ -197,9 +228,8 @@ def by_shards(args: argparse.Namespace) -> dict[str, Any]:
     dtype = torch.bfloat16 if args.device == "cuda" else torch.float32
     if args.device == "cuda":
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
-    torch.manual_seed(0)
-    with torch.device(args.device):
-        model = AutoModelForCausalLM.from_config(random_config(SHAPES[args.shape]), dtype=dtype)
+    where = {"device_map": {"": torch.cuda.current_device()}} if args.device == "cuda" else {}
+    model = AutoModelForCausalLM.from_pretrained(model_folder(args), dtype=dtype, **where)
     optimizer = torch.optim.SGD(model.parameters(), lr=0.0)
     config = {
         "train_micro_batch_size_per_gpu": 1,
@@ -222,15 +252,23 @@ def by_shards(args: argparse.Namespace) -> dict[str, Any]:
 def answer_in_batches(
     model: Any, prompts: list[list[int]], batch: int, args: argparse.Namespace, **how: Any
 ) -> dict[str, float]:
-    """Sorted by length, longest first, padded on the left; one small batch before to load kernels."""
-    sort = sorted(prompts, key=len, reverse=True)
-    warm = generate(model, sort[:2], 2, args, **how)
-    del warm
+    """Of similar lengths, padded on the left; one small batch before to load kernels.
+
+    Batches come in random order, so that those that --most_s leaves time for are a fair sample.
+    """
+    ordered = sorted(prompts, key=len, reverse=True)
+    batches = [ordered[first : first + batch] for first in range(0, len(ordered), batch)]
+    random.Random(0).shuffle(batches)
+    generate(model, ordered[:2], 2, args, **how)
     started = time.monotonic()
-    tokens = 0
-    for first in range(0, len(sort), batch):
-        tokens += generate(model, sort[first : first + batch], args.new_tokens, args, **how)
-    return rate(tokens, time.monotonic() - started)
+    tokens = answered = 0
+    for each in batches:
+        # Under ZeRO-3 all processes must go on together, so only one process alone may stop early.
+        if time.monotonic() - started > args.most_s and not how.get("synced_gpus"):
+            break
+        tokens += generate(model, each, args.new_tokens, args, **how)
+        answered += len(each)
+    return rate(tokens, time.monotonic() - started) | {"answered": answered}
 
 
 def generate(model: Any, prompts: list[list[int]], new_tokens: int, args: argparse.Namespace, **how: Any) -> int:

@@ -49,6 +49,7 @@ SHAPES = {  # Qwen3's config.json files; `tiny` is for trying the benchmark itse
     "4b": Shape(hidden=2560, intermediate=9728, layers=36, heads=32, kv_heads=8),
     "8b": Shape(hidden=4096, intermediate=12288, layers=36, heads=32, kv_heads=8, tied=False),
     "14b": Shape(hidden=5120, intermediate=17408, layers=40, heads=40, kv_heads=8, tied=False),
+    "32b": Shape(hidden=5120, intermediate=25600, layers=64, heads=64, kv_heads=8, tied=False),
 }
 
 
