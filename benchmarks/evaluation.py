@@ -26,7 +26,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from cells import HERE, read_json
+from cells import HERE, last_error, read_json
 from evaluation_jobs import SETS, Job, command, jobs_of, read_job, status_of
 from evaluation_table import page
 from main_job import end_group, environment, keep_records, versions
@@ -72,13 +72,33 @@ class Bench:
     def run(self, jobs: Sequence[Job]) -> None:
         again = ("stopped", "exit") if self.options.again else ()
         done = {name for name, row in self.rows.items() if not row["status"].startswith(("not run", *again))}
-        waiting = [job for job in jobs if job.name not in done]
-        self.write_models(waiting)
+        waiting: list[Job] = []
+        for job in jobs:
+            if job.name in done:
+                continue
+            writes = Job(name=f"write-{job.shape}", kind="write", gpus=1, shape=job.shape, limit_s=WRITE_S, needs_s=0)
+            if job.shape and writes not in waiting and not self.model_of(job).exists():
+                waiting.append(writes)
+            waiting.append(job)
+        for shape in {job.shape for job in waiting if job.shape}:
+            self.write_data(shape)
         while waiting or self.running:
-            while waiting and (how := self.may_start(waiting[0])) != "wait":
-                self.start(waiting.pop(0), how)
-            self.reap()
-            time.sleep(0.2)
+            for job in self.candidates(waiting):
+                if (how := self.may_start(job)) != "wait":
+                    waiting.remove(job)
+                    self.start(job, how)
+                    break
+            else:
+                self.reap()
+                time.sleep(0.2)
+
+    def candidates(self, waiting: list[Job]) -> list[Job]:
+        """The next one alone, for a later and smaller one would keep its GPUs; beside the long one any that fits."""
+        return list(waiting) if "learn" in {job.name for job, *_ in self.running} else waiting[:1]
+
+    def model_of(self, job: Job) -> Path:
+        folder: Path = self.options.fast / f"model-{job.shape}"
+        return folder / "config.json"
 
     def left(self) -> float:
         return self.deadline - time.monotonic() - GRACE_S
@@ -91,10 +111,14 @@ class Bench:
             return "not run, --model is missing"
         if self.left() < job.needs_s:
             return f"not run, it needs {job.needs_s:.0f} s and {max(0.0, self.left()):.0f} s were left"
-        if job.kind != "learn" and not (self.options.fast / f"model-{job.shape}" / "config.json").exists():
-            return "not run, its model was not written"
         busy = {running.name for running, *_ in self.running}
-        return "start" if len(self.free) >= job.gpus and job.after not in busy else "wait"
+        if len(self.free) < job.gpus or busy & {job.after, f"write-{job.shape}"}:
+            return "wait"
+        if job.kind in ("train", "ask") and not self.model_of(job).exists():
+            return "not run, its model was not written"
+        if job.after and not (self.options.work / "caches" / job.cache).exists():
+            return f"not run, {job.after} has left no compiled code here"
+        return "start"
 
     def start(self, job: Job, how: str) -> None:
         if how != "start":
@@ -105,6 +129,8 @@ class Bench:
         shutil.rmtree(run, ignore_errors=True)
         run.mkdir(parents=True)
         line = command(job, self.options, run)
+        if job.kind == "write":
+            line += ["--out", str(run / "model")]
         process = self.popen(line, gpus, job.cache, job.name, cold=job.cold)
         limit = min(job.limit_s, self.left())
         self.running.append((job, gpus, process, time.monotonic(), limit, shlex.join(line)))
@@ -143,6 +169,12 @@ class Bench:
     def finish(self, job: Job, failure: str | None, seconds: float, line: str) -> None:
         run, logs = self.options.fast / "runs" / job.name, self.options.work / "logs" / job.name
         log = (logs / "log.txt").read_text(encoding="utf-8", errors="replace")
+        if job.kind == "write":
+            if failure is None:
+                (run / "model").rename(self.model_of(job).parent)
+            else:
+                print(f"{job.name}: {failure}: {last_error(log)}", flush=True)
+            return
         row = read_job(job, run)
         if job.kind == "learn":
             keep_learnt(run, self.options.out / "learn")
@@ -160,7 +192,9 @@ class Bench:
     def public(self, text: str) -> str:
         """`text` without the folders of this machine."""
         folders = {str(self.options.fast): "FAST", str(self.options.work): "WORK", f"{HERE.parent}/": ""}
-        names = folders | {sys.executable: "python", str(self.options.model): "MODEL"}
+        names = folders | {sys.executable: "python"}
+        if self.options.model:
+            names = {str(self.options.model): "MODEL"} | names
         for folder, word in names.items():
             text = text.replace(folder, word)
         return text
@@ -175,25 +209,6 @@ class Bench:
         self.path.with_suffix(".md").write_text(page(content), encoding="utf-8")
         if self.options.copy_to:
             shutil.copytree(self.options.out, self.options.copy_to, dirs_exist_ok=True)
-
-    def write_models(self, jobs: Sequence[Job]) -> None:
-        """The random models of `jobs` in memory, each made on a GPU of its own, all at a time; and their data."""
-        shapes = [shape for shape in dict.fromkeys(job.shape for job in jobs) if shape]
-        for shape in shapes:
-            self.write_data(shape)
-        missing = [shape for shape in shapes if not (self.options.fast / f"model-{shape}" / "config.json").exists()]
-        started = []
-        for place, shape in enumerate(missing):
-            out = self.options.fast / f"model-{shape}"
-            line = [sys.executable, str(HERE / "standin.py"), "--shape", shape, "--out", f"{out}.tmp"]
-            gpu = self.free[place % len(self.free)]
-            started.append((out, self.popen(line, [gpu], "shared", f"write-{shape}", cold=False)))
-        for out, process in started:
-            try:
-                if process.wait(WRITE_S) == 0:
-                    Path(f"{out}.tmp").rename(out)
-            except subprocess.TimeoutExpired:
-                end_group(process)
 
     def write_data(self, shape: str) -> None:
         options = self.options
@@ -246,6 +261,8 @@ def parse() -> argparse.Namespace:
 def main() -> None:
     options = parse()
     jobs = jobs_of(options)
+    if unknown := set(options.only) - {job.name for job in jobs}:
+        raise SystemExit(f"no jobs of these sets: {', '.join(sorted(unknown))}; --list names all")
     if options.list:
         for job in jobs:
             print(f"{job.name:20} {job.gpus} GPU  {job.shape or '·':5} {job.kind:5} {shlex.join(job.flags)}")

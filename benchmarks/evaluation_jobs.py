@@ -26,7 +26,7 @@ class Job:
     """
 
     name: str
-    kind: str  # train, ask, learn
+    kind: str  # write, train, ask, learn
     gpus: int
     shape: str
     flags: tuple[str, ...] = ()
@@ -69,7 +69,7 @@ def one_gpu() -> list[Job]:
         Job(name="lora-files", kind="train", gpus=1, shape="8b", flags=("--ds_preset", "lora", *lora)),
         ask("start-compiled-cold", "engine", "--compiled", **compiled),
         ask("alone-compiled", "alone", "--compiled", needs_s=200),
-        ask("hf", "hf", "--batch", "64", "128", "256", "--most_s", "150", needs_s=200),
+        ask("hf", "hf", "--batch", "64", "128", "256", "--most_s", "120", needs_s=200),
         ask("start-eager-cold", "engine", **eager),
         ask("alone-eager", "alone"),
         ask("start-eager-warm", "engine", cold=False, after="start-eager-cold", **eager),
@@ -84,48 +84,39 @@ def four_gpus() -> list[Job]:
     sgd = ("--optim", "sgd", "--learning_rate", "1.0")
     adam = ("--learning_rate", "1e-4")
 
-    def pair(preset: str, shape: str, trainers: int) -> list[Job]:
+    def pair(preset: str, shape: str, trainers: int) -> tuple[Job, Job]:
         flags = ("--ds_preset", preset, *(sgd if trainers == 1 else adam))
         name, size = f"{shape}-{preset}-{trainers}", {"kind": "train", "shape": shape, "trainers": trainers}
-        with_it = Job(name=f"{name}+1", gpus=trainers + 1, flags=(*flags, *stream), like=name, needs_s=130, **size)
-        return [with_it, Job(name=name, gpus=trainers, flags=(*flags, "--no_evaluation"), needs_s=70, **size)]
+        times = {"needs_s": 190, "limit_s": 300} if shape != "8b" else {"needs_s": 110, "limit_s": 240}
+        with_it = Job(name=f"{name}+1", gpus=trainers + 1, flags=(*flags, *stream), like=name, **times, **size)
+        times |= {"needs_s": times["needs_s"] - 50}
+        return with_it, Job(name=name, gpus=trainers, flags=(*flags, "--no_evaluation"), **times, **size)
 
     def sharded(stage: int) -> Job:
-        flags = ("--zero", str(stage), "--batch", "128", "--new_tokens", "48" if stage == 3 else "64")
-        return Job(
-            name=f"sharded-zero{stage}",
-            kind="ask",
-            gpus=4,
-            trainers=4,
-            shape="8b",
-            way="sharded",
-            flags=flags,
-            needs_s=90,
-        )
+        """All prompts in one batch of each process."""
+        flags = ("--zero", str(stage), "--batch", "171", "--new_tokens", "48" if stage == 3 else "64")
+        how = {"shape": "8b", "way": "sharded", "flags": flags, "needs_s": 90}
+        return Job(name=f"sharded-zero{stage}", kind="ask", gpus=3, trainers=3, **how)
 
-    two = [*pair("zero2", "8b", 1), *pair("zero3", "8b", 1)]
-    tensor_parallel = (
-        "--gen_eval_placement",
-        "shared",
-        "--gen_eval_tensor_parallel",
-        "4",
-        "--gen_eval_on_start",
-        "false",
-    )
-    wide = Job(
-        name="32b-lora-4-tp4", kind="train", gpus=4, trainers=4, shape="32b", limit_s=300, needs_s=180,
-        flags=("--ds_preset", "lora", "--learning_rate", "1e-3", "--gen_eval_weights", "stream", *tensor_parallel,
-               "--dummy_engine"),
-    )  # fmt: skip
+    shared = "--gen_eval_weights stream --gen_eval_placement shared --gen_eval_tensor_parallel 4"
+    wide = f"--ds_preset lora --learning_rate 1e-3 {shared} --gen_eval_on_start false --dummy_engine"
+    how = {"kind": "train", "gpus": 4, "trainers": 4, "shape": "32b", "limit_s": 300, "needs_s": 180}
+    small = (("zero2", "8b", 1), ("zero3", "8b", 1), ("zero3", "8b", 3), ("zero2", "8b", 3))
+    pairs = [pair(*which) for which in (*small, ("zero3", "14b", 3), ("zero2", "14b", 3))]
+    with_it, alone = ([both[place] for both in pairs] for place in (0, 1))
+    # Those on three GPUs come after those on four, and beside them those on one.
     return [
-        *sorted(two, key=lambda job: -job.gpus),
-        *pair("zero3", "8b", 3),
+        *with_it[:5],
+        Job(name="32b-lora-4-tp4", flags=tuple(wide.split()), **how),
         sharded(3),
-        *pair("zero2", "8b", 3),
-        wide,
-        *pair("zero3", "14b", 3),
-        *pair("zero2", "14b", 3),
+        alone[0],
+        alone[2],
+        alone[1],
+        alone[3],
         sharded(2),
+        alone[4],
+        with_it[5],
+        alone[5],
     ]
 
 
@@ -136,6 +127,8 @@ def command(job: Job, options: argparse.Namespace, run: Path) -> list[str]:
     """What `job` starts; its results are in `run`."""
     if job.kind == "learn":
         return learn_command(options, run)
+    if job.kind == "write":
+        return [sys.executable, str(HERE / "standin.py"), "--shape", job.shape]
     launcher = [sys.executable, "-m", "torch.distributed.run", "--nproc_per_node", str(job.trainers)]
     launcher += ["--master_port", str(free_port())]
     if job.kind == "ask":

@@ -124,7 +124,7 @@ def spare_table(rows: Rows) -> str:
                 number(stall),
                 number(max(later)),
                 percent(stall / (APART * step)),
-                percent(slowdown(measured, alone, len(later), int(pauses[0]["step"]))),
+                percent(slowdown(measured, alone, len(pauses) - 1, int(pauses[0]["step"]))),
                 " → ".join(str(one["weights_path"]) for one in evaluations.values()),
                 " → ".join(number(one["generate_seconds"], 1) for one in evaluations.values()),
             ]

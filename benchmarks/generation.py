@@ -128,13 +128,14 @@ def by_engine(args: argparse.Namespace) -> dict[str, Any]:
         kv_cache_bytes=None if args.wide else cache_of_a_run(args),
         extra_args=tuple(shlex.split(args.vllm_args)),
     )
-    server = EngineServer.start(spec, args.work / "engine")
+    server = EngineServer.start(spec, args.out)
     client = EngineClient(server.uds, default_timeout_s=ANSWER_S)
     try:
         server.wait_ready(START_S)
         pushed = WeightSync(server, client).push(model_folder(args), "full", 1)
         prompts = draw_prompts(args)
         first = ask(client, prompts, args)
+        client.reset_prefix_cache()
         second = ask(client, prompts, args)
         rng = random.Random(1)
         short = [[rng.randrange(100) for _ in range(SHORTEST)] for _ in range(CONCURRENT_SEQUENCES)]
