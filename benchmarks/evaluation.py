@@ -140,7 +140,9 @@ class Bench:
         if cold:
             shutil.rmtree(folder, ignore_errors=True)
         mine = [cpu for gpu in gpus for cpu in self.cpus[self.lane.get(gpu, 0) * self.of_each :][: self.of_each]]
-        env = environment(self.options) | {name: str(folder / name.lower()) for name in CACHES}
+        env = environment(self.options)
+        if self.options.device == "cuda" or cache != "shared":  # tried on CPUs, it starts faster with what is there
+            env |= {name: str(folder / name.lower()) for name in CACHES}
         env["OMP_NUM_THREADS"] = str(max(1, self.of_each))
         if self.options.device == "cuda":
             env["CUDA_VISIBLE_DEVICES"] = ",".join(gpus)

@@ -180,7 +180,7 @@ def by_vllm_alone(args: argparse.Namespace) -> dict[str, Any]:
     for flag, value in zip(words[::2], words[1::2], strict=True):
         more[flag.removeprefix("--").replace("-", "_")] = value
     if args.device == "cpu":
-        more |= {"dtype": "float32"}
+        more |= {"dtype": "float32", "gpu_memory_utilization": 0.3}  # of host memory
     started = time.monotonic()
     llm = LLM(str(model_folder(args)), max_model_len=LONGEST + args.new_tokens, enforce_eager=not args.compiled, **more)
     ready = time.monotonic() - started
