@@ -123,10 +123,8 @@ def sized(text: str | None, flag: str, problems: list[Problem]) -> int | None:
     size = parse_bytes(text)
     if size is None:
         bare = text.strip().isdecimal()
-        what = "has no unit: bytes or gigabytes?" if bare else "is not a size"
-        problems.append(
-            Problem(f"{flag} {text} {what}", f"{flag} {text.strip()}GB" if bare else f"{flag} 512GB or 2TB")
-        )
+        what = f"{flag} {text} has no unit" if bare else f"{flag} {text} is not a size"
+        problems.append(Problem(what, f"{flag} {text.strip()}GB" if bare else f"{flag} 512GB or 2TB"))
     return size
 
 

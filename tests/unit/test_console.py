@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
@@ -106,6 +108,27 @@ def test_a_decorated_main_keeps_its_name_arguments_and_result() -> None:
 
     assert main(1, right=2) == 3
     assert (main.__name__, main.__doc__) == ("main", "Add.")
+
+
+def test_a_rank_ends_with_its_exit_functions_run_and_its_output_flushed(tmp_path: Path) -> None:
+    """Of a process group of one; beside it a native thread that would abort the interpreter's end has no say."""
+    script = tmp_path / "rank.py"
+    script.write_text(
+        "import atexit, threading, time\n"
+        "import torch.distributed as dist\n"
+        "from hf_dsvllm import friendly\n"
+        "@friendly\n"
+        "def main():\n"
+        f"    dist.init_process_group('gloo', init_method='file://{tmp_path}/store', rank=0, world_size=1)\n"
+        "    atexit.register(print, 'exit function')\n"
+        "    threading.Thread(target=lambda: (time.sleep(0.2), print('thread'))).start()\n"
+        "    print('done', end=' ')\n"
+        "main()\n"
+        "print('never')\n",
+        encoding="utf-8",
+    )
+    done = subprocess.run([sys.executable, str(script)], capture_output=True, text=True, timeout=120)
+    assert (done.returncode, done.stdout) == (0, "done thread\nexit function\n"), done.stderr
 
 
 def test_a_decorated_main_ends_friendly() -> None:
