@@ -13,7 +13,7 @@ from typing import Any, Literal
 
 from hf_dsvllm.presets import Preset
 
-__all__ = ["RunShape", "build", "explain", "get_key", "set_key", "swap_buffer_elements", "zero_stage"]
+__all__ = ["RunShape", "build", "explain", "get_key", "leaves", "set_key", "swap_buffer_elements", "zero_stage"]
 
 # Elements of the largest parameter when the model is not known: a 152k x 8192 embedding has 1.25e9.
 _NVME_BUFFER_ELEMENTS_UNKNOWN_MODEL = 1_300_000_000
@@ -78,7 +78,7 @@ def build(preset: Preset, shape: RunShape) -> dict[str, Any] | None:
 def explain(preset: Preset, config: dict[str, Any] | None) -> list[tuple[str, Any, str]]:
     """(dotted key, value, why) for every value of the configuration that `build` made of `preset`, in its order."""
     by_preset = {setting.key: setting.why for setting in preset.deepspeed}
-    return [(key, value, _why(key, value, preset, by_preset)) for key, value in _leaves(config or {})]
+    return [(key, value, _why(key, value, preset, by_preset)) for key, value in leaves(config or {})]
 
 
 def _why(key: str, value: Any, preset: Preset, by_preset: Mapping[str, str]) -> str:
@@ -92,10 +92,11 @@ def _why(key: str, value: Any, preset: Preset, by_preset: Mapping[str, str]) -> 
     return by_preset.get(key) or _WHY.get(key) or _WHY.get(f"{block.rpartition('.')[2]}.{last}") or _WHY[last]
 
 
-def _leaves(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+def leaves(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """(dotted key, value) of everything in a DeepSpeed dictionary that is no dictionary itself."""
     for key, value in config.items():
         if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{key}.")
+            yield from leaves(value, f"{prefix}{key}.")
         else:
             yield f"{prefix}{key}", value
 

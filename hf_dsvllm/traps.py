@@ -14,7 +14,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-from hf_dsvllm.ds_config import get_key, set_key, zero_stage
+from hf_dsvllm.ds_config import get_key, leaves, set_key, zero_stage
 from hf_dsvllm.ds_keys import (
     AIO_KEYS,
     DATA_TYPE_KEYS,
@@ -148,7 +148,7 @@ def _removed_optimizers(request: Request) -> Iterator[Problem]:
 def _dead_auto(request: Request) -> Iterator[Problem]:
     """The Trainer fills a fixed list of "auto" values; any other silently becomes DeepSpeed's default."""
     filled = FILLED_AUTO | (FILLED_AUTO_STAGE3 if zero_stage(request.config) == 3 else frozenset())
-    for dotted, value in _leaves(request.config or {}):
+    for dotted, value in leaves(request.config or {}):
         if value == "auto" and dotted not in filled:
             yield Problem(
                 f'{dotted}="auto" is filled in by nobody and would become DeepSpeed\'s default silently',
@@ -286,14 +286,6 @@ def _auto_batch(request: Request) -> Iterator[Problem]:
 def _deepcompile(request: Request) -> Iterator[Problem]:
     if get_key(request.config or {}, "compile.deepcompile") and not request.torch_compile:
         yield Problem("compile.deepcompile only logs unless the engine is compiled", "--torch_compile")
-
-
-def _leaves(config: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    for key, value in config.items():
-        if isinstance(value, Mapping):
-            yield from _leaves(value, f"{prefix}{key}.")
-        else:
-            yield f"{prefix}{key}", value
 
 
 _TRAPS: tuple[Callable[[Request], Iterator[Problem]], ...] = (
