@@ -91,7 +91,8 @@ def friendly(main: Callable[P, R]) -> Callable[P, R]:
     def wrapped(*args: P.args, **kwargs: P.kwargs) -> R:
         with friendly_errors():
             result = main(*args, **kwargs)
-        if end_process_group() and main.__module__ == "__main__":
+        # Called by the program itself: under a profiler, a debugger or runpy somebody is still to come.
+        if end_process_group() and sys._getframe(1).f_back is None:
             end_process()
         return result
 

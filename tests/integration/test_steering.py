@@ -65,7 +65,8 @@ class PresetScores:
         score = self.scores.pop(0)
         if score is None:
             raise EngineError("the engine is gone")
-        return SimpleNamespace(scores={KEY: score}, line=lambda: f"step {step}: {score}")
+        times = {"asked_at": None, "answered_at": None}
+        return SimpleNamespace(step=step, scores={KEY: score}, line=lambda: f"step {step}: {score}", **times)
 
 
 @pytest.fixture(scope="module")
