@@ -20,8 +20,9 @@ OURS = ("evaluation_jobs", "evaluation_table", "main_job", "cells", "report", "s
 
 @pytest.fixture(scope="module")
 def bench() -> Iterator[SimpleNamespace]:
-    """The benchmark's modules, whose folder is no package."""
+    """The benchmark's modules, whose folder is no package; the planner's benchmark has a `report` as well."""
     before = list(sys.path)
+    others = {name: sys.modules.pop(name) for name in OURS if name in sys.modules}
     sys.path.insert(0, str(BENCHMARKS))
     import evaluation_jobs
     import evaluation_table
@@ -30,6 +31,7 @@ def bench() -> Iterator[SimpleNamespace]:
     sys.path[:] = before
     for name in OURS:
         sys.modules.pop(name, None)
+    sys.modules.update(others)
 
 
 def options(tmp_path: Path, **more: Any) -> Namespace:
