@@ -12,7 +12,15 @@ from hf_dsvllm.errors import ConfigError, Problem
 from hf_dsvllm.placement import Place
 from hf_dsvllm.tasks import EvalTask, render_prompt
 
-__all__ = ["EngineSize", "decode_steps", "gpus_needed", "kv_bytes_per_token", "largest_parameter", "size_engine"]
+__all__ = [
+    "EngineSize",
+    "copies",
+    "decode_steps",
+    "gpus_needed",
+    "kv_bytes_per_token",
+    "largest_parameter",
+    "size_engine",
+]
 
 GIB = 1 << 30
 # Sequences the cache should hold at once: enough to keep a GPU busy, small beside a trainer.
@@ -133,6 +141,20 @@ def gpus_needed(place: Place, asked: int | None, weights_bytes: int | None, gpu_
         f"{len(place.gpus)} x {share / GIB:.0f} GiB that vLLM may take of the GPUs it has ({place.kind})"
     )
     raise ConfigError([Problem(what, "--gen_eval_placement spare with more GPUs, or remote, or no --gen_eval_file")])
+
+
+def copies(place: Place, asked: int | None, gpus: int) -> int:
+    """Copies of an engine on `gpus` GPUs each (data parallel): `asked`, or as many as spare GPUs hold, else one.
+
+    On CPUs as many as asked.  Raises ConfigError for more than the place's GPUs hold.
+    """
+    room = len(place.gpus) // gpus
+    if asked is None:
+        return room if place.kind == "spare" else 1
+    if place.device == "cpu" or asked <= room:
+        return asked
+    what = f"gen_eval_data_parallel={asked}: vLLM may use {len(place.gpus)} GPUs, and one copy takes {gpus}"
+    raise ConfigError([Problem(what, f"--gen_eval_data_parallel {room} or less")])
 
 
 def kv_bytes_per_token(config: Any, *, element_bytes: int) -> int:

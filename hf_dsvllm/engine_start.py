@@ -16,7 +16,7 @@ from hf_dsvllm.engine.bodies import TransferBackend
 from hf_dsvllm.engine.capabilities import why_no_transfer
 from hf_dsvllm.engine.remote import RemoteServer
 from hf_dsvllm.engine.server import EngineServer, EngineSpec, find_vllm
-from hf_dsvllm.engine_size import EngineSize, gpus_needed, load_config, size_engine
+from hf_dsvllm.engine_size import EngineSize, copies, gpus_needed, load_config, size_engine
 from hf_dsvllm.errors import DsvllmError
 from hf_dsvllm.export.adapter_format import why_merge_live
 from hf_dsvllm.export.source import local_base
@@ -66,7 +66,11 @@ def follow_adapters(model: Any, spec: EngineSpec, merge_base: Path | None) -> Pa
 
 def engine_spec(model: Path | str, place: Place, size: EngineSize, args: Any, model_args: Any) -> EngineSpec:
     """What `start_engine` starts."""
-    gpus = place.gpus[: tensor_parallel_size(place, args, model_args)] if place.device == "cuda" else ()
+    of_one = tensor_parallel_size(place, args, model_args)
+    together = copies(place, args.gen_eval_data_parallel, of_one)
+    gpus = place.gpus[: of_one * together]  # none on CPUs
+    if together > 1:
+        say(f"{together} copies of vLLM share the prompts" + (f", on GPUs {', '.join(gpus)}" if gpus else ""))
     python = find_vllm(Path(args.vllm_python) if args.vllm_python else None)
     return EngineSpec(
         model=model,
@@ -76,14 +80,15 @@ def engine_spec(model: Path | str, place: Place, size: EngineSize, args: Any, mo
         max_model_len=size.max_model_len,
         max_lora_rank=model_args.lora_r if model_args.use_peft and not size.merge_adapters else None,
         kv_cache_bytes=size.kv_cache_bytes,
-        tensor_parallel_size=max(1, len(gpus)),
+        tensor_parallel_size=of_one,
+        data_parallel_size=together,
         weight_transfer=transfer_backend(place, python) if place.stream else None,
         sleep_mode=place.stream and place.kind == "shared",
         enforce_eager=not size.compiled,
         seed=args.seed,
         extra_args=tuple(shlex.split(args.vllm_args or "")),
         visible_devices=",".join(gpus) or None,
-        cpu_threads=place.cpu_threads,
+        cpu_threads=None if place.cpu_threads is None else max(1, place.cpu_threads // (of_one * together)),
     )
 
 
@@ -98,7 +103,9 @@ def transfer_backend(place: Place, python: Path) -> TransferBackend | None:
 
 
 def tensor_parallel_size(place: Place, args: Any, model_args: Any) -> int:
-    """GPUs of one engine, from the size of the model and of the GPU."""
+    """GPUs of one engine, from the size of the model and of the GPU; on CPUs its processes, one unless asked."""
+    if place.device == "cpu":
+        return args.gen_eval_tensor_parallel or 1
     try:
         weights_bytes = 2 * load_shape(model_args.model_name_or_path).parameters
     except DsvllmError:

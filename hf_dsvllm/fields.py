@@ -99,6 +99,11 @@ class PresetFields:
         default=None,
         metadata={"help": "GPUs one vLLM engine spreads over. Default: as many as the model's 16-bit weights need."},
     )
+    gen_eval_data_parallel: int | None = dataclasses.field(
+        default=None,
+        metadata={"help": "Copies of the vLLM engine, each on gen_eval_tensor_parallel GPUs, that share the prompts. "
+                  "Default: as many as the GPUs hold that the trainer does not use, else one."},
+    )  # fmt: skip
     gen_eval_weights: str = dataclasses.field(
         default="disk",
         metadata={"help": "How weights reach vLLM: disk (a snapshot it reads; works everywhere) or stream (GPU to GPU: "

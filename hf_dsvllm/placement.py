@@ -15,6 +15,7 @@ __all__ = ["Place", "choose_place", "place_problems", "visible_gpus"]
 
 Kind = Literal["spare", "shared", "cpu", "remote"]
 AUTO = "auto"
+PARALLEL = ("gen_eval_tensor_parallel", "gen_eval_data_parallel")
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -123,6 +124,11 @@ def place_problems(args: Any, device: str, launch: Launch, visible: Sequence[str
     if server and not server.startswith(("http://", "https://")):
         what = f"gen_eval_server={server!r} is no address of a server"
         problems.append(Problem(what, "--gen_eval_server http://HOST:PORT, as vLLM was started with"))
+    if asked == "remote" or server:
+        ours = [name for name in PARALLEL if getattr(args, name) is not None]
+        if ours:
+            what = f"{' and '.join(ours)}: how a server that already runs is spread is settled where it was started"
+            problems.append(Problem(what, f"drop {' and '.join(f'--{name}' for name in ours)}"))
     if asked in ("spare", "shared") and device == "cpu":
         what = f"gen_eval_placement={asked} is about GPUs and this run trains on CPUs"
         problems.append(Problem(what, "--gen_eval_placement cpu, or drop --use_cpu"))

@@ -217,6 +217,10 @@ def _nvme_problems(path: str | None, preset: str) -> list[Problem]:
 def _number_problems(args: Any) -> list[Problem]:
     wrong = [
         (args.gen_eval_steps is not None and args.gen_eval_steps < 1, "gen_eval_steps", "--gen_eval_steps 50"),
+        *(
+            ((count := getattr(args, name)) is not None and count < 1, name, f"--{name} 2, or leave it out")
+            for name in ("gen_eval_tensor_parallel", "gen_eval_data_parallel")
+        ),
         (args.gen_eval_max_new_tokens < 1, "gen_eval_max_new_tokens", "--gen_eval_max_new_tokens 256"),
         (args.gen_eval_samples < 1, "gen_eval_samples", "--gen_eval_samples 8"),
         (args.gen_eval_temperature < 0, "gen_eval_temperature", "--gen_eval_temperature 0 for greedy answers"),
@@ -276,16 +280,20 @@ def _a_model_is_loaded() -> bool:
     modeling = sys.modules.get("transformers.modeling_utils")
     if modeling is None:
         return False
-    if not _whole_models(modeling.PreTrainedModel):
+    if not any(map(_is_whole, models_alive(modeling.PreTrainedModel))):
         return False
     gc.collect()  # a model the user has let go of may still hang in a reference cycle
-    return _whole_models(modeling.PreTrainedModel)
+    return any(map(_is_whole, models_alive(modeling.PreTrainedModel)))
 
 
-def _whole_models(cls: type) -> bool:
+def models_alive(cls: type) -> list[Any]:
+    """Every object of `cls` that Python's collector knows."""
     # By type(), not isinstance(): that asks every object for its __class__, which a dead weak proxy answers by raising.
-    models = [thing for thing in gc.get_objects() if issubclass(type(thing), cls)]
-    return any(not hasattr(p, "ds_id") and not p.is_meta for model in models for p in list(model.parameters())[:1])
+    return [thing for thing in gc.get_objects() if issubclass(type(thing), cls)]
+
+
+def _is_whole(model: Any) -> bool:
+    return any(not hasattr(p, "ds_id") and not p.is_meta for p in list(model.parameters())[:1])
 
 
 def _plain(value: Any) -> Any:

@@ -10,6 +10,7 @@ import subprocess
 import sys
 import tempfile
 import uuid
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 
@@ -61,6 +62,22 @@ def _environment_restored() -> Iterator[None]:
     for name, value in before.items():
         if os.environ.get(name) != value:
             os.environ[name] = value
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _models_of_other_files_do_not_count() -> Iterator[None]:
+    """What another test file left alive is no model loaded before the arguments: those checks look at all of memory."""
+    modeling = sys.modules.get("transformers.modeling_utils")
+    if modeling is None:
+        yield
+        return
+    from hf_dsvllm import preflight
+
+    alive = preflight.models_alive
+    before = weakref.WeakSet(alive(modeling.PreTrainedModel))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(preflight, "models_alive", lambda cls: [one for one in alive(cls) if one not in before])
+        yield
 
 
 @pytest.fixture

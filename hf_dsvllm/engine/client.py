@@ -24,6 +24,7 @@ __all__ = ["API_KEY_VARIABLE", "Completion", "EngineClient", "EngineRefusal", "k
 
 PROMPTS_PER_REQUEST = 64  # vLLM caps a request at 1024 prompts from 0.26; 64 to 256 keep it busy and errors cheap
 REQUESTS_IN_FLIGHT = 4
+COPY_HEADER = "X-data-parallel-rank"  # vLLM: which copy of a data-parallel engine answers
 RESET_TRIES = 50
 RESET_PAUSE_S = 0.1
 API_KEY_VARIABLE = "HF_DSVLLM_API_KEY"  # of a server at a URL; our own listens on a socket only we can enter
@@ -95,9 +96,10 @@ class EngineClient:
         """The paths the server serves, by its own description; EngineRefusal from one that keeps it to itself."""
         return frozenset(self._call("GET", "/openapi.json").get("paths", {}))
 
-    def world_size(self) -> int:
-        """How many workers (GPUs) the server has: tensor x pipeline x data parallel."""
-        return int(self._call("GET", "/get_world_size")["world_size"])
+    def world_size(self, *, of_one_copy: bool = False) -> int:
+        """How many workers (GPUs) the server has: tensor x pipeline parallel, times the copies (data parallel)."""
+        path = "/get_world_size?include_dp=false" if of_one_copy else "/get_world_size"
+        return int(self._call("GET", path)["world_size"])
 
     def loaded_models(self) -> tuple[str, ...]:
         """The names that can be asked for: the base model and the loaded adapters."""
@@ -166,8 +168,13 @@ class EngineClient:
         finally:
             pool.shutdown(wait=False, cancel_futures=True)  # Ctrl-C waits for nobody
 
-    def prompt_logprobs(self, prompt_ids: Sequence[int], model: str, *, timeout_s: float | None = None) -> list[float]:
-        """log p(token | tokens before) for every token of the prompt but the first: len(prompt_ids) - 1 numbers."""
+    def prompt_logprobs(
+        self, prompt_ids: Sequence[int], model: str, *, copy: int | None = None, timeout_s: float | None = None
+    ) -> list[float]:
+        """log p(token | tokens before) for every token of the prompt but the first: len(prompt_ids) - 1 numbers.
+
+        `copy` names the copy of the engine that is asked (data parallel); None: whichever is free.
+        """
         body = {
             "model": model,
             "prompt": list(prompt_ids),
@@ -176,7 +183,8 @@ class EngineClient:
             "prompt_logprobs": 0,
             "stream": False,
         }
-        answer = self._call("POST", "/v1/completions", body, timeout_s=timeout_s)
+        headers = {} if copy is None else {COPY_HEADER: str(copy)}
+        answer = self._call("POST", "/v1/completions", body, timeout_s=timeout_s, headers=headers)
         entries = answer["choices"][0]["prompt_logprobs"]
         return [float(entry[str(token)]["logprob"]) for token, entry in zip(prompt_ids[1:], entries[1:], strict=True)]
 
@@ -201,13 +209,16 @@ class EngineClient:
         """On CPU, after `reload_weights`: pack a tied output head again (see inside_vllm/dsvllm_worker.py)."""
         self._call("POST", "/collective_rpc", {"method": "dsvllm_repack_shared_weights"})
 
-    def reset_prefix_cache(self) -> None:
+    def reset_prefix_cache(self, *, copies: int = 1) -> None:
         """Forget cached prefixes, which belong to the old weights; repeated until the server says it did.
 
-        A server that says nothing (before it reported success) always succeeds while no request runs, as here.
+        A server that says nothing (before it reported success) always succeeds while no request runs, as here.  Of
+        several copies of an engine only the first one's word is passed on, so each is told to let requests that still
+        run begin anew: then it cannot but succeed, or fail aloud.
         """
+        path = "/reset_prefix_cache" if copies == 1 else "/reset_prefix_cache?reset_running_requests=true"
         for _ in range(RESET_TRIES):
-            if self._call("POST", "/reset_prefix_cache").get("success", True):
+            if self._call("POST", path).get("success", True):
                 return
             time.sleep(RESET_PAUSE_S)
         raise EngineError(
@@ -264,6 +275,7 @@ class EngineClient:
         *,
         timeout_s: float | None = None,
         deadline: float | None = None,
+        headers: Mapping[str, str] | None = None,
     ) -> dict[str, Any]:
         """One request; the decoded JSON object, or {} for an answer without one."""
         limit_s = self.default_timeout_s if timeout_s is None else timeout_s
@@ -275,7 +287,7 @@ class EngineClient:
                 f"{method} {path} was not sent: its deadline had passed. Raise the timeout or ask for less."
             )
         try:
-            response = self._http.request(method, path, json=body, timeout=limit_s)
+            response = self._http.request(method, path, json=body, timeout=limit_s, headers=dict(headers or {}))
         except httpx.TimeoutException:
             raise EngineError(
                 f"{method} {path} had no answer within {limit_s:.1f} s. Raise the timeout, ask for less, or see the "

@@ -82,13 +82,14 @@ class RemoteServer:
             python=Path(sys.executable),
             device="cuda",
             served_name=names[0],
+            data_parallel_size=copies_of(client, routes),
             # How large a rank it takes shows when it refuses one.
             max_lora_rank=LORA_RANKS[-1] if "/v1/load_lora_adapter" in routes else None,
         )
 
-    def restart(self, *, model: Path | str | None = None, eager: bool = False) -> None:
+    def restart(self, *, model: Path | str | None = None, simple: bool = False) -> None:
         """Not ours to do: always EngineError."""
-        del model, eager
+        del model, simple
         raise EngineError(
             f"The server at {self.url} has failed, and a remote server is not ours to restart. Start it again there; "
             "the next evaluation finds it."
@@ -108,3 +109,10 @@ class RemoteServer:
                 if name.startswith(self.adapter_prefix):
                     client.unload_adapter(name)
         self._spec = None
+
+
+def copies_of(client: EngineClient, routes: frozenset[str]) -> int:
+    """How many copies of the engine share its requests (data parallel); 1 where the server does not tell."""
+    if "/get_world_size" not in routes:
+        return 1
+    return max(1, client.world_size() // max(1, client.world_size(of_one_copy=True)))

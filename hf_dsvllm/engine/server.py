@@ -39,8 +39,9 @@ VLLM_SOCKET_NAME_BYTES = 40  # vLLM puts sockets named by a UUID into VLLM_RPC_B
 STOP_MARGIN_S = 5.0
 INSIDE_VLLM = Path(__file__).with_name("inside_vllm")
 API_SERVER = ("-m", "vllm.entrypoints.openai.api_server")
-# The same for CPUs, ready in half the time.
-FORKING_API_SERVER = (str(INSIDE_VLLM / "forking_api_server.py"),)
+# The same with habits of ours: on CPUs ready in half the time, and copies of an engine that find each other in private.
+FORKING_API_SERVER = (str(INSIDE_VLLM / "api_server.py"), "fork")
+PRIVATE_API_SERVER = (str(INSIDE_VLLM / "api_server.py"), "spawn")
 
 # Left by torchrun, accelerate and deepspeed: with them vLLM would join the trainer's process group or use its threads.
 SCRUBBED = {
@@ -57,6 +58,7 @@ class EngineSpec:
 
     `python` is an interpreter that has vLLM (see `find_vllm`).  `max_lora_rank` None means no adapters.  `tokenizer` is
     only needed when the model folder has none.  `kv_cache_bytes` on CPU is rounded up to whole GiB (vLLM's unit there).
+    `data_parallel_size` copies of the engine, each on `tensor_parallel_size` GPUs, share the requests.
     `visible_devices` becomes CUDA_VISIBLE_DEVICES, None leaves it as it is; `cpu_threads` becomes OMP_NUM_THREADS.
     `weight_transfer` prepares the workers for weights by CUDA IPC or NCCL, `sleep_mode` for sleeping; both need GPUs.
     """
@@ -107,7 +109,8 @@ def command(spec: EngineSpec, uds: Path) -> list[str]:
     The module is run rather than `vllm serve`, which fails in the CPU distribution; as a module it is always one API
     process, which adapters need (their names are registered per process).
     """
-    line = [str(spec.python), *(FORKING_API_SERVER if spec.device == "cpu" else API_SERVER)]
+    on_gpus = API_SERVER if spec.data_parallel_size == 1 else PRIVATE_API_SERVER
+    line = [str(spec.python), *(FORKING_API_SERVER if spec.device == "cpu" else on_gpus)]
     line += ["--model", str(spec.model), "--served-model-name", spec.served_name, "--uds", str(uds)]
     line += ["--dtype", spec.dtype, "--seed", str(spec.seed)]
     line += ["--tensor-parallel-size", str(spec.tensor_parallel_size)]
@@ -308,18 +311,18 @@ class EngineServer:
                     )
                 time.sleep(0.2)
 
-    def restart(self, *, model: Path | str | None = None, eager: bool = False) -> None:
+    def restart(self, *, model: Path | str | None = None, simple: bool = False) -> None:
         """Stop, and start again on a new socket, with the weights in the folder `model` if given; returns at once.
 
-        A folder without a tokenizer is served with the tokenizer of the first model.  `eager`: without compiled code.
-        EngineError once it is closed.
+        A folder without a tokenizer is served with the tokenizer of the first model.  `simple`: one copy, without
+        compiled code.  EngineError once it is closed.
         """
         with self._changing:
             if self._closed:
                 raise EngineError("The vLLM server was closed: evaluation has ended.")
             self.stop()
-            if eager:
-                self.spec = dataclasses.replace(self.spec, enforce_eager=True)
+            if simple:
+                self.spec = dataclasses.replace(self.spec, enforce_eager=True, data_parallel_size=1)
             if model is not None:
                 tokenizer = self.spec.tokenizer
                 if tokenizer is None and not (Path(model) / "tokenizer_config.json").exists():

@@ -300,7 +300,7 @@ class WeightSync:
                     raise EngineError("vLLM still sleeps after its weights and cache were woken. Its log says why.")
             self._state = "awake"
         with self.phase("reset"):
-            self.client.reset_prefix_cache()
+            self.client.reset_prefix_cache(copies=self.server.spec.data_parallel_size)
 
     def _weights_are_there(self) -> None:
         if self._state == "weights due":

@@ -109,14 +109,25 @@ class Canary:
         with trainer.compute_loss_context_manager():
             return trainer_logprobs(trainer.model, self.prompts, deepspeed_engine=trainer.model_wrapped)
 
-    def prove(self, client: EngineClient, model: str, ours: LogProbs, *, timeout_s: float | None = None) -> str:
-        """Ask the engine, judge, remember; the sentence of the verdict.  WrongWeights unless they are proven."""
-        engines = engine_logprobs(client, model, self.prompts, timeout_s=timeout_s)
-        verdict = judge(ours, engines, self._proven, tolerance=self.tolerance)
-        if not verdict.ok:
-            raise WrongWeights(f"{verdict.sentence} No score is logged for weights that are not proven.")
+    def prove(
+        self, client: EngineClient, model: str, ours: LogProbs, *, copies: int = 1, timeout_s: float | None = None
+    ) -> str:
+        """Ask every copy of the engine, judge, remember; the sentence of the verdict that is furthest from equal.
+
+        WrongWeights unless all are proven.
+        """
+        verdicts = []
+        for copy in range(copies):
+            asked = None if copies == 1 else copy
+            engines = engine_logprobs(client, model, self.prompts, copy=asked, timeout_s=timeout_s)
+            verdict = judge(ours, engines, self._proven, tolerance=self.tolerance)
+            if not verdict.ok:
+                which = f" (copy {copy + 1} of {copies})" if copies > 1 else ""
+                raise WrongWeights(f"{verdict.sentence}{which} No score is logged for weights that are not proven.")
+            verdicts.append(verdict)
         self._proven = ours
-        return verdict.sentence
+        furthest = max(verdicts, key=lambda verdict: verdict.mean_abs).sentence
+        return furthest if copies == 1 else f"{furthest}; the furthest of {copies} copies"
 
 
 def canary_prompts(
@@ -197,10 +208,15 @@ def trainer_logprobs(model: Any, prompts: Sequence[TokenIds], *, deepspeed_engin
 
 
 def engine_logprobs(
-    client: EngineClient, model: str, prompts: Sequence[TokenIds], *, timeout_s: float | None = None
+    client: EngineClient,
+    model: str,
+    prompts: Sequence[TokenIds],
+    *,
+    copy: int | None = None,
+    timeout_s: float | None = None,
 ) -> LogProbs:
-    """The same numbers from vLLM, for the weights served as `model`."""
-    return tuple(tuple(client.prompt_logprobs(tokens, model, timeout_s=timeout_s)) for tokens in prompts)
+    """The same numbers from vLLM, for the weights served as `model`; `copy` as in EngineClient.prompt_logprobs."""
+    return tuple(tuple(client.prompt_logprobs(tokens, model, copy=copy, timeout_s=timeout_s)) for tokens in prompts)
 
 
 def judge(

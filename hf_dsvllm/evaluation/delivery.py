@@ -77,16 +77,16 @@ class Delivery:
         self._first_model: Path | str | None = None if isinstance(server, RemoteServer) else server.spec.model
 
     def wait_ready(self) -> None:
-        """Wait for the engine; one that died is started once more, eager: beside a loading trainer a start can fail."""
+        """Wait for the engine; one that died is started once more, one copy, eager: what has most room to come up."""
         try:
             self.server.wait_ready(self.timeout_s)
         except EngineError as failed:
             if self.server.alive or isinstance(self.server, RemoteServer):
                 raise
-            compiled = not self.server.spec.enforce_eager
-            self.server.restart(model=self._first_model, eager=True)
-            if compiled:
-                say(f"vLLM is started once more, without compiled code: {failed}")
+            spec = self.server.spec
+            self.server.restart(model=self._first_model, simple=True)
+            if self.server.spec != spec:
+                say(f"vLLM is started once more, one copy of it and without compiled code: {failed}")
             self.client.connect(self.server.uds)
             self.server.wait_ready(self.timeout_s)
 
@@ -119,7 +119,8 @@ class Delivery:
 
     def _prove(self, canary: Canary, pushed: SyncResult, ours: LogProbs) -> str:
         started = time.monotonic()
-        sentence = canary.prove(self.client, pushed.model_name, ours)
+        copies = self.server.spec.data_parallel_size
+        sentence = canary.prove(self.client, pushed.model_name, ours, copies=copies)
         self.proof_seconds = time.monotonic() - started
         return sentence
 

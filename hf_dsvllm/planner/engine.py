@@ -22,12 +22,14 @@ WORK_BYTES = int(3.0 * GIB)
 CONCURRENT_SEQUENCES = 64  # engine_size: what a run reserves its cache for; further answers wait for their turn
 LEAST_KV_BYTES, MOST_KV_BYTES = GIB, 8 * GIB  # engine_size
 WEIGHTS_SHARE = {"spare": 0.8, "shared": 0.4}  # engine_size: of a GPU, what the weights may take
-SIZES = (1, 2, 4, 8)  # tensor parallel
+SIZES = (1, 2, 4, 8)  # of tensor parallel, and of copies
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class EnginePlace:
-    """Where vLLM answers: nowhere, beside the trainer, or on GPUs of its own; over how many, and whether it sleeps.
+    """Where vLLM answers: nowhere, beside the trainer, or on GPUs of its own; and whether it sleeps.
+
+    `gpus` are those of one copy of the engine (tensor parallel); `copies` share the prompts (data parallel).
 
     Only a shared engine that is sent its weights from GPU to GPU sleeps between evaluations (--gen_eval_weights
     stream); by default it keeps its memory.
@@ -35,6 +37,7 @@ class EnginePlace:
 
     kind: Kind = "none"
     gpus: int = 1
+    copies: int = 1
     sleeps: bool = False
 
 
@@ -72,7 +75,7 @@ def engine_footprint(shape: ModelShape, place: EnginePlace, *, length: int, card
 
 
 def places(shape: ModelShape, gpus: int, card_bytes: int, *, streams: bool | None) -> Iterator[tuple[int, EnginePlace]]:
-    """Processes that train and where vLLM is: beside them, awake or asleep, or on 1, 2, 4 or 8 cards taken off.
+    """Processes that train and where vLLM is: beside them, awake or asleep, or in 1 to 8 copies on cards taken off.
 
     `streams` as asked for, None where it may be chosen.
     """
@@ -80,16 +83,18 @@ def places(shape: ModelShape, gpus: int, card_bytes: int, *, streams: bool | Non
     for sleeps in (False, True) if streams is None else (streams,):
         yield gpus, EnginePlace(kind="shared", gpus=beside, sleeps=sleeps)
     least = tensor_parallel(shape, "spare", gpus - 1, card_bytes)
-    for size in possible_sizes(shape, gpus - 1):
-        if size >= least:
-            yield gpus - size, EnginePlace(kind="spare", gpus=size)
+    for copies in SIZES:
+        if copies * least < gpus:
+            yield gpus - copies * least, EnginePlace(kind="spare", gpus=least, copies=copies)
 
 
 def settled_place(shape: ModelShape, kind: Kind, gpus: int, card_bytes: int, *, streams: bool) -> EnginePlace:
-    """The place of a run whose processes are settled, over as many of `gpus` as its weights need."""
+    """The place of a run whose processes are settled: as many of `gpus` as its weights need, all of them if spare."""
+    of_one = tensor_parallel(shape, kind, gpus, card_bytes)
     return EnginePlace(
         kind=kind,
-        gpus=tensor_parallel(shape, kind, gpus, card_bytes),
+        gpus=of_one,
+        copies=gpus // of_one if kind == "spare" else 1,
         sleeps=streams and kind == "shared",
     )
 

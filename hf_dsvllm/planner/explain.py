@@ -109,10 +109,12 @@ def engine_sentences(job: Job, chosen: Candidate) -> Iterator[str]:
     engine, place = chosen.engine, chosen.place
     if engine is None or job.evaluation is None:
         return
-    cards = "1 GPU" if place.gpus == 1 else f"{place.gpus} GPUs"
+    count = place.gpus * place.copies
+    cards = "1 GPU" if count == 1 else f"{count} GPUs"
     where = f"on {cards} of its own" if place.kind == "spare" else f"on {cards} of the trainer's"
     takes = f"{gib(engine.awake)} on each ({gib(engine.weights)} weights, {gib(engine.kv_bytes)} KV cache)"
-    yield f"vLLM answers {where} and takes {takes}."
+    shared = f", in {place.copies} copies that share the prompts," if place.copies > 1 else ""
+    yield f"vLLM answers {where}{shared} and takes {takes}."
     if place.sleeps:
         yield (
             f"Between evaluations it sleeps ({gib(engine.asleep)} stay), which it does only with --gen_eval_weights "
@@ -238,6 +240,8 @@ def engine_flags(chosen: Candidate) -> Iterator[str]:
     yield from ("--gen_eval_file", "EVALUATION.jsonl", "--gen_eval_placement", place.kind)
     if place.gpus > 1:
         yield from ("--gen_eval_tensor_parallel", str(place.gpus))
+    if place.copies > 1:
+        yield from ("--gen_eval_data_parallel", str(place.copies))
     if place.sleeps:
         yield from ("--gen_eval_weights", "stream")
 
@@ -287,7 +291,12 @@ def candidate_record(found: Candidate) -> dict[str, Any]:
         "evaluation": found.placement,
         "engine": None
         if found.engine is None
-        else {"gpus": found.place.gpus, "sleeps": found.place.sleeps, **dataclasses.asdict(found.engine)},
+        else {
+            "gpus": found.place.gpus,
+            "copies": found.place.copies,
+            "sleeps": found.place.sleeps,
+            **dataclasses.asdict(found.engine),
+        },
         "fits": found.fits,
         "lacking": list(found.lacking),
         "gpu_allocated_bytes": dict(found.footprint.allocated),

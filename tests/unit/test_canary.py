@@ -148,8 +148,21 @@ class Engine:
     def __init__(self, answers: LogProbs) -> None:
         self.answers = dict(zip(CANARIES, answers, strict=True))
 
-    def prompt_logprobs(self, tokens: Any, model: str, *, timeout_s: float | None = None) -> list[float]:
+    def prompt_logprobs(
+        self, tokens: Any, model: str, *, copy: int | None = None, timeout_s: float | None = None
+    ) -> list[float]:
+        assert copy is None
         return list(self.answers[tuple(tokens)])
+
+
+class Copies:
+    """A client whose engine is several copies, each with numbers of its own."""
+
+    def __init__(self, *engines: Engine) -> None:
+        self.engines = engines
+
+    def prompt_logprobs(self, tokens: Any, model: str, *, copy: int, timeout_s: float | None = None) -> list[float]:
+        return self.engines[copy].prompt_logprobs(tokens, model)
 
 
 CANARIES = tuple(tuple(range(at, at + 64)) for at in (4, 5, 6))
@@ -163,6 +176,14 @@ def test_a_refusal_is_an_engine_error_and_is_not_remembered_as_proven() -> None:
         with pytest.raises(EngineError, match="last evaluation's weights"):
             canary.prove(Engine(numbers(3, 0.005, OURS)), "base", later)
     assert "proven" in canary.prove(Engine(numbers(3, 0.005, later)), "base", later)
+
+
+def test_every_copy_of_an_engine_has_to_be_proven() -> None:
+    canary: Any = Canary(CANARIES, dtype="bfloat16")
+    right, other = Engine(numbers(1, 0.005, OURS)), Engine(numbers(2, 1.0, OURS))
+    assert canary.prove(Copies(right, right, other), "base", OURS, copies=2).endswith("the furthest of 2 copies")
+    with pytest.raises(EngineError, match=r"copy 3 of 3"):
+        canary.prove(Copies(right, right, other), "base", OURS, copies=3)
 
 
 # -- which prompts

@@ -26,6 +26,7 @@ class Fake:
     def __init__(self, uds: Path) -> None:
         self.uds = uds
         self.asked: list[tuple[str, dict[str, Any]]] = []
+        self.headers: list[dict[str, str]] = []
         self.answer: Answer = lambda path, body: (404, {"error": {"message": "not set"}})
 
 
@@ -41,6 +42,7 @@ class Handler(BaseHTTPRequestHandler):
     def do_POST(self) -> None:
         body = json.loads(self.rfile.read(int(self.headers.get("Content-Length", 0))) or b"{}")
         self.fake.asked.append((self.path, body))
+        self.fake.headers.append(dict(self.headers.items()))
         code, answer = self.fake.answer(self.path, body)
         data = answer if isinstance(answer, bytes) else json.dumps(answer).encode()
         self.send_response(code)
@@ -163,6 +165,19 @@ def test_the_prefix_cache_is_reset_until_the_server_says_so(fake: Fake, client: 
     fake.answer = lambda path, body: (200, {"success": len(fake.asked) >= 3})
     client.reset_prefix_cache()
     assert [path for path, _ in fake.asked] == ["/reset_prefix_cache"] * 3
+
+
+def test_of_several_copies_each_is_told_to_reset_whatever_runs(fake: Fake, client: EngineClient) -> None:
+    fake.answer = lambda path, body: (200, {"success": True})
+    client.reset_prefix_cache(copies=2)
+    assert [path for path, _ in fake.asked] == ["/reset_prefix_cache?reset_running_requests=true"]
+
+
+def test_a_copy_can_be_asked_by_itself(fake: Fake, client: EngineClient) -> None:
+    answer = {"choices": [{"prompt_logprobs": [None, {"7": {"logprob": -1.5}}]}]}
+    fake.answer = lambda path, body: (200, answer)
+    assert client.prompt_logprobs([5, 7], "base", copy=1) == client.prompt_logprobs([5, 7], "base") == [-1.5]
+    assert [headers.get("X-data-parallel-rank") for headers in fake.headers] == ["1", None]
 
 
 def test_a_server_that_reports_no_success_is_asked_once(fake: Fake, client: EngineClient) -> None:

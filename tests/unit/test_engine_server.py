@@ -28,13 +28,21 @@ def option(line: list[str], name: str) -> str:
 
 def test_the_command_runs_the_module_on_the_socket_with_sampling_defaults_of_its_own() -> None:
     line = command(CPU, SOCKET)
-    assert (line[0], Path(line[1]).name) == ("/venv/bin/python", "forking_api_server.py")
+    assert (line[0], Path(line[1]).name) == ("/venv/bin/python", "api_server.py")
     assert command(GPU, SOCKET)[:3] == ["/venv/bin/python", "-m", "vllm.entrypoints.openai.api_server"]
     assert option(line, "--model") == "/models/m"
     assert option(line, "--uds") == "/run/x/api.sock"
     assert option(line, "--generation-config") == "vllm"
     assert "--trust-remote-code" not in line
     assert "--enable-lora" not in line
+
+
+def test_copies_of_an_engine_find_each_other_by_our_own_start_on_both_devices() -> None:
+    for spec, how in ((CPU, "fork"), (GPU, "spawn")):
+        line = command(dataclasses.replace(spec, data_parallel_size=2), SOCKET)
+        assert (Path(line[1]).name, line[2]) == ("api_server.py", how)
+        assert option(line, "--data-parallel-size") == "2"
+        assert "--data-parallel-size" not in command(spec, SOCKET)
 
 
 def test_adapters_are_enabled_with_a_rank_vllm_accepts() -> None:
@@ -98,7 +106,7 @@ def test_on_cpu_the_cache_is_whole_gib_and_threads_are_not_pinned() -> None:
 def test_only_the_cpu_engine_loads_our_worker_extension_and_keeps_the_users_pythonpath() -> None:
     folder, kept = environment(CPU, {"PYTHONPATH": "/own"})["PYTHONPATH"].split(os.pathsep)
     assert kept == "/own"
-    assert sorted(file.name for file in Path(folder).glob("*.py")) == ["dsvllm_worker.py", "forking_api_server.py"]
+    assert sorted(file.name for file in Path(folder).glob("*.py")) == ["api_server.py", "dsvllm_worker.py"]
     assert "--worker-extension-cls" in command(CPU, SOCKET)
     assert "--worker-extension-cls" not in command(GPU, SOCKET)
 

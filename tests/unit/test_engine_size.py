@@ -11,7 +11,7 @@ import pytest
 from transformers import LlamaConfig, Qwen3Config
 
 from hf_dsvllm import engine_size
-from hf_dsvllm.engine_size import decode_steps, gpus_needed, kv_bytes_per_token, size_engine
+from hf_dsvllm.engine_size import copies, decode_steps, gpus_needed, kv_bytes_per_token, size_engine
 from hf_dsvllm.engine_start import transfer_backend
 from hf_dsvllm.errors import ConfigError
 from hf_dsvllm.placement import Place
@@ -145,6 +145,33 @@ def test_an_engine_spreads_over_as_many_gpus_as_its_weights_need(
             gpus_needed(place, asked, weights_bytes, 80 * GIB, CONFIG)
     else:
         assert gpus_needed(place, asked, weights_bytes, 80 * GIB, CONFIG) == expected
+
+
+@pytest.mark.parametrize(
+    ("kind", "gpus", "asked", "of_one", "expected"),
+    [
+        ("spare", 1, None, 1, 1),
+        ("spare", 4, None, 1, 4),
+        ("spare", 4, None, 2, 2),
+        ("spare", 3, None, 2, 1),
+        ("spare", 4, 3, 1, 3),
+        ("spare", 4, 3, 2, None),
+        ("shared", 4, None, 1, 1),  # its GPUs are the trainer's
+        ("shared", 4, 4, 1, 4),
+        ("shared", 4, 5, 1, None),
+        ("cpu", 0, None, 1, 1),
+        ("cpu", 0, 2, 1, 2),
+    ],
+)
+def test_copies_fill_spare_gpus_and_no_others_unless_asked(
+    kind: Any, gpus: int, asked: int | None, of_one: int, expected: int | None
+) -> None:
+    place = Place(kind=kind, gpus=tuple(map(str, range(gpus))), reason="")
+    if expected is None:
+        with pytest.raises(ConfigError, match=r"--gen_eval_data_parallel \d or less"):
+            copies(place, asked, of_one)
+    else:
+        assert copies(place, asked, of_one) == expected
 
 
 @pytest.mark.parametrize(

@@ -27,6 +27,7 @@ FROZEN = (
     "gen_eval_late",
     "gen_eval_server",
     "gen_eval_tensor_parallel",
+    "gen_eval_data_parallel",
     "gen_eval_weights",
     "vllm_python",
     "vllm_args",

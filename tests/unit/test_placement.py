@@ -19,6 +19,8 @@ def asked(**given: Any) -> Any:
         "gen_eval_server": None,
         "gen_eval_late": None,
         "gen_eval_weights": "disk",
+        "gen_eval_tensor_parallel": None,
+        "gen_eval_data_parallel": None,
         "metric_for_best_model": None,
         "save_strategy": "steps",
     }
@@ -110,6 +112,10 @@ def test_weights_are_streamed_where_a_snapshot_of_the_best_is_not_missed() -> No
         ({"gen_eval_weights": "ipc"}, "cuda", 1, ["0"], "neither disk nor stream"),
         ({"gen_eval_weights": "stream"}, "cpu", 1, [], "from GPU to GPU"),
         ({"gen_eval_weights": "stream", "gen_eval_server": "http://a:1"}, "cuda", 1, ["0"], "from GPU to GPU"),
+        (
+            {"gen_eval_server": "http://node7:8000", "gen_eval_data_parallel": 2},
+            "cuda", 1, ["0", "1"], "gen_eval_data_parallel: how a server that already runs is spread",
+        ),
         (
             {"gen_eval_late": True, "save_strategy": "best", "metric_for_best_model": "gen_a_b"},
             "cuda", 1, ["0", "1"], "its weights have moved on",

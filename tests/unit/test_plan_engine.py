@@ -55,9 +55,9 @@ def test_an_engine_that_sleeps_takes_it_beside_what_training_holds_between_steps
         assert found.gpu_bytes < found.footprint.peak + found.engine.awake
 
 
-def test_spare_gpus_are_taken_off_in_every_size_that_divides_the_heads_and_holds_the_weights() -> None:
-    sizes = {(c.setup.world, c.place.gpus) for c in candidates("spare")}
-    assert sizes == {(3, 1), (2, 2)}
+def test_spare_gpus_are_taken_off_for_one_engine_or_several_copies_of_it() -> None:
+    sizes = {(c.setup.world, c.place.gpus, c.place.copies) for c in candidates("spare")}
+    assert sizes == {(3, 1, 1), (2, 1, 2)}
     large = plan("70b", "8xH100-80GB", method="lora", global_batch=24, evaluation=EVALUATION)
     assert {c.place.gpus for c in large.candidates if c.placement == "spare"} == {
         4
@@ -110,6 +110,7 @@ def test_where_the_launch_has_settled_processes_the_engine_goes_where_the_run_pu
         return found
 
     assert placed(3) == (3, EnginePlace(kind="spare"))
+    assert placed(2) == (2, EnginePlace(kind="spare", copies=2))
     assert placed(4) == (4, EnginePlace(kind="shared"))
     assert placed(4, streams=True) == (4, EnginePlace(kind="shared", sleeps=True))
     assert placed(3, streams=True) == (3, EnginePlace(kind="spare"))

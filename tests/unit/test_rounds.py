@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import threading
 import time
 from pathlib import Path
@@ -12,6 +13,7 @@ import pytest
 import torch
 
 from hf_dsvllm.engine.remote import RemoteServer
+from hf_dsvllm.engine.server import EngineSpec
 from hf_dsvllm.engine.sync import SyncResult
 from hf_dsvllm.errors import EngineError, WiringError
 from hf_dsvllm.evaluation.canary import WrongWeights
@@ -83,11 +85,13 @@ def test_what_an_interrupted_training_left_is_neither_answered_nor_reported_in_t
 def test_a_remote_server_with_other_weights_is_refused_with_that_reason(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refuse(*_: Any) -> str:
+    def refuse(*_: Any, **__: Any) -> str:
         raise EngineError("the engine does not answer with the weights of this step")
 
     canary: Any = SimpleNamespace(prove=refuse)
-    delivery = Delivery(RemoteServer("http://127.0.0.1:9"), run_dir=tmp_path, timeout_s=5.0, canary=canary)
+    server = RemoteServer("http://127.0.0.1:9")
+    server._spec = EngineSpec(model="base", python=tmp_path, device="cuda")
+    delivery = Delivery(server, run_dir=tmp_path, timeout_s=5.0, canary=canary)
     pushed = SyncResult(model_name="base", path_used="reload", why="a test", seconds=0.0)
     monkeypatch.setattr(delivery, "_push", lambda _: pushed)
     asked = Asked(step=4, snapshot=Snapshot(path=tmp_path, kind="full", step=4), ours=((0.0,),))
@@ -115,7 +119,7 @@ def test_a_snapshot_that_cannot_be_read_leaves_the_model_as_it_is(broken: bool, 
     assert all(same) == broken
 
 
-def test_an_engine_that_does_not_start_compiled_is_started_eager(
+def test_an_engine_that_does_not_start_is_started_once_more_as_simple_as_it_can_be(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
     restarts: list[dict[str, Any]] = []
@@ -124,15 +128,19 @@ def test_an_engine_that_does_not_start_compiled_is_started_eager(
         if not restarts:
             raise EngineError("vLLM did not start (exit code 1).")
 
+    def restart(**how: Any) -> None:
+        restarts.append(how)
+        server.spec = dataclasses.replace(server.spec, enforce_eager=True, data_parallel_size=1)
+
     server: Any = SimpleNamespace(
-        spec=SimpleNamespace(model="base", enforce_eager=False),
+        spec=EngineSpec(model="base", python=tmp_path, device="cuda", enforce_eager=False, data_parallel_size=2),
         uds=tmp_path / "socket",
         alive=False,
         wait_ready=wait_ready,
-        restart=lambda **how: restarts.append(how),
+        restart=restart,
     )
     Delivery(server, run_dir=tmp_path, timeout_s=5.0).wait_ready()
-    assert restarts == [{"model": "base", "eager": True}]
+    assert restarts == [{"model": "base", "simple": True}]
     assert "without compiled code: vLLM did not start" in capsys.readouterr().err
 
 
@@ -140,7 +148,7 @@ class SleepyServer:
     """A server on a GPU shared with training, as far as a delivery touches it."""
 
     def __init__(self, folder: Path) -> None:
-        self.spec: Any = SimpleNamespace(model="base", served_name="base", enforce_eager=True, sleep_mode=True)
+        self.spec = EngineSpec(model="base", python=folder, device="cuda", sleep_mode=True)
         self.uds = folder / "socket"
         self.alive = True
         self.ready = True
@@ -210,7 +218,7 @@ def test_a_dead_or_hanging_engine_is_not_loaded_beside_training_on_its_gpu(tmp_p
     delivery, server = shared(tmp_path, Sync(), healthy=False)
     delivery.revive()
     assert (server.alive, server.restarts) == (False, 0)
-    server.spec.sleep_mode = False  # its own GPU, or always awake: it loads while training goes on
+    server.spec = dataclasses.replace(server.spec, sleep_mode=False)  # its own GPU, or always awake: it loads while training goes on
     delivery.revive()
     assert server.restarts == 1
 
@@ -230,7 +238,7 @@ def test_an_engine_nobody_asks_at_the_start_sleeps_once_it_is_there(ready: bool,
 def test_streamed_weights_that_turn_out_to_be_others_are_told_to_who_streams(
     refusal: EngineError, told: list[str], tmp_path: Path
 ) -> None:
-    def refuse(*_: Any) -> str:
+    def refuse(*_: Any, **__: Any) -> str:
         raise refusal
 
     canary: Any = SimpleNamespace(prove=refuse)
