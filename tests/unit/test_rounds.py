@@ -218,7 +218,8 @@ def test_a_dead_or_hanging_engine_is_not_loaded_beside_training_on_its_gpu(tmp_p
     delivery, server = shared(tmp_path, Sync(), healthy=False)
     delivery.revive()
     assert (server.alive, server.restarts) == (False, 0)
-    server.spec = dataclasses.replace(server.spec, sleep_mode=False)  # its own GPU, or always awake: it loads while training goes on
+    # On its own GPU, or always awake, it loads while training goes on.
+    server.spec = dataclasses.replace(server.spec, sleep_mode=False)
     delivery.revive()
     assert server.restarts == 1
 
