@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import argparse
 import atexit
 import contextlib
+import difflib
 import functools
 import hashlib
 import os
+import re
 import sys
 import threading
 import traceback
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import NoReturn, ParamSpec, TypeVar
 
-from hf_dsvllm.errors import DsvllmError, GpuMemoryError
+from hf_dsvllm.errors import ConfigError, DsvllmError, GpuMemoryError, Problem
 
 __all__ = ["friendly", "friendly_errors", "is_main_process", "say", "say_error"]
 
 EXIT_CODE = 2
+UNUSED = "not used by the HfArgumentParser"  # transformers and TRL, of unknown arguments
 P = ParamSpec("P")
 R = TypeVar("R")
 
@@ -73,15 +77,41 @@ def _said_by_another_rank(text: str) -> bool:
 
 @contextlib.contextmanager
 def friendly_errors() -> Iterator[None]:
-    """Turn an error of ours into its message and exit code 2, and Ctrl-C into 130; others pass."""
+    """Turn an error of ours or in the arguments into its message and exit code 2, Ctrl-C into 130; others pass."""
     try:
         yield
     except DsvllmError as error:
         say_error(error)
         raise SystemExit(EXIT_CODE) from None
+    except (ValueError, OSError) as error:
+        wrong = arguments_error(error)
+        if wrong is None:
+            raise
+        say_error(wrong)
+        raise SystemExit(EXIT_CODE) from None
     except KeyboardInterrupt:
         say("interrupted")
         raise SystemExit(130) from None
+
+
+def arguments_error(error: Exception) -> ConfigError | None:
+    """What transformers' or TRL's parser raised, as a problem with its fix; None for what comes from elsewhere."""
+    frames = [frame.f_locals.get("self") for frame, _ in traceback.walk_tb(error.__traceback__)]
+    parser = next((one for one in frames if isinstance(one, argparse.ArgumentParser)), None)
+    if parser is None:
+        return None
+    if UNUSED not in str(error):
+        return ConfigError([Problem(f"the arguments: {error}", "correct it; --help lists all arguments")])
+    known = [action.option_strings[0] for action in parser._actions if action.option_strings]
+    words = re.findall(r"'([^']*)'", str(error))
+    flags = [word for word in words if word.startswith("-")]  # besides them their values are listed
+    return ConfigError([_unknown(word, known) for word in flags or words])
+
+
+def _unknown(word: str, known: Sequence[str]) -> Problem:
+    near = difflib.get_close_matches(word, known, n=3)
+    fix = f"did you mean {', '.join(near)}?" if near else "leave it out; --help lists all arguments"
+    return Problem(f"{word} is no argument of this script", fix)
 
 
 def friendly(main: Callable[P, R]) -> Callable[P, R]:

@@ -100,6 +100,29 @@ def test_an_error_that_is_not_ours_passes() -> None:
         _ = 1 / 0
 
 
+@pytest.mark.parametrize(
+    ("line", "says"),
+    [
+        (["--output_dr", "x"], ["--output_dr is no argument of this script\n    fix: did you mean --output_dir"]),
+        (["--zzz", "--yyy", "1"], ["2 problems", "--zzz is no", "--yyy is no", "--help lists all arguments"]),
+        (["stray"], ["stray is no argument"]),
+        (["--config", "absent.yaml"], ["1 problem", "absent.yaml", "--help"]),
+        (["--load_best_model_at_end", "true"], ["1 problem", "requires the save and eval strategy to match"]),
+    ],
+)
+def test_wrong_arguments_of_a_recipe_are_problems_with_a_fix_and_no_traceback(
+    line: list[str], says: list[str], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from trl import SFTConfig, TrlParser
+
+    with pytest.raises(SystemExit) as caught, friendly_errors():
+        TrlParser((SFTConfig,)).parse_args_and_config(["--output_dir", str(tmp_path), "--use_cpu", "true", *line])
+    assert caught.value.code == 2
+    text = capsys.readouterr().err
+    assert [part for part in says if part not in text] == []
+    assert "Traceback" not in text
+
+
 def test_a_decorated_main_keeps_its_name_arguments_and_result() -> None:
     @friendly
     def main(left: int, *, right: int) -> int:
