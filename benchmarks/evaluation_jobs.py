@@ -101,6 +101,14 @@ def four_gpus() -> list[Job]:
     shared = "--gen_eval_weights stream --gen_eval_placement shared --gen_eval_tensor_parallel 4"
     wide = f"--ds_preset lora --learning_rate 1e-3 {shared} --gen_eval_on_start false --dummy_engine"
     how = {"kind": "train", "gpus": 4, "trainers": 4, "shape": "32b", "limit_s": 300, "needs_s": 180}
+    lora = ("--ds_preset", "lora", "--learning_rate", "1e-3", "--gen_eval_weights", "stream", "--gen_eval_placement")
+    copies = {"kind": "train", "shape": "8b", "needs_s": 110, "limit_s": 240}  # two of the engine share the prompts
+    in_copies = [
+        Job(name="8b-lora-1+2", gpus=3, flags=(*lora, "spare"), **copies),
+        Job(
+            name="8b-lora-2-dp2", gpus=2, trainers=2, flags=(*lora, "shared", "--gen_eval_data_parallel", "2"), **copies
+        ),
+    ]
     small = (("zero2", "8b", 1), ("zero3", "8b", 1), ("zero3", "8b", 3), ("zero2", "8b", 3))
     pairs = [pair(*which) for which in (*small, ("zero3", "14b", 3), ("zero2", "14b", 3))]
     with_it, alone = ([both[place] for both in pairs] for place in (0, 1))
@@ -114,6 +122,7 @@ def four_gpus() -> list[Job]:
         alone[1],
         alone[3],
         sharded(2),
+        *in_copies,
         alone[4],
         with_it[5],
         alone[5],

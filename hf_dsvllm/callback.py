@@ -19,9 +19,10 @@ from hf_dsvllm.evaluation.sample_tables import log_samples
 from hf_dsvllm.evaluation.steering import beats, best_snapshot, is_best, keep_best, loaded_step, score_at
 from hf_dsvllm.fields import steers
 from hf_dsvllm.live.restore import restore
-from hf_dsvllm.live.snapshot import Snapshot, prune, publish
+from hf_dsvllm.live.snapshot import Snapshot, adapters_act, prune, publish
 from hf_dsvllm.live.stream import send
 from hf_dsvllm.measure import RunMeasure
+from hf_dsvllm.ranks import from_all
 from hf_dsvllm.wiring import check_wiring, read_wiring
 
 if TYPE_CHECKING:
@@ -56,6 +57,7 @@ class SessionCallback(TrainerCallback):
         self._evaluated: dict[int, dict[str, float]] = {}
         self._failures = 0
         self._published: Snapshot | None = None
+        self._trained_before = False
 
     # -- hooks -----------------------------------------------------------------------------------------------------
 
@@ -71,10 +73,12 @@ class SessionCallback(TrainerCallback):
         say(f"running: {wiring.line()}")
         self.session.start_record(self.trainer, wiring)
         if self.session.evaluates and args.gen_eval_on_start:
-            # The engine started from the very model a fresh run starts from; a resumed run must publish its own.
-            self._evaluate(publish_first=state.global_step > 0)
+            # The engine started from the very model a fresh run starts from; others must publish their own.
+            changed = self._trained_before or state.global_step > 0 or any(from_all(adapters_act(self.trainer.model)))
+            self._evaluate(publish_first=changed)
         elif self.session.evaluates:
             self._together(lambda: self.session.evaluator.delivery.rest_until_asked() if is_main_process() else None)
+        self._trained_before = True
         self.measure.start()
 
     def on_step_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:

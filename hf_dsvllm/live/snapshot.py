@@ -9,6 +9,7 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import re
 import shutil
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -25,9 +26,10 @@ from hf_dsvllm.live.stream import gathered
 from hf_dsvllm.precision import Precision, held_in_fp32
 from hf_dsvllm.ranks import from_main
 
-__all__ = ["Snapshot", "prune", "publish"]
+__all__ = ["Snapshot", "adapters_act", "prune", "publish"]
 
 SNAPSHOTS = "snapshots"
+LORA_OUTPUT = re.compile(r"\.lora_(embedding_)?B\.")  # PEFT: zero at the start, so that LoRA changes nothing
 # Gathered at once under ZeRO-3: bounds the extra device memory while a full model is published.
 _GATHER_BYTES = 1 << 30
 
@@ -39,6 +41,16 @@ class Snapshot:
     path: Path
     kind: Literal["adapter", "full"]
     step: int
+
+
+def adapters_act(model: Any) -> bool:
+    """Whether the model has LoRA that changes it already: trained before, or B not zero from the start.
+
+    Under ZeRO-3 by this rank's shards: ask every rank.
+    """
+    outputs = [p for name, p in model.named_parameters() if LORA_OUTPUT.search(name)]
+    held = [getattr(parameter, "ds_tensor", parameter) for parameter in outputs]
+    return any(bool(tensor.any()) for tensor in held)
 
 
 def publish(model: Any, run_dir: Path, *, step: int, dtype: torch.dtype, tokenizer: Any = None) -> Snapshot:

@@ -187,6 +187,41 @@ def test_every_rank_streams_or_not_as_the_main_process_does(tmp_path: Path, monk
     assert not callback.streams
 
 
+def test_only_a_run_that_starts_from_the_engines_model_is_evaluated_without_publishing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, published: list[int]
+) -> None:
+    monkeypatch.setattr(callback_module, "read_wiring", lambda _: SimpleNamespace(line=lambda: ""))
+    monkeypatch.setattr(callback_module, "check_wiring", lambda *_, **__: None)
+    nothing = {"ready_engine": lambda _: None, "start_record": lambda *_: None, "preset": None, "ds_config": None}
+    callback = made(tmp_path, **nothing)
+    callback.trainer.state.global_step = 0
+
+    def begin() -> list[int]:
+        callback.on_train_begin(callback.trainer.args, callback.trainer.state, TrainerControl())
+        return published
+
+    assert begin() == []
+    assert begin() == [0], "a second train() goes on from the weights of the first"
+    callback = made(tmp_path, **nothing)
+    callback.trainer.state.global_step = 0
+    callback.trainer.model = adapted(b=0.0)
+    assert begin() == [0]
+    callback.trainer.model, callback._trained_before = adapted(b=0.5), False
+    assert begin() == [0, 0], "an adapter that was trained before is not what the engine started from"
+
+
+def adapted(*, b: float) -> Any:
+    """A linear layer with LoRA whose B is `b` everywhere."""
+    from peft import LoraConfig, get_peft_model
+
+    model = get_peft_model(torch.nn.Sequential(torch.nn.Linear(4, 4)), LoraConfig(r=2, target_modules=["0"]))
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_B" in name:
+                parameter.fill_(b)
+    return model
+
+
 def test_weights_that_were_sent_and_not_asked_about_put_the_engine_to_sleep_again(tmp_path: Path) -> None:
     rested: list[int] = []
 
