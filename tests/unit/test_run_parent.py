@@ -148,7 +148,8 @@ def test_the_exit_code_is_the_scripts(code: str, expected: int, tmp_path: Path) 
 
 
 DRIVER = """
-import sys
+import signal, sys
+signal.signal(signal.SIGHUP, signal.SIG_DFL)  # under nohup the tests themselves ignore it
 from pathlib import Path
 from tests.unit.test_run_parent import started
 from hf_dsvllm.run.parent import start
