@@ -6,14 +6,13 @@ compared with the fastest of them (`choices.py`), and they must be timed on one 
 
 `NEXT` is what has not been measured: choices of the planner that the first cells (`FIRST`) leave out, each with its
 nearest rivals to be timed again beside it; cells within 8 % of where the planner says that memory ends, on both sides;
-adapters, ZeRO-1 and offload on several GPUs.  Those of several GPUs come first, for only there can they be measured.
-Ten minutes of four GPUs, then eight of one, each into a folder of its own (rates are those of one host):
+adapters, ZeRO-1 and offload on several GPUs.  Choices come first, those of one GPU before those of several: as many
+cells run at a time as there are GPUs, and those that need more are left for another host.  Each host's cells go into
+a folder of their own (rates are those of one host), and cells of one case count only beside each other:
 
-    python benchmarks/planner/measure.py --out runs/planner/4 --gpus 4 --budget_s 560 --note "4 x H200, second host"
-    python benchmarks/planner/measure.py --out runs/planner/1 --gpus 1 --budget_s 470 --note "1 x H200, third host"
-    mkdir -p benchmarks/planner/results/4xH200-2 benchmarks/planner/results/1xH200-3
-    cp runs/planner/4/*.json benchmarks/planner/results/4xH200-2/
-    cp runs/planner/1/*.json benchmarks/planner/results/1xH200-3/
+    python benchmarks/planner/measure.py --out runs/planner/2 --gpus 2 --budget_s 560 --note "2 x H200, second host"
+    mkdir -p benchmarks/planner/results/2xH200-2
+    cp runs/planner/2/*.json benchmarks/planner/results/2xH200-2/
     python benchmarks/planner/report.py
 
 `python benchmarks/planner/matrix.py` lists the cells with what is predicted of each, and which are held out.
@@ -99,25 +98,25 @@ def make(line: str) -> Iterator[Cell]:
         )
 
 
-# Cases G to P: several GPUs, then A to I on one.  `edge` cells are within 8 % of the end of memory.
+# `edge` cells are within 8 % of the end of memory.
 NEXT = """
-G 8b 2 4096    | zero1 2 no; zero2 2 rc; zero3 2 rc; zero2 1x2 rc
-L 4b 4 16384   | zero2 1 no; zero3 1 no; zero2 1 rc
-M 8b 4 4096    | lora_zero2 2 no; lora 2 no; zero3+lora 2 no; lora_zero2 2 rc
-edge 32b 4 2048 | zero3 1 rc; zero3 2 rc; qlora_zero2 2 no; zero3+lora 2 no
-J 1.7b 4 8192  | zero2 2 no; zero1 2 no; zero2 1x2 no; zero3 2 no
-edge 14b 2 4096 | zero3+lora 2 no; lora_zero2 2 no; zero3 2 rc; zero3 4 rc
-edge 8b 2 8192 | zero3 1 no; zero2 1 no; zero1 1 no
-N 1.7b 2 1024  | ddp 8 no; zero2 8 no; zero1 8 no; zero3 8 no
-P 14b 2 4096   | qlora 2 no; qlora_zero2 2 no; qlora_zero2 1x2 no; qlora_zero2 2 rc
-H 4b 2 8192    | zero2 1 no; ddp 1 no
-- 4b 2 4096    | zero2_offload 2 rc; zero3_offload 2 rc; zero1 2 no; ddp 2 no
-edge 14b 4 2048 | zero2 2 no; lora_zero2 4 no
-- 8b 4 1024    | zero3+lora 8 rc; qlora_zero2 8 no
 A 1.7b 1 2048  | none 4 no; zero2 4 no; zero1 4 no
 B 4b 1 4096    | none 1x2 no; none 2 no; zero2 2 no; zero2 1x2 no
 C 8b 1 4096    | lora_zero2 2x2 no; lora 2x2 no; lora 4 rc
 I 14b 1 4096   | lora_zero2 1x2 no; lora 1x2 no; qlora 2 no; qlora 1x2 no
+G 8b 2 4096    | zero1 2 no; zero2 2 rc; zero3 2 rc; zero2 1x2 rc
+N 1.7b 2 1024  | ddp 8 no; zero2 8 no; zero1 8 no; zero3 8 no
+P 14b 2 4096   | qlora 2 no; qlora_zero2 2 no; qlora_zero2 1x2 no; qlora_zero2 2 rc
+H 4b 2 8192    | zero2 1 no; ddp 1 no
+L 4b 4 16384   | zero2 1 no; zero3 1 no; zero2 1 rc
+M 8b 4 4096    | lora_zero2 2 no; lora 2 no; zero3+lora 2 no; lora_zero2 2 rc
+J 1.7b 4 8192  | zero2 2 no; zero1 2 no; zero2 1x2 no; zero3 2 no
+edge 32b 4 2048 | zero3 1 rc; zero3 2 rc; qlora_zero2 2 no; zero3+lora 2 no
+edge 14b 2 4096 | zero3+lora 2 no; lora_zero2 2 no; zero3 2 rc; zero3 4 rc
+edge 8b 2 8192 | zero3 1 no; zero2 1 no; zero1 1 no
+- 4b 2 4096    | zero2_offload 2 rc; zero3_offload 2 rc; zero1 2 no; ddp 2 no
+edge 14b 4 2048 | zero2 2 no; lora_zero2 4 no
+- 8b 4 1024    | zero3+lora 8 rc; qlora_zero2 8 no
 edge 8b 1 4096 | zero3 2 rc; zero3 4 rc; none 2 rc
 edge 14b 1 4096 | lora 2 no; lora_zero2 2 no
 edge 1.7b 1 4096 | zero2 8 no; none 8 no; zero3 8 no; zero1 8 no
