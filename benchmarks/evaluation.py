@@ -57,6 +57,7 @@ class Bench:
         on_gpus = options.device == "cuda"
         self.free = [str(gpu.index) for gpu in machine.gpus][:many] if on_gpus else [f"cpu{n}" for n in range(many)]
         self.cpus = sorted(os.sched_getaffinity(0))
+        self.gpu_gib = min((gpu.memory_bytes for gpu in machine.gpus), default=0) / 2**30
         self.of_each = max(1, len(self.cpus) // max(1, len(self.free)))
         self.lane = {gpu: place for place, gpu in enumerate(self.free)}
         call = {
@@ -72,12 +73,15 @@ class Bench:
     def run(self, jobs: Sequence[Job]) -> None:
         again = ("stopped", "exit") if self.options.again else ()
         done = {name for name, row in self.rows.items() if not row["status"].startswith(("not run", *again))}
+        # A second start needs what the first has left on this host, which may be another than that of the call before.
+        done -= {job.after for job in jobs if job.name not in done and not self.cache_of(job).exists()}
         waiting: list[Job] = []
         for job in jobs:
             if job.name in done:
                 continue
-            writes = Job(name=f"write-{job.shape}", kind="write", gpus=1, shape=job.shape, limit_s=WRITE_S, needs_s=0)
-            if job.shape and writes not in waiting and not self.model_of(job).exists():
+            writes = Job(name=f"write-{job.shape}", kind="write", gpus=1, shape=job.shape, limit_s=WRITE_S, needs_s=60)
+            runs = self.too_small(job) is None
+            if job.shape and runs and writes not in waiting and not self.model_of(job).exists():
                 waiting.append(writes)
             waiting.append(job)
         for shape in {job.shape for job in waiting if job.shape}:
@@ -100,13 +104,26 @@ class Bench:
         folder: Path = self.options.fast / f"model-{job.shape}"
         return folder / "config.json"
 
+    def cache_of(self, job: Job) -> Path:
+        """The folder of its compiled code."""
+        folder: Path = self.options.work / "caches" / job.cache
+        return folder
+
+    def too_small(self, job: Job) -> str | None:
+        """Why a job cannot run on this host, or None."""
+        if job.gpus > len(self.lane):
+            return f"it needs {job.gpus} GPUs"
+        if self.options.device == "cuda" and job.gpu_gib > self.gpu_gib:
+            return f"it needs a GPU of {job.gpu_gib:.0f} GiB"
+        return None
+
     def left(self) -> float:
         return self.deadline - time.monotonic() - GRACE_S
 
     def may_start(self, job: Job) -> str:
         """ "start", "wait", or why it will not be run."""
-        if job.gpus > len(self.lane):
-            return f"not run, it needs {job.gpus} GPUs"
+        if (why := self.too_small(job)) is not None:
+            return f"not run, {why}"
         if job.kind == "learn" and self.options.model is None:
             return "not run, --model is missing"
         if self.left() < job.needs_s:
@@ -116,7 +133,7 @@ class Bench:
             return "wait"
         if job.kind in ("train", "ask") and not self.model_of(job).exists():
             return "not run, its model was not written"
-        if job.after and not (self.options.work / "caches" / job.cache).exists():
+        if job.after and not self.cache_of(job).exists():
             return f"not run, {job.after} has left no compiled code here"
         return "start"
 
@@ -163,10 +180,24 @@ class Bench:
             failure = None if process.poll() == 0 else f"exit code {process.poll()}"
             if process.poll() is None:
                 end_group(process)
-                failure = f"stopped after {limit:.0f} s"
+                cut = "not run to its end: the call was, " if limit < job.limit_s else ""  # the next call tries it
+                failure = f"{cut}stopped after {limit:.0f} s"
+                self.wait_free(gpus)
             self.running.remove(entry)
             self.free = sorted([*self.free, *gpus])
             self.finish(job, failure, seconds, line)
+
+    def wait_free(self, gpus: Sequence[str]) -> None:
+        """Until nothing is left on the GPUs of a job that was ended: its vLLM goes some seconds after it."""
+        if self.options.device != "cuda":
+            return
+        import pynvml
+
+        pynvml.nvmlInit()
+        handles = [pynvml.nvmlDeviceGetHandleByIndex(int(gpu)) for gpu in gpus]
+        until = time.monotonic() + GRACE_S
+        while time.monotonic() < until and any(map(pynvml.nvmlDeviceGetComputeRunningProcesses, handles)):
+            time.sleep(0.2)
 
     def finish(self, job: Job, failure: str | None, seconds: float, line: str) -> None:
         run, logs = self.options.fast / "runs" / job.name, self.options.work / "logs" / job.name
@@ -210,7 +241,8 @@ class Bench:
         self.path.write_text(json.dumps(content, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
         self.path.with_suffix(".md").write_text(page(content), encoding="utf-8")
         if self.options.copy_to:
-            shutil.copytree(self.options.out, self.options.copy_to, dirs_exist_ok=True)
+            for file in self.options.out.glob("*.*"):
+                shutil.copy(file, self.options.copy_to / file.name)
 
     def write_data(self, shape: str) -> None:
         options = self.options
@@ -223,19 +255,20 @@ class Bench:
 
 
 def keep_learnt(run: Path, kept: Path) -> None:
-    """The report page, every answer and what the page was made of."""
+    """The report page, every answer and what the page was made of; beside the folder an archive of it."""
     shutil.rmtree(kept, ignore_errors=True)
     kept.mkdir(parents=True)
     for file in [*run.glob("*.html"), *run.glob("*.json"), *run.glob("checkpoint-*/trainer_state.json")]:
         shutil.copy(file, kept / file.name)
     if (run / "evals").is_dir():
         shutil.copytree(run / "evals", kept / "evals")
+    shutil.make_archive(str(kept), "gztar", kept)
 
 
 def parse() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     numbers: tuple[tuple[str, Callable[[str], Any], Any], ...] = (
-        ("budget_s", float, 540.0), ("gpus", int, 0), ("evaluations", int, 4), ("every", int, EVERY),
+        ("budget_s", float, 540.0), ("gpus", int, 0), ("evaluations", int, 3), ("every", int, EVERY),
         ("micro_batch_size", int, MICRO_BATCH), ("length", int, LENGTH), ("prompts", int, 128), ("new_tokens", int, 64),
         ("samples", int, 8000),
     )  # fmt: skip

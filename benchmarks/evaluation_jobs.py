@@ -16,13 +16,16 @@ from main_job import MAKE_EXTRACTION, free_port
 
 SETS = ("one", "four", "learn")
 OURS = ("--no_evaluation", "--dummy_engine")  # in `Job.flags`, not flags of the recipe
+# 76 GiB of weights, fp32 master weights and gradients; activations, vLLM asleep and two CUDA contexts.
+ALONE_8B_GIB = 90
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
     """`needs_s`: with less time left the next call tries it.  `cache`: its folder of compiled code; `cold` empties it.
 
-    `like`: the job that is the same without evaluation.  `after`: the job that must have ended before.
+    `like`: the job that is the same without evaluation.  `after`: the job that must have ended before.  `gpu_gib`: what
+    it takes of a GPU, by the planner's formulas, where a GPU of 80 GB may be too small.
     """
 
     name: str
@@ -33,7 +36,8 @@ class Job:
     way: str = ""
     trainers: int = 1
     limit_s: float = 240.0
-    needs_s: float = 100.0
+    needs_s: float = 150.0  # 24 steps of 8B, 4 evaluations and two starts, by an estimate
+    gpu_gib: float = 0.0
     cache: str = "shared"
     cold: bool = False
     like: str | None = None
@@ -53,7 +57,7 @@ def jobs_of(options: argparse.Namespace) -> list[Job]:
 def one_gpu() -> list[Job]:
     """Lines 2, 4 and 5: vLLM on the trainer's GPU; ways to answer; starts."""
 
-    def ask(name: str, way: str, *flags: str, needs_s: float = 110, **more: Any) -> Job:
+    def ask(name: str, way: str, *flags: str, needs_s: float = 140, **more: Any) -> Job:
         more = {"cache": name, "cold": True, "limit_s": 300} | more
         return Job(name=name, kind="ask", gpus=1, shape="8b", way=way, flags=flags, needs_s=needs_s, **more)
 
@@ -63,17 +67,17 @@ def one_gpu() -> list[Job]:
     eager = {"cache": "start-eager"}
     compiled = {"cache": "start-compiled", "needs_s": 200}
     return [
-        Job(name="full", kind="train", gpus=1, shape="8b", flags=(*full, *stream)),
+        Job(name="full", kind="train", gpus=1, shape="8b", flags=(*full, *stream), gpu_gib=ALONE_8B_GIB),
         Job(name="lora", kind="train", gpus=1, shape="8b", flags=("--ds_preset", "lora", *lora, *stream)),
         Job(name="qlora", kind="train", gpus=1, shape="8b", flags=("--ds_preset", "qlora", *lora, *stream)),
         Job(name="lora-files", kind="train", gpus=1, shape="8b", flags=("--ds_preset", "lora", *lora)),
         ask("start-compiled-cold", "engine", "--compiled", **compiled),
-        ask("alone-compiled", "alone", "--compiled", needs_s=200),
+        ask("start-compiled-warm", "engine", "--compiled", cold=False, after="start-compiled-cold", **compiled),
         ask("hf", "hf", "--batch", "64", "128", "256", "--most_s", "120", needs_s=200),
         ask("start-eager-cold", "engine", **eager),
-        ask("alone-eager", "alone"),
         ask("start-eager-warm", "engine", cold=False, after="start-eager-cold", **eager),
-        ask("start-compiled-warm", "engine", "--compiled", cold=False, after="start-compiled-cold", **compiled),
+        ask("alone-eager", "alone"),
+        ask("alone-compiled", "alone", "--compiled", needs_s=200),
         ask("engine-wide", "engine", "--wide"),
     ]
 
@@ -84,10 +88,12 @@ def four_gpus() -> list[Job]:
     sgd = ("--optim", "sgd", "--learning_rate", "1.0")
     adam = ("--learning_rate", "1e-4")
 
-    def pair(preset: str, shape: str, trainers: int) -> tuple[Job, Job]:
+    def pair(preset: str, shape: str, trainers: int, gpu_gib: float = 0.0) -> tuple[Job, Job]:
+        """The run with vLLM, then the same alone: in one call where it can be, for cards differ."""
         flags = ("--ds_preset", preset, *(sgd if trainers == 1 else adam))
-        name, size = f"{shape}-{preset}-{trainers}", {"kind": "train", "shape": shape, "trainers": trainers}
-        times = {"needs_s": 190, "limit_s": 300} if shape != "8b" else {"needs_s": 110, "limit_s": 240}
+        name = f"{shape}-{preset}-{trainers}"
+        size = {"kind": "train", "shape": shape, "trainers": trainers, "gpu_gib": gpu_gib}
+        times = {"needs_s": 200, "limit_s": 300} if shape != "8b" else {"needs_s": 150, "limit_s": 240}
         with_it = Job(name=f"{name}+1", gpus=trainers + 1, flags=(*flags, *stream), like=name, **times, **size)
         times |= {"needs_s": times["needs_s"] - 50}
         return with_it, Job(name=name, gpus=trainers, flags=(*flags, "--no_evaluation"), **times, **size)
@@ -100,32 +106,30 @@ def four_gpus() -> list[Job]:
 
     shared = "--gen_eval_weights stream --gen_eval_placement shared --gen_eval_tensor_parallel 4"
     wide = f"--ds_preset lora --learning_rate 1e-3 {shared} --gen_eval_on_start false --dummy_engine"
-    how = {"kind": "train", "gpus": 4, "trainers": 4, "shape": "32b", "limit_s": 300, "needs_s": 180}
+    how = {"kind": "train", "gpus": 4, "trainers": 4, "shape": "32b", "limit_s": 300, "needs_s": 200, "gpu_gib": 110}
     lora = ("--ds_preset", "lora", "--learning_rate", "1e-3", "--gen_eval_weights", "stream", "--gen_eval_placement")
-    copies = {"kind": "train", "shape": "8b", "needs_s": 110, "limit_s": 240}  # two of the engine share the prompts
+    copies = {"kind": "train", "shape": "8b"}  # two of the engine share the prompts
     in_copies = [
         Job(name="8b-lora-1+2", gpus=3, flags=(*lora, "spare"), **copies),
         Job(
             name="8b-lora-2-dp2", gpus=2, trainers=2, flags=(*lora, "shared", "--gen_eval_data_parallel", "2"), **copies
         ),
     ]
-    small = (("zero2", "8b", 1), ("zero3", "8b", 1), ("zero3", "8b", 3), ("zero2", "8b", 3))
-    pairs = [pair(*which) for which in (*small, ("zero3", "14b", 3), ("zero2", "14b", 3))]
-    with_it, alone = ([both[place] for both in pairs] for place in (0, 1))
     # Those on three GPUs come after those on four, and beside them those on one.
     return [
-        *with_it[:5],
+        *pair("zero2", "8b", 1, ALONE_8B_GIB)[:1],
+        *pair("zero3", "8b", 1, ALONE_8B_GIB)[:1],
+        *pair("zero2", "8b", 1, ALONE_8B_GIB)[1:],
+        *pair("zero3", "8b", 1, ALONE_8B_GIB)[1:],
+        in_copies[1],
+        *pair("zero3", "8b", 3),
+        *pair("zero2", "8b", 3),
+        *pair("zero3", "14b", 3, 90),
         Job(name="32b-lora-4-tp4", flags=tuple(wide.split()), **how),
         sharded(3),
-        alone[0],
-        alone[2],
-        alone[1],
-        alone[3],
         sharded(2),
-        *in_copies,
-        alone[4],
-        with_it[5],
-        alone[5],
+        in_copies[0],
+        *pair("zero2", "14b", 3, 115),
     ]
 
 

@@ -67,6 +67,12 @@ def pauses_of(row: Mapping[str, Any]) -> dict[int, Mapping[str, float]]:
     return {int(pause["step"]): pause for pause in row.get("measured", {}).get("evaluation_pauses", ())}
 
 
+def card_of(row: Mapping[str, Any]) -> str:
+    """The name of the GPU a row was measured on."""
+    found = row.get("card") or row.get("measured", {}).get("gpu")
+    return str(found or NOTHING).removeprefix("NVIDIA ")
+
+
 # -- line 2 ------------------------------------------------------------------------------------------------------------
 
 
@@ -77,8 +83,10 @@ def shared_table(rows: Rows) -> str:
         for one in row.get("evaluations", ()):
             pause = pauses_of(row).get(one["step"], {})
             if "before_questions" in pause:
-                lines.append([name, str(one["step"]), str(one["weights_path"]), *shared_figures(one, pause)])
-    head = "run | step | weights by | step done → first token | of it canary | last token → next step | asleep GiB"
+                where = [name, card_of(row), str(one["step"]), str(one["weights_path"])]
+                lines.append([*where, *shared_figures(one, pause)])
+    head = "run | card | step | weights by | step done → first token | of it canary | answering s"
+    head += " | last token → next step | asleep GiB"
     return table(f"{head} | update s | parts s | calls before the questions, number × and s", lines)
 
 
@@ -88,7 +96,8 @@ def shared_figures(one: Mapping[str, Any], pause: Mapping[str, float]) -> list[s
     first = pause["before_questions"] + one["task_seconds"].get("first", 0.0)
     parts = ", ".join(f"{part} {seconds:.3f}" for part, seconds in phases.items() if seconds >= 0.001)
     calls = ", ".join(f"{what} {count}× {seconds:.3f}" for what, (count, seconds) in one.get("calls", {}).items())
-    times = [number(first), number(canary), number(pause["after_answers"]), number(one.get("asleep_gib"))]
+    times = [number(first), number(canary), number(one["generate_seconds"], 1)]
+    times += [number(pause["after_answers"]), number(one.get("asleep_gib"))]
     return [*times, number(phases.get("update"), 3), parts, calls or NOTHING]
 
 
@@ -96,14 +105,18 @@ def shared_figures(one: Mapping[str, Any], pause: Mapping[str, float]) -> list[s
 
 
 def spare_table(rows: Rows) -> str:
-    """One line a run: what an evaluation holds training up, and both ways to say the slowdown."""
+    """One line a run: what an evaluation holds training up, and both ways to say the slowdown.
+
+    Beside the same run alone only where both were on the same card.
+    """
     lines = []
     for name, row in rows.items():
         evaluations = {one["step"]: one for one in row.get("evaluations", ())}
         pauses = [pause for step, pause in pauses_of(row).items() if step]
-        if not pauses or row.get("like") is None:
+        if not pauses or any("before_questions" in pause for pause in pauses):
             continue
-        measured, alone = row["measured"], rows.get(str(row["like"]), {}).get("measured", {})
+        measured, beside = row["measured"], rows.get(str(row.get("like")), {})
+        alone = beside.get("measured", {}) if card_of(beside) == card_of(row) else {}
         evaluated = {int(pause["step"]) for pause in pauses}
         ordinary = [pause for step, pause in enumerate(measured["pauses"], start=1) if step not in evaluated]
         usual = statistics.median(ordinary) if ordinary else 0.0
@@ -116,6 +129,7 @@ def spare_table(rows: Rows) -> str:
         lines.append(
             [
                 name,
+                card_of(row),
                 str(row["trainers"]),
                 number(measured["median_step_seconds"], 3),
                 number(alone.get("median_step_seconds"), 3),
@@ -129,7 +143,7 @@ def spare_table(rows: Rows) -> str:
                 " → ".join(number(one["generate_seconds"], 1) for one in evaluations.values()),
             ]
         )
-    head = "run | training GPUs | step s | the same alone | first stall s | NCCL connects s | stall s | longest"
+    head = "run | card | training GPUs | step s | the same alone | first stall s | NCCL connects s | stall s | longest"
     return table(f"{head} | stall of {APART} steps | measured, of {APART} steps | weights by | answering s", lines)
 
 
@@ -153,18 +167,21 @@ def answers_table(rows: Rows) -> str:
     """Tokens per second of each way; for several GPUs of all of them and of one."""
     asked = {name: row for name, row in rows.items() if row.get("tokens_per_second")}
     ours = {
-        mode: asked.get(f"start-{mode}-cold", asked.get(f"start-{mode}-warm", {})).get("tokens_per_second")
-        for mode in ("eager", "compiled")
+        mode: asked.get(f"start-{mode}-cold", asked.get(f"start-{mode}-warm", {})) for mode in ("eager", "compiled")
     }
     lines = []
     for name, row in asked.items():
         speed, gpus = row["tokens_per_second"], row.get("processes", 1)
-        times = [NOTHING if of is None else f"{of / speed:.2f} ×" for of in ours.values()]
+        times = [
+            f"{of['tokens_per_second'] / speed:.2f} ×" if of and card_of(of) == card_of(row) else NOTHING
+            for of in ours.values()
+        ]
         given = f"{row.get('answered', row['prompts'])} × {row['new_tokens']}"
         batch = f"{row['batch']} of {row['tried']}" if row.get("tried") else str(row.get("batch", NOTHING))
         cache = number(row.get("cache_gib"), 1)
-        lines.append([name, str(gpus), given, batch, cache, number(speed, 0), number(speed / gpus, 0), *times])
-    head = "way | GPUs | prompts × new tokens | batch | cache GiB | tokens/s | of one GPU"
+        figures = [given, batch, cache, number(speed, 0), number(speed / gpus, 0)]
+        lines.append([name, card_of(row), str(gpus), *figures, *times])
+    head = "way | card | GPUs | prompts × new tokens | batch | cache GiB | tokens/s | of one GPU"
     return table(f"{head} | our engine, eager, is | compiled", lines)
 
 

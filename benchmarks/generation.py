@@ -213,10 +213,13 @@ def by_transformers(args: argparse.Namespace) -> dict[str, Any]:
         except torch.OutOfMemoryError:
             tried[batch] = 0.0
             torch.cuda.empty_cache()
-    best = max(tried, key=lambda batch: tried[batch]) if tried else args.batch[0]
-    return {"batch": best, "tried": {str(batch): speed for batch, speed in tried.items()}} | answer_in_batches(
-        model, prompts, best, args
-    )
+    speeds = {str(batch): speed for batch, speed in tried.items()}
+    for best in sorted(tried, key=lambda batch: -tried[batch]) or args.batch[:1]:
+        try:  # with all the new tokens the cache is larger than in the trials
+            return {"batch": best, "tried": speeds} | answer_in_batches(model, prompts, best, args)
+        except torch.OutOfMemoryError:
+            torch.cuda.empty_cache()
+    raise SystemExit(f"no batch of {args.batch} fits on this GPU")
 
 
 def by_shards(args: argparse.Namespace) -> dict[str, Any]:

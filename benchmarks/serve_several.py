@@ -52,7 +52,7 @@ def one_round(paths: Sequence[str], args: argparse.Namespace) -> dict[str, Any]:
     env = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, (str(ROOT), os.environ.get("PYTHONPATH"))))}
     started = time.perf_counter()
     names = [path.partition("=")[0] if "=" in path else Path(path).name for path in paths]
-    log = Path(f"{args.out or 'serve'}.{'+'.join(names)}.log")
+    log = Path(f"{args.out or 'serve'}.{'-'.join(names)}.log")
     with log.open("w+", encoding="utf-8") as file:
         process = subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, text=True, env=env)
         try:

@@ -65,7 +65,7 @@ def collectives_of(world: int) -> dict[str, Any]:
     return dict(json.loads(outputs[0].strip().splitlines()[-1]))
 
 
-def measure(device: str = "cuda") -> dict[str, Any]:
+def measure(device: str = "cuda", *, adam: bool = True) -> dict[str, Any]:
     """Rates of one process: products, attention, copies, the host link, kernel launches, Adam on the CPU."""
     import torch
 
@@ -78,7 +78,7 @@ def measure(device: str = "cuda") -> dict[str, Any]:
         rates["host_copy_bytes_per_s"] = copy_rate("cpu", HOST_COPY_MIB)
         rates |= attention_rates() | link_rates() | launch_rates()
         torch.cuda.empty_cache()
-    rates["adam_parameters_per_s"] = cpu_adam_rate() if device == "cuda" else None
+    rates["adam_parameters_per_s"] = cpu_adam_rate() if device == "cuda" and adam else None
     return rates
 
 

@@ -8,7 +8,9 @@ import threading
 import time
 from typing import Any
 
-__all__ = ["Clock", "Gauge", "memory_kinds"]
+__all__ = ["Clock", "Gauge", "memory_kinds", "refuse_small_gpus"]
+
+LEAST_BYTES = 130 << 30  # of a GPU that the planner's cells are for
 
 
 class Gauge:
@@ -161,3 +163,17 @@ class Clock:
                     control.should_training_stop = True
 
         return Callback()
+
+
+def refuse_small_gpus() -> None:
+    """The cells are chosen for 141 GB, and the report takes them to have been measured there."""
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+        handle = pynvml.nvmlDeviceGetHandleByIndex(0)
+        size = pynvml.nvmlDeviceGetMemoryInfo(handle).total
+    except Exception:  # no GPU: the worker says so, or runs on CPUs
+        return
+    if size < LEAST_BYTES:
+        raise SystemExit(f"these cells are for GPUs of 141 GB, this one has {size / 2**30:.0f} GiB")

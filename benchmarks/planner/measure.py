@@ -22,6 +22,7 @@ import time
 from pathlib import Path
 from typing import Any
 
+from gauges import refuse_small_gpus
 from matrix import Cell, cells, dry_cells
 from rows import copy_results, host_record, read, shared, tail, verdict
 
@@ -71,6 +72,7 @@ class Measurement:
         self.jobs: list[Job] = []
         self.selector = selectors.DefaultSelector()
         self.builder: subprocess.Popen[bytes] | None = None
+        self.adam_tried = False
 
     # -- life
 
@@ -186,13 +188,13 @@ class Measurement:
         self.rates.setdefault("host", host_record(self.options.gpus, self.options.threads))
         if self.options.note:
             self.rates["notes"] = [*self.rates.get("notes", ()), self.options.note]
-        if "one" not in self.rates:
+        if "failed" in self.rates.get("one", {"failed": ""}):
             jobs = [self.start("one", "calibrate", self.lanes[:1], 120.0)]
             if count >= 4 and "collectives_2" not in self.rates:
                 jobs.append(self.start("collectives_2", "collectives", self.lanes[2:4], 60.0))
             self.finish(jobs)
         for world in (2, 4, 8):
-            if world <= count and f"collectives_{world}" not in self.rates:
+            if world <= count and "failed" in self.rates.get(f"collectives_{world}", {"failed": ""}):
                 self.finish([self.start(f"collectives_{world}", "collectives", self.lanes[:world], 60.0)])
         self.save()
         print(f"{self.elapsed():6.1f} s: rates measured", flush=True)
@@ -204,6 +206,9 @@ class Measurement:
         while waiting or self.jobs:
             cell = self.next_cell(waiting)
             free = self.free_lanes()
+            if free and self.adam_is_due():
+                self.start("adam", "adam", free[:1], 60.0)
+                continue
             if cell is not None and len(free) >= cell.world and self.left() > self.options.least_s:
                 waiting.remove(cell)
                 self.start(cell.name, "cell", choose(free, cell.world), self.options.cell_s, cell)
@@ -214,10 +219,19 @@ class Measurement:
             if self.left() < 0:
                 break
 
+    def adam_is_due(self) -> bool:
+        """Whether CPUAdam is built and its rate not known; nothing that offloads runs beside its measurement."""
+        built = self.builder is not None and self.builder.poll() == 0
+        known = self.device == "cpu" or self.rates.get("one", {}).get("adam_parameters_per_s") or self.adam_tried
+        busy = any(job.cell is not None and job.cell.offloads for job in self.jobs)
+        due = built and not known and not busy
+        self.adam_tried |= due
+        return due
+
     def next_cell(self, waiting: list[Cell]) -> Cell | None:
         """The first that may start: offload waits until CPUAdam is built, and then for other cells that offload."""
         building = self.builder is not None and self.builder.poll() is None
-        offloading = any(job.cell is not None and job.cell.offloads for job in self.jobs)
+        offloading = any(job.kind == "adam" or (job.cell is not None and job.cell.offloads) for job in self.jobs)
         for cell in waiting:
             if cell.offloads and (building or offloading):
                 continue
@@ -309,6 +323,8 @@ class Measurement:
         took = round(time.monotonic() - job.began, 1)
         if job.kind in ("calibrate", "collectives"):
             self.rates[job.name] = ranks[0] if ranks else {"failed": tail(self.work / f"{job.name}.0.log")}
+        elif job.kind == "adam":
+            self.rates["one"] |= ranks[0] if ranks else {}
         elif job.cell is not None:
             row = {"cell": dataclasses.asdict(job.cell), "tokens": job.cell.tokens, "seconds": took, "ranks": ranks}
             row |= verdict(ranks, len(job.lanes), job.killed, self.work / f"{job.name}.0.log")
@@ -386,6 +402,7 @@ def run_to_the_end(measurement: Measurement) -> None:
 
 
 def main() -> None:
+    refuse_small_gpus()
     run_to_the_end(Measurement(parse(options_parser(__doc__.splitlines()[0], gpus=4, cell_s=75.0, steps=5))))
 
 
