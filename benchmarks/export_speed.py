@@ -286,7 +286,7 @@ def measure_zero(args: argparse.Namespace) -> dict[str, Any]:
     return {
         "shape": args.shape, "work": str(args.work), "host": host(), "rows": rows,
         "times_faster": round(theirs["seconds"] / ours["seconds"], 2),
-        "peak_share": round(ours["peak_added_gib"] / theirs["peak_added_gib"], 3),
+        "peak_share": round(ours["peak_added_gib"] / max(theirs["peak_added_gib"], 0.001), 3),
     }  # fmt: skip
 
 
