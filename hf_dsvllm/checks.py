@@ -12,6 +12,7 @@ from typing import Any
 from hf_dsvllm import memory
 from hf_dsvllm.ds_config import get_key, zero_stage
 from hf_dsvllm.errors import DsvllmError, EvalFileError, Problem
+from hf_dsvllm.fields import trusts_remote_code
 from hf_dsvllm.hardware import detect
 from hf_dsvllm.launch import read_launch
 from hf_dsvllm.model_shape import ModelShape, load_shape
@@ -31,7 +32,7 @@ def check_before_loading(
     args: Any, model_args: Any, preset: Preset | None, device: str, tasks: Sequence[EvalTask]
 ) -> list[Problem]:
     """Problems of this model on this machine with these tasks, as far as can be told without loading weights."""
-    missing = _model_problems(model_args)
+    missing = _model_problems(args, model_args)
     if missing:
         return missing
     problems = _template_problems(args, model_args, tasks)
@@ -53,7 +54,7 @@ def load_tokenizer(args: Any, model_args: Any) -> Any:
     tokenizer = AutoTokenizer.from_pretrained(
         model_args.model_name_or_path,
         revision=model_args.model_revision,
-        trust_remote_code=getattr(model_args, "trust_remote_code", False),
+        trust_remote_code=trusts_remote_code(args, model_args),
     )
     template = getattr(args, "chat_template_path", None)
     if template and Path(template).is_file():
@@ -63,7 +64,7 @@ def load_tokenizer(args: Any, model_args: Any) -> Any:
     return tokenizer
 
 
-def _model_problems(model_args: Any) -> list[Problem]:
+def _model_problems(args: Any, model_args: Any) -> list[Problem]:
     name = model_args.model_name_or_path
     if not name:
         return [Problem("no model is named", "--model_name_or_path FOLDER or hub id")]
@@ -79,7 +80,7 @@ def _model_problems(model_args: Any) -> list[Problem]:
         from transformers import AutoConfig
 
         AutoConfig.from_pretrained(
-            name, revision=model_args.model_revision, trust_remote_code=getattr(model_args, "trust_remote_code", False)
+            name, revision=model_args.model_revision, trust_remote_code=trusts_remote_code(args, model_args)
         )
     except (OSError, ValueError) as error:
         first = str(error).strip().splitlines()[0]
@@ -121,7 +122,7 @@ def _moe_problems(args: Any, model_args: Any) -> list[Problem]:
     from hf_dsvllm.engine_size import load_config
 
     config = args.deepspeed if isinstance(args.deepspeed, dict) else None
-    model = load_config(model_args).get_text_config()
+    model = load_config(args, model_args).get_text_config()
     experts = getattr(model, "num_experts", None) or getattr(model, "num_local_experts", None)
     if zero_stage(config) != 3 or not experts or model.model_type in MOE_WITH_LEAF_MODULES:
         return []

@@ -9,6 +9,7 @@ from typing import Any
 
 from hf_dsvllm.adapters import why_merge_for_engine
 from hf_dsvllm.errors import ConfigError, Problem
+from hf_dsvllm.fields import trusts_remote_code
 from hf_dsvllm.placement import Place
 from hf_dsvllm.tasks import EvalTask, render_prompt
 
@@ -55,7 +56,7 @@ class EngineSize:
 
 def size_engine(place: Place, args: Any, model_args: Any, tasks: Sequence[EvalTask], tokenizer: Any) -> EngineSize:
     """Length and cache for the longest prompt and answer of `tasks`."""
-    config = load_config(model_args)
+    config = load_config(args, model_args)
     length = context_tokens(args, config, tasks, tokenizer)
     per_token = kv_bytes_per_token(config, element_bytes=4 if place.device == "cpu" else 2)
     cache = min(max(CONCURRENT_SEQUENCES * length * per_token, GIB), MAX_KV_CACHE_BYTES)
@@ -166,12 +167,12 @@ def kv_bytes_per_token(config: Any, *, element_bytes: int) -> int:
     return 2 * text.num_hidden_layers * kv_heads * head_dim * element_bytes
 
 
-def largest_parameter(model_args: Any) -> int | None:
+def largest_parameter(args: Any, model_args: Any) -> int | None:
     """Elements of the model's largest single tensor, fused experts included; None for a class transformers lacks."""
     import torch
     from transformers import MODEL_FOR_CAUSAL_LM_MAPPING
 
-    config = load_config(model_args)
+    config = load_config(args, model_args)
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         return None
     # The class itself: from_config would shard the parameters under ZeRO-3.
@@ -180,12 +181,12 @@ def largest_parameter(model_args: Any) -> int | None:
     return max(parameter.numel() for parameter in model.parameters())
 
 
-def load_config(model_args: Any) -> Any:
+def load_config(args: Any, model_args: Any) -> Any:
     """The model's configuration, without its weights."""
     from transformers import AutoConfig
 
     return AutoConfig.from_pretrained(
         model_args.model_name_or_path,
         revision=model_args.model_revision,
-        trust_remote_code=getattr(model_args, "trust_remote_code", False),
+        trust_remote_code=trusts_remote_code(args, model_args),
     )

@@ -20,6 +20,7 @@ from hf_dsvllm.engine_size import EngineSize, copies, gpus_needed, load_config, 
 from hf_dsvllm.errors import DsvllmError
 from hf_dsvllm.export.adapter_format import why_merge_live
 from hf_dsvllm.export.source import local_base
+from hf_dsvllm.fields import trusts_remote_code
 from hf_dsvllm.files import write_text
 from hf_dsvllm.model_shape import load_shape
 from hf_dsvllm.placement import Place
@@ -85,6 +86,7 @@ def engine_spec(model: Path | str, place: Place, size: EngineSize, args: Any, mo
         weight_transfer=transfer_backend(place, python) if place.stream else None,
         sleep_mode=place.stream and place.kind == "shared",
         enforce_eager=not size.compiled,
+        trust_remote_code=trusts_remote_code(args, model_args),
         seed=args.seed,
         extra_args=tuple(shlex.split(args.vllm_args or "")),
         visible_devices=",".join(gpus) or None,
@@ -111,7 +113,7 @@ def tensor_parallel_size(place: Place, args: Any, model_args: Any) -> int:
     except DsvllmError:
         weights_bytes = None
     gpu_bytes = torch.cuda.get_device_properties(0).total_memory
-    return gpus_needed(place, args.gen_eval_tensor_parallel, weights_bytes, gpu_bytes, load_config(model_args))
+    return gpus_needed(place, args.gen_eval_tensor_parallel, weights_bytes, gpu_bytes, load_config(args, model_args))
 
 
 def as_the_trainer_holds_it(model_args: Any, quantization: Any, run_dir: Path) -> Path:

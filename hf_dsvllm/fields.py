@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-__all__ = ["PresetFields", "added_fields", "asks_for_answers", "metric_key", "steers"]
+__all__ = ["PresetFields", "added_fields", "asks_for_answers", "metric_key", "steers", "trusts_remote_code"]
 
 
 @dataclasses.dataclass
@@ -138,6 +138,14 @@ def added_fields() -> tuple[str, ...]:
 def steers(args: Any) -> bool:
     """Whether a generation score decides which checkpoint is best."""
     return metric_key(args).startswith("eval_gen_")
+
+
+def trusts_remote_code(args: Any, model_args: Any) -> bool:
+    """Whether the model's own Python code may run: `trust_remote_code` of TRL's trainer arguments, or of the model's.
+
+    TRL 1.16 has it in SFTConfig and the like; earlier versions had it in ModelConfig, where one set by hand counts too.
+    """
+    return bool(getattr(args, "trust_remote_code", False) or getattr(model_args, "trust_remote_code", False))
 
 
 def metric_key(args: Any) -> str:

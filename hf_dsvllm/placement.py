@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import sys
+import urllib.parse
 from collections.abc import Sequence
 from typing import Any, Literal, get_args
 
 from hf_dsvllm.errors import Problem
 from hf_dsvllm.fields import steers
+from hf_dsvllm.hardware import detect
 from hf_dsvllm.launch import Launch
 
 __all__ = ["Place", "choose_place", "place_problems", "visible_gpus"]
@@ -121,7 +124,7 @@ def place_problems(args: Any, device: str, launch: Launch, visible: Sequence[str
     if server and asked not in (AUTO, "remote"):
         what = f"gen_eval_server={server} and gen_eval_placement={asked} name two places"
         problems.append(Problem(what, "drop one of them"))
-    if server and not server.startswith(("http://", "https://")):
+    if server and not _is_address(server):
         what = f"gen_eval_server={server!r} is no address of a server"
         problems.append(Problem(what, "--gen_eval_server http://HOST:PORT, as vLLM was started with"))
     if asked == "remote" or server:
@@ -136,6 +139,15 @@ def place_problems(args: Any, device: str, launch: Launch, visible: Sequence[str
         what = f"gen_eval_placement=spare: the trainer uses all {len(visible)} visible GPUs"
         problems.append(Problem(what, f"start {max(1, len(visible) - 1)} processes, or --gen_eval_placement shared"))
     return problems or late_problems(args, device, launch, visible)
+
+
+def _is_address(server: str) -> bool:
+    """Whether it names a scheme, a host and, if any, a port that is a number."""
+    try:
+        parts = urllib.parse.urlsplit(server)
+        return parts.scheme in ("http", "https") and bool(parts.hostname) and parts.port != 0
+    except ValueError:
+        return False
 
 
 def late_problems(args: Any, device: str, launch: Launch, visible: Sequence[str]) -> list[Problem]:
@@ -154,10 +166,13 @@ def late_problems(args: Any, device: str, launch: Launch, visible: Sequence[str]
 
 
 def visible_gpus() -> list[str]:
-    """The ids this process may use, as CUDA_VISIBLE_DEVICES names them."""
+    """The ids this process may use, as CUDA_VISIBLE_DEVICES names them.
+
+    Without that variable the driver counts them where torch is not there yet: a command that only checks imports none.
+    """
     named = os.environ.get("CUDA_VISIBLE_DEVICES")
     if named:
         return [part.strip() for part in named.split(",") if part.strip()]
-    import torch
-
-    return [str(index) for index in range(torch.cuda.device_count())]
+    torch = sys.modules.get("torch")
+    count = len(detect().gpus) if torch is None else torch.cuda.device_count()
+    return [str(index) for index in range(count)]

@@ -39,7 +39,7 @@ from hf_dsvllm.export.fingerprint import fingerprint_of
 from hf_dsvllm.export.source import Which, best_step
 from hf_dsvllm.export.trained import trained_record
 from hf_dsvllm.features import choose
-from hf_dsvllm.fields import asks_for_answers
+from hf_dsvllm.fields import asks_for_answers, trusts_remote_code
 from hf_dsvllm.files import write_json
 from hf_dsvllm.forecast import comparison, forecast, learn_from, out_of_memory_advice
 from hf_dsvllm.launch import read_launch
@@ -178,7 +178,7 @@ class Session:
         model = AutoModelForCausalLM.from_pretrained(
             self.model_args.model_name_or_path,
             quantization_config=quantization,
-            trust_remote_code=getattr(self.model_args, "trust_remote_code", False),
+            trust_remote_code=trusts_remote_code(self.args, self.model_args),
             **self.model_init_kwargs(),
         )
         return adapters.wrap(model, self.peft_config, self.args) if self.peft_config is not None else model
@@ -235,7 +235,7 @@ class Session:
             run_dir=self.run_dir,
             merge_base=self._merge_base,
             canary=self.canary,
-            harness=harness_tasks(self.args),
+            harness=harness_tasks(self.args, self.model_args),
             expose_port=self.args.gen_eval_expose,
             lower_is_better=lower_is_better(self.args),
         )
@@ -372,7 +372,7 @@ def stop_tokens(model: Any, tokenizer: Any) -> tuple[int, ...]:
 
 def _fit_swap_buffers(args: Any, model_args: Any) -> None:
     """Shrink DeepSpeed's NVMe buffers to the model: made before it was known, they hold the largest there is."""
-    largest = largest_parameter(model_args)
+    largest = largest_parameter(args, model_args)
     if largest is None:
         return
     offload = args.hf_deepspeed_config.config["zero_optimization"]["offload_param"]

@@ -79,6 +79,7 @@ class EngineSpec:
     weight_transfer: TransferBackend | None = None
     sleep_mode: bool = False
     enforce_eager: bool = True
+    trust_remote_code: bool = False
     seed: int = 0
     extra_args: tuple[str, ...] = ()
     visible_devices: str | None = None
@@ -118,16 +119,15 @@ def command(spec: EngineSpec, uds: Path) -> list[str]:
         line += ["--data-parallel-size", str(spec.data_parallel_size)]
     if spec.weight_transfer is not None:
         line += ["--weight-transfer-config", json.dumps({"backend": spec.weight_transfer})]
-    if spec.sleep_mode:
-        line += ["--enable-sleep-mode"]
     # Without it the model's own generation_config would set sampling defaults behind our back.
     line += ["--generation-config", "vllm", "--uvicorn-log-level", "warning"]
     if spec.tokenizer is not None:
         line += ["--tokenizer", str(spec.tokenizer)]
     if spec.max_model_len is not None:
         line += ["--max-model-len", str(spec.max_model_len)]
-    if spec.enforce_eager:
-        line += ["--enforce-eager"]
+    switches = {"--enable-sleep-mode": spec.sleep_mode, "--enforce-eager": spec.enforce_eager,
+                "--trust-remote-code": spec.trust_remote_code}  # fmt: skip
+    line += [switch for switch, on in switches.items() if on]
     if spec.max_lora_rank is not None:
         line += ["--enable-lora", "--max-lora-rank", str(lora_rank_bound(spec.max_lora_rank))]
         line += ["--max-loras", str(spec.max_loras)]

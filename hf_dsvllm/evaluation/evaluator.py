@@ -21,7 +21,7 @@ from hf_dsvllm.engine.client import Completion
 from hf_dsvllm.engine.remote import RemoteServer
 from hf_dsvllm.engine.server import EngineServer
 from hf_dsvllm.engine.sync import SyncResult
-from hf_dsvllm.errors import EngineError
+from hf_dsvllm.errors import EngineError, EvalFileError
 from hf_dsvllm.evaluation.canary import Canary
 from hf_dsvllm.evaluation.delivery import Asked, Delivery
 from hf_dsvllm.evaluation.history import EVALS, ScoreHistory, answers_file, metric_key
@@ -82,7 +82,8 @@ class Evaluator:
     def evaluate(self, asked: Asked) -> EvalResult:
         """Answer every task with the weights asked for.
 
-        Raises EngineError when the engine cannot be brought to answer within the deadline, or its weights are others.
+        Raises EngineError when the engine cannot be brought to answer within the deadline, or its weights are others,
+        and EvalFileError when no metric of any task has a score.
         """
         started = time.monotonic()
         try:
@@ -118,6 +119,9 @@ class Evaluator:
         answered_at = time.time()
         scores, errors, columns = self._score_and_write(step, answers, sync)
         self._add_harness(step, harness, sync, scores, errors, columns)
+        if self.tasks and not scores:
+            count = sum(len(completions) for completions in answers.values())
+            raise EvalFileError(f"none of {count} answers could be scored; what each metric lacked is said above.")
         comparisons = self.history.compare(step, columns)
         self._say_few(comparisons)
         parts = (*harness.tasks, *harness.parts) if harness else ()
@@ -244,6 +248,7 @@ class Evaluator:
                     tokenizer=str(own if own.is_dir() else spec.tokenizer or spec.model),
                     max_length=spec.max_model_len or HARNESS_LENGTH,
                     limit=self.harness.limit,
+                    trust_remote_code=self.harness.trust_remote_code,
                     seed=self.sampling.seed,
                     timeout_s=max(0.0, deadline - time.monotonic()),
                 )

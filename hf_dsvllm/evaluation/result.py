@@ -6,7 +6,7 @@ import dataclasses
 from collections.abc import Mapping
 from typing import Any
 
-from hf_dsvllm.fields import metric_key
+from hf_dsvllm.fields import metric_key, trusts_remote_code
 from hf_dsvllm.harness import names_of
 from hf_dsvllm.statistics import Comparison
 from hf_dsvllm.tasks import EvalTask
@@ -31,10 +31,14 @@ class Sampling:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class HarnessTasks:
-    """Tasks of lm-evaluation-harness; `limit`: only the first so many prompts of each."""
+    """Tasks of lm-evaluation-harness; `limit`: only the first so many prompts of each.
+
+    `trust_remote_code`: the tokenizer's own code may run, as in training.
+    """
 
     names: tuple[str, ...]
     limit: int | None = None
+    trust_remote_code: bool = False
 
 
 def sampling_of(task: EvalTask, sampling: Sampling) -> Sampling:
@@ -102,10 +106,13 @@ class EvalResult:
         )
 
 
-def harness_tasks(args: Any) -> HarnessTasks | None:
+def harness_tasks(args: Any, model_args: Any) -> HarnessTasks | None:
     """What --gen_eval_lm_eval asks for."""
     names = names_of(args.gen_eval_lm_eval)
-    return HarnessTasks(names=names, limit=args.gen_eval_limit) if names else None
+    if not names:
+        return None
+    trusting = trusts_remote_code(args, model_args)
+    return HarnessTasks(names=names, limit=args.gen_eval_limit, trust_remote_code=trusting)
 
 
 def lower_is_better(args: Any) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ checkpoints speak of parameters, files of tensors.  transformers' own rules are 
 from __future__ import annotations
 
 import dataclasses
+import json
 import re
 from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
@@ -81,13 +82,14 @@ class Skeleton:
 
 
 def read_skeleton(folder: Path) -> Skeleton:
-    """Build the model of `folder`/config.json on the meta device: names, shapes and ties, no memory."""
-    from transformers import AutoConfig, AutoModelForCausalLM
+    """Build the model of `folder`/config.json on the meta device: names, shapes and ties, no memory.
+
+    Raises ExportError for a model with Python code of its own, which is not run here.
+    """
     from transformers.conversion_mapping import get_model_conversion_mapping
     from transformers.core_model_loading import WeightConverter
 
-    with torch.device("meta"):
-        model = AutoModelForCausalLM.from_config(AutoConfig.from_pretrained(folder))
+    model = _on_meta(folder)
     transforms = get_model_conversion_mapping(model)
     embedding = model.get_input_embeddings()
     return Skeleton(
@@ -100,6 +102,22 @@ def read_skeleton(folder: Path) -> Skeleton:
         renamings=[each for each in transforms if not isinstance(each, WeightConverter)],
         converters=[each for each in transforms if isinstance(each, WeightConverter)],
     )
+
+
+def _on_meta(folder: Path) -> Any:
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    try:
+        config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
+        with torch.device("meta"):
+            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except ValueError as error:
+        if "auto_map" not in json.loads((folder / "config.json").read_text(encoding="utf-8")):
+            raise
+        raise ExportError(
+            f"{folder} is a model with Python code of its own, which is not run here: it cannot be merged or exported. "
+            "Its weights stay as they were saved; --export_to none leaves the export out."
+        ) from error
 
 
 def _part(key: str, pattern: str, converter: Any) -> Part:

@@ -85,6 +85,7 @@ def run(job: Mapping[str, Any]) -> dict[str, Any]:
             "base_url": f"{job['url']}/completions",
             "tokenizer_backend": "huggingface",
             "tokenizer": job["tokenizer"],
+            "trust_remote_code": job["trust_remote_code"],
             "max_length": job["max_length"],
             "num_concurrent": job["concurrent"],
             "seed": job["seed"],

@@ -106,6 +106,7 @@ def run_tasks(
     limit: int | None,
     seed: int,
     timeout_s: float,
+    trust_remote_code: bool = False,
 ) -> HarnessScores:
     """Ask the model at `url` every task (the first `limit` prompts of each); at most `timeout_s` seconds.
 
@@ -114,7 +115,7 @@ def run_tasks(
     job = {
         "kind": "run", "tasks": list(names), "url": url, "key": key, "model": model, "tokenizer": tokenizer,
         "limit": limit, "max_length": max_length, "seed": seed, "concurrent": CONCURRENT,
-        "timeout_s": max(1, int(timeout_s)),
+        "timeout_s": max(1, int(timeout_s)), "trust_remote_code": trust_remote_code,
     }  # fmt: skip
     result = worker.do(job, timeout_s)
     rows = result["rows"]

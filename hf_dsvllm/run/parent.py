@@ -27,7 +27,7 @@ from hf_dsvllm.hardware import detect, usable_cpus
 from hf_dsvllm.launch import Launch
 from hf_dsvllm.preflight import evaluation_problems, preset_problems
 from hf_dsvllm.presets import Preset, get_preset
-from hf_dsvllm.run.command import EXIT_FILE, Command, is_launch_option
+from hf_dsvllm.run.command import EXIT_FILE, Command, is_launch_option, says_yes
 from hf_dsvllm.run.launcher import LaunchOptions, Start, choose_start
 from hf_dsvllm.run.script_files import read_mapping
 
@@ -60,10 +60,17 @@ class Plan:
 
 @dataclasses.dataclass
 class _Known(PresetFields):
-    """Our arguments and those of the Trainer that the checks ask for, at their defaults: the ranks check the rest."""
+    """Our arguments and those of the Trainer that the checks ask for: the ranks, which have them all, check the rest.
+
+    What the command does not say may stand in the script, so the Trainer's are as no check would refuse them.
+    """
 
     fp16: bool = False
     fsdp: Any = None
+    metric_for_best_model: str | None = None
+    save_strategy: str = "steps"
+    greater_is_better: bool = False
+    predict_with_generate: bool = True
 
 
 def make_plan(options: LaunchOptions, command: Command) -> Plan:
@@ -102,7 +109,12 @@ def make_plan(options: LaunchOptions, command: Command) -> Plan:
 
 def _shortcomings(options: LaunchOptions, command: Command, preset: Preset | None, start: Start) -> list[Problem]:
     """What preset and evaluation need and are not given."""
-    known = _Known(**{name: command.value(name) for name in added_fields()})
+    known = _Known(
+        **{name: command.value(name) for name in added_fields()},
+        metric_for_best_model=command.own.get("metric_for_best_model"),
+        save_strategy=command.own.get("save_strategy", "steps"),
+        greater_is_better=says_yes(command.own.get("greater_is_better")),
+    )
     world = Launch(
         rank=0, local_rank=0, world_size=start.processes * start.machines, local_world_size=start.processes,
         launched=True, asked_processes=None,

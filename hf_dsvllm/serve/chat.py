@@ -76,7 +76,7 @@ def choose_model(client: httpx.Client, wanted: str | None) -> str:
     """`wanted`, or the only model there; EngineError with their names if there is a choice."""
     try:
         response = client.get("/v1/models")
-    except httpx.HTTPError as error:
+    except (httpx.HTTPError, UnicodeError) as error:  # httpx leaves it to Python to refuse some names of hosts
         raise EngineError(f"Nothing answers at {client.base_url}: {error}. Start it: hf-dsvllm serve PATH.") from error
     if response.status_code == httpx.codes.UNAUTHORIZED:
         raise EngineError(f"{client.base_url} wants a key: export VLLM_API_KEY=...")
@@ -98,4 +98,7 @@ def _client(url: str) -> httpx.Client:
     key = os.environ.get("VLLM_API_KEY")
     headers = {"Authorization": f"Bearer {key}"} if key else {}
     base = address.rstrip("/").removesuffix("/v1")
-    return httpx.Client(base_url=base, headers=headers, timeout=httpx.Timeout(None, connect=CONNECT_S))
+    try:
+        return httpx.Client(base_url=base, headers=headers, timeout=httpx.Timeout(None, connect=CONNECT_S))
+    except (httpx.InvalidURL, UnicodeError) as error:
+        raise EngineError(f"{url} is no address of a server: {error}. Give one like http://127.0.0.1:8000.") from error

@@ -102,3 +102,14 @@ def test_what_goes_wrong_is_said_with_its_fix(server: Server, monkeypatch: pytes
         chat(server.url)
     with pytest.raises(EngineError, match="hf-dsvllm serve PATH"):
         chat(f"127.0.0.1:{free_port}")
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:80a", "127.0.0.1:80a", "http://[::1", "http://a\x01b"])
+def test_what_is_no_address_is_one_error(url: str) -> None:
+    with pytest.raises(EngineError, match=r"is no address of a server: .*http://127.0.0.1:8000"):
+        chat(url)
+
+
+def test_the_name_of_a_host_that_python_refuses_is_one_error() -> None:
+    with pytest.raises(EngineError, match=r"Nothing answers at http://two\.\.dots"):
+        chat("http://two..dots")

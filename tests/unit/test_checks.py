@@ -8,10 +8,12 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+from transformers import dynamic_module_utils
 from trl import ModelConfig, SFTConfig
 
 from hf_dsvllm import checks
 from hf_dsvllm.checks import check_before_loading, load_tokenizer
+from hf_dsvllm.engine_size import load_config
 from hf_dsvllm.errors import Problem
 from hf_dsvllm.hardware import Machine
 from hf_dsvllm.presets import get_preset
@@ -172,3 +174,29 @@ def test_experts_deepspeed_does_not_know_are_refused_under_zero3(
     found = checks._moe_problems(args, model_args(mixture(tmp_path, model_type)))
     assert bool(found) == refused
     assert all("wait for each other for ever" in problem.what and "leaf_module" in problem.fix for problem in found)
+
+
+OWN_CODE = """
+from transformers import LlamaConfig
+
+class OwnConfig(LlamaConfig):
+    model_type = "own"
+"""
+
+
+@pytest.mark.parametrize("place", ["args", "model_args"])
+def test_a_model_with_code_of_its_own_is_read_where_that_code_is_trusted(
+    place: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(dynamic_module_utils, "HF_MODULES_CACHE", str(tmp_path / "modules"))
+    folder = write_tiny_model(tmp_path / "own")
+    config = json.loads((folder / "config.json").read_text(encoding="utf-8"))
+    config |= {"model_type": "own", "auto_map": {"AutoConfig": "own_config.OwnConfig"}}
+    (folder / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    (folder / "own_config.py").write_text(OWN_CODE, encoding="utf-8")
+    args, model = run_args(tmp_path), model_args(folder)
+    with pytest.raises(ValueError, match="trust_remote_code"):
+        load_config(args, model)
+    (args if place == "args" else model).trust_remote_code = True  # a field of SFTConfig since TRL 1.16
+    assert load_config(args, model).model_type == "own"
+    assert problems(args, model, tasks=[chat_task(tmp_path)]) == []

@@ -34,6 +34,7 @@ def test_the_command_runs_the_module_on_the_socket_with_sampling_defaults_of_its
     assert option(line, "--uds") == "/run/x/api.sock"
     assert option(line, "--generation-config") == "vllm"
     assert "--trust-remote-code" not in line
+    assert "--trust-remote-code" in command(dataclasses.replace(CPU, trust_remote_code=True), SOCKET)
     assert "--enable-lora" not in line
 
 

@@ -10,9 +10,9 @@ from typing import Any
 import pytest
 from transformers import LlamaConfig, Qwen3Config
 
-from hf_dsvllm import engine_size
+from hf_dsvllm import engine_size, engine_start
 from hf_dsvllm.engine_size import copies, decode_steps, gpus_needed, kv_bytes_per_token, size_engine
-from hf_dsvllm.engine_start import transfer_backend
+from hf_dsvllm.engine_start import engine_spec, transfer_backend
 from hf_dsvllm.errors import ConfigError
 from hf_dsvllm.placement import Place
 from hf_dsvllm.task_settings import TaskSettings
@@ -115,6 +115,17 @@ def test_an_engine_is_compiled_where_the_run_is_long_enough_to_pay_for_it(
     size = size_engine(Place(kind=kind, gpus=("0",), reason=""), case[0], case[1], [case[2]], case[3])
     assert size.compiled == compiled
     assert ("decoding steps" in size.reason) == (kind == "spare"), "the choice is told where there is one"
+
+
+@pytest.mark.parametrize("trusted", [True, False])
+def test_the_engine_trusts_the_models_code_as_the_trainer_does(
+    trusted: bool, case: tuple[Any, Any, Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_start, "find_vllm", lambda _: Path("python"))
+    more = {"gen_eval_tensor_parallel": None, "gen_eval_data_parallel": None, "vllm_python": None, "vllm_args": None}
+    args = SimpleNamespace(**vars(case[0]), **more, seed=0, trust_remote_code=trusted)
+    size = size_engine(ON_CPU, args, case[1], [case[2]], case[3])
+    assert engine_spec("model", ON_CPU, size, args, case[1]).trust_remote_code == trusted
 
 
 CONFIG = Qwen3Config(num_attention_heads=32)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import time
 from pathlib import Path
@@ -14,7 +15,7 @@ from hf_dsvllm import measure as measures
 from hf_dsvllm import metrics
 from hf_dsvllm.engine.client import Completion
 from hf_dsvllm.engine.sync import SyncResult
-from hf_dsvllm.errors import EngineError
+from hf_dsvllm.errors import EngineError, EvalFileError
 from hf_dsvllm.evaluation import evaluator as evaluation
 from hf_dsvllm.evaluation.delivery import Asked
 from hf_dsvllm.evaluation.evaluator import Evaluator, HarnessTasks, Sampling
@@ -157,10 +158,27 @@ def test_a_pause_for_an_evaluation_says_what_came_before_the_questions_and_after
 
 
 def test_a_metric_that_could_score_nothing_is_not_logged(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(metrics, "score", lambda *_, **__: [None] * PROMPTS)
-    result = evaluator(tmp_path, Engine()).evaluate(Asked(step=0))
-    assert (result.scores, result.comparisons) == ({}, {})
+    def score(metric: metrics.Metric, *_: Any, **__: Any) -> list[float | None]:
+        return [None if metric.name == "exact_match" else 1.0] * PROMPTS
+
+    monkeypatch.setattr(metrics, "score", score)
+    both = dataclasses.replace(task(), metrics=("exact_match", "contains"))
+    result = evaluator(tmp_path, Engine(), tasks=[both]).evaluate(Asked(step=0))
+    assert (result.scores, result.comparisons) == ({"eval_gen_letters_contains": 1.0}, {})
     assert "exact_match" in (tmp_path / "evals" / "step-000000.letters.jsonl").read_text()
+
+
+def test_an_evaluation_without_any_score_fails_and_keeps_the_answers(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as away:
+        away.setattr(metrics, "score", lambda *_, **__: [None] * PROMPTS)
+        made = evaluator(tmp_path, Engine())
+        with pytest.raises(EvalFileError, match=f"none of {PROMPTS} answers could be scored"):
+            made.evaluate(Asked(step=0))
+    assert (tmp_path / "evals" / "step-000000.letters.jsonl").exists()
+    assert not (tmp_path / "evals" / "scores.jsonl").exists()
+    assert made.evaluate(Asked(step=10, snapshot=snapshot(tmp_path, 10))).scores == {KEY: 1.0}
 
 
 def test_too_few_prompts_for_an_interval_are_said_once(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -190,7 +208,7 @@ def test_scores_of_lm_eval_stand_beside_ours_and_are_compared_too(
         return harness_scores(0.25 if len(asked) == 1 else 0.75)
 
     monkeypatch.setattr(evaluation, "run_tasks", run_tasks)
-    made = evaluator(tmp_path, Engine(), harness=HarnessTasks(names=("quiz", "many"), limit=7))
+    made = evaluator(tmp_path, Engine(), harness=HarnessTasks(names=("quiz", "many"), limit=7, trust_remote_code=True))
     made.evaluate(Asked(step=0))
     result = made.evaluate(Asked(step=10, snapshot=snapshot(tmp_path, 10)))
     assert result.scores == {KEY: 1.0, "eval_gen_quiz_acc": 0.75, "eval_gen_many_acc": 0.75}
@@ -204,6 +222,7 @@ def test_scores_of_lm_eval_stand_beside_ours_and_are_compared_too(
     assert (row["step"], row["model"], row["scores"]) == (10, "step-now", {"acc": 0.75})
     assert (asked[0]["limit"], asked[0]["tokenizer"], asked[0]["model"]) == (7, "model", "training")
     assert asked[0]["key"] != asked[1]["key"]
+    assert asked[0]["trust_remote_code"]
 
 
 def test_lm_eval_that_fails_costs_its_own_scores_only(

@@ -16,6 +16,7 @@ from transformers import AutoModelForCausalLM, GPT2Config, LlamaConfig, MixtralC
 from hf_dsvllm.errors import ExportError
 from hf_dsvllm.export.layout import Layout, merged_layout
 from hf_dsvllm.export.merge import exact_products, read_adapter
+from hf_dsvllm.export.naming import read_skeleton
 from hf_dsvllm.tensors.weights import TensorFolder
 
 LLAMA = {
@@ -336,3 +337,12 @@ def test_a_base_of_another_shape_is_refused(tmp_path: Path) -> None:
     AutoModelForCausalLM.from_config(wider, dtype=torch.bfloat16).save_pretrained(tmp_path / "b")
     with pytest.raises(ExportError, match="another base"):
         merge(tmp_path / "b", adapter)
+
+
+def test_a_model_with_code_of_its_own_is_refused_by_name(tmp_path: Path) -> None:
+    LlamaConfig(**LLAMA).save_pretrained(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text(encoding="utf-8"))
+    config |= {"model_type": "own", "auto_map": {"AutoConfig": "own_config.OwnConfig"}}
+    (tmp_path / "config.json").write_text(json.dumps(config), encoding="utf-8")
+    with pytest.raises(ExportError, match="Python code of its own, which is not run here"):
+        read_skeleton(tmp_path)

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import sys
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
 
+from hf_dsvllm import placement
+from hf_dsvllm.hardware import Gpu, Machine
 from hf_dsvllm.launch import Launch
 from hf_dsvllm.placement import choose_place, place_problems, visible_gpus
 
@@ -106,6 +109,8 @@ def test_weights_are_streamed_where_a_snapshot_of_the_best_is_not_missed() -> No
         ({"gen_eval_placement": "remote"}, "cuda", 1, ["0"], "without a server"),
         ({"gen_eval_placement": "cpu", "gen_eval_server": "http://a:1"}, "cuda", 1, ["0"], "two places"),
         ({"gen_eval_server": "node7:8000"}, "cuda", 1, ["0"], "no address of a server"),
+        ({"gen_eval_server": "http://node7:80a"}, "cuda", 1, ["0"], "no address of a server"),
+        ({"gen_eval_server": "http://"}, "cuda", 1, ["0"], "no address of a server"),
         ({"gen_eval_placement": "spare"}, "cpu", 1, [], "trains on CPUs"),
         ({"gen_eval_placement": "spare"}, "cuda", 2, ["0", "1"], "uses all 2 visible GPUs"),
         ({"gen_eval_late": True}, "cuda", 1, ["0"], "both would need its memory"),
@@ -138,3 +143,19 @@ def test_what_can_be_has_no_problem() -> None:
 def test_visible_gpus_are_named_as_the_user_named_them(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", " 3, GPU-ab ,")
     assert visible_gpus() == ["3", "GPU-ab"]
+
+
+@pytest.mark.parametrize("imported", [True, False])
+def test_without_the_variable_they_are_counted_by_torch_or_the_driver(
+    imported: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("CUDA_VISIBLE_DEVICES", raising=False)
+    cards = tuple(Gpu(name="H100", memory_bytes=80 << 30, index=index) for index in range(2))
+    monkeypatch.setattr(placement, "detect", lambda: Machine(gpus=cards, cpu_count=8, ram_bytes=None))
+    torch = SimpleNamespace(cuda=SimpleNamespace(device_count=lambda: 3))
+    if imported:
+        monkeypatch.setitem(sys.modules, "torch", torch)
+    else:
+        monkeypatch.delitem(sys.modules, "torch", raising=False)
+    assert visible_gpus() == (["0", "1", "2"] if imported else ["0", "1"])
+    assert imported == ("torch" in sys.modules)

@@ -11,10 +11,12 @@ from pathlib import Path
 import psutil
 import pytest
 
+from hf_dsvllm import preflight
 from hf_dsvllm.errors import ConfigError
 from hf_dsvllm.hardware import Gpu, Machine
 from hf_dsvllm.run import parent
 from hf_dsvllm.run.command import AdapterOptions, Command, read_command
+from hf_dsvllm.run.dry import as_text
 from hf_dsvllm.run.parent import LaunchOptions, Plan, make_plan, start
 from hf_dsvllm.run.target import Target
 from tests.scripts.launch import launch
@@ -109,6 +111,63 @@ def test_an_offloaded_optimizer_gets_its_share_of_the_cores(monkeypatch: pytest.
     monkeypatch.setattr(parent, "preset_problems", lambda *_, **__: [])
     assert plan("--ds_preset", "zero3_offload", num_processes="2").environment == {"OMP_NUM_THREADS": "4"}
     assert plan("--ds_preset", "zero3", num_processes="2").environment == {}
+
+
+SERVER = ("--gen_eval_server", "http://node7:8000")
+LATE = ("--gen_eval_late", "true")
+
+
+@pytest.mark.parametrize(
+    ("words", "cards"),
+    [
+        ((), 4),
+        (SERVER, 4),
+        (SERVER, 0),
+        (LATE, 4),
+        (LATE, 0),
+        (("--save_strategy", "best", "--metric_for_best_model", "gen_e_exact_match"), 4),
+    ],
+)
+def test_spare_remote_and_late_evaluations_are_planned(
+    words: tuple[str, ...], cards: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    evaluated_on(cards, monkeypatch)
+    made = plan("--ds_preset", "zero2", "--gen_eval_file", "e.jsonl", *words, num_processes="3")
+    assert (made.processes, made.device) == (3, "cuda" if cards else "cpu")
+    assert "--nproc_per_node" in as_text(made)
+
+
+def test_a_late_score_cannot_choose_what_is_saved_at_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    evaluated_on(4, monkeypatch)
+    Path("own.yaml").write_text("metric_for_best_model: eval_gen_e_exact_match\n", encoding="utf-8")
+    asked = ("--ds_preset", "zero2", "--gen_eval_file", "e.jsonl", *LATE, "--config", "own.yaml")
+    with pytest.raises(ConfigError, match="gen_eval_late with save_strategy=best"):
+        plan(*asked, "--save_strategy", "best", num_processes="3")
+    assert plan(*asked, num_processes="3").processes == 3
+
+
+def evaluated_on(cards: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A machine with so many cards, vLLM and an evaluation file."""
+    gpus(monkeypatch, cards)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(cards))))
+    monkeypatch.setattr(preflight, "find_vllm", lambda *_, **__: Path(sys.executable))
+    Path("e.jsonl").write_text('{"prompt": "1+1=", "reference": "2"}\n', encoding="utf-8")
+
+
+def test_planning_an_evaluation_on_spare_gpus_imports_no_framework() -> None:
+    Path("e.jsonl").write_text('{"prompt": "1+1=", "reference": "2"}\n', encoding="utf-8")
+    code = (
+        "import sys; from hf_dsvllm import hardware, preflight; from hf_dsvllm.run import parent, command;"
+        "card = hardware.Gpu(name='H100', memory_bytes=80 << 30, index=0);"
+        "hardware.detect_gpus = lambda: (card,) * 4;"
+        "preflight.find_vllm = lambda *_, **__: None;"
+        "words = ['train.py', '--ds_preset', 'zero2', '--gen_eval_file', 'e.jsonl', '--gen_eval_placement', 'spare'];"
+        "plan = parent.make_plan(parent.LaunchOptions(num_processes='3'), command.read_command(words));"
+        "assert (plan.device, plan.processes) == ('cuda', 3);"
+        "assert not {'torch', 'transformers', 'deepspeed', 'trl', 'accelerate'} & set(sys.modules)"
+    )
+    env = {name: value for name, value in os.environ.items() if name != "CUDA_VISIBLE_DEVICES"}
+    subprocess.run([sys.executable, "-c", code], check=True, env=env)
 
 
 def test_planning_and_printing_import_no_framework() -> None:
