@@ -23,7 +23,8 @@ HERE = Path(__file__).resolve().parent
 sys.path[:0] = [str(HERE / "speed"), str(HERE / "planner")]
 
 from arms import Arm, arms, dry_arms, shadowed  # noqa: E402
-from measure import Measurement, options_parser, parse, run_to_the_end  # noqa: E402
+from measure import Measurement, run_to_the_end  # noqa: E402
+from options import options_parser, parse  # noqa: E402
 from rows import read  # noqa: E402
 from tables import write_report  # noqa: E402
 

@@ -24,6 +24,7 @@ from typing import Any
 
 from gauges import refuse_small_gpus
 from matrix import Cell, cells, dry_cells
+from options import options_parser, parse
 from rows import copy_results, host_record, read, shared, tail, verdict
 
 HERE = Path(__file__).resolve().parent
@@ -357,38 +358,6 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return int(probe.getsockname()[1])
-
-
-def options_parser(
-    description: str,
-    *,
-    gpus: int,
-    cell_s: float,
-    steps: int,
-    only: str = "cells whose name contains one of these words",
-) -> argparse.ArgumentParser:
-    """The options that every grid measured by `Measurement` has; the numbers are this grid's defaults."""
-    parser = argparse.ArgumentParser(description=description)
-    parser.add_argument("--out", type=Path, required=True, help="folder of results; kept between calls")
-    parser.add_argument("--copy_to", type=Path, help="folder that results and logs are copied to as well")
-    parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
-    parser.add_argument("--gpus", type=int, default=gpus)
-    parser.add_argument("--threads", type=int, help="of each process; default: the CPUs shared out")
-    parser.add_argument("--budget_s", type=float, default=560.0)
-    parser.add_argument("--cell_s", type=float, default=cell_s, help="longest time of one cell")
-    parser.add_argument("--least_s", type=float, default=15.0, help="no cell is started with less time left")
-    parser.add_argument("--steps", type=int, default=steps)
-    parser.add_argument("--grow_gib", type=int, default=0, help="host memory to touch in the background at the start")
-    parser.add_argument("--note", help="a sentence for the report: what was special about these cells")
-    parser.add_argument("--only", nargs="*", help=only)
-    return parser
-
-
-def parse(parser: argparse.ArgumentParser) -> argparse.Namespace:
-    """The options of the command line, the threads of a process settled."""
-    options = parser.parse_args()
-    options.threads = options.threads or max(1, (os.cpu_count() or 1) // max(1, options.gpus))
-    return options
 
 
 def run_to_the_end(measurement: Measurement) -> None:

@@ -25,6 +25,7 @@ OURS = (
     "matrix",
     "train_speed",
     "measure",
+    "options",
     "rows",
     "parity",
 )
