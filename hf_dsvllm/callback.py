@@ -16,7 +16,15 @@ from hf_dsvllm.errors import DsvllmError, EngineError, WiringError
 from hf_dsvllm.evaluation.delivery import Asked
 from hf_dsvllm.evaluation.rounds import Round, Rounds
 from hf_dsvllm.evaluation.sample_tables import log_samples
-from hf_dsvllm.evaluation.steering import beats, best_snapshot, is_best, keep_best, loaded_step, score_at
+from hf_dsvllm.evaluation.steering import (
+    beats,
+    best_snapshot,
+    deciding_key,
+    is_best,
+    keep_best,
+    loaded_step,
+    score_at,
+)
 from hf_dsvllm.fields import steers
 from hf_dsvllm.live.restore import restore
 from hf_dsvllm.live.snapshot import Snapshot, adapters_act, prune, publish
@@ -58,6 +66,7 @@ class SessionCallback(TrainerCallback):
         self._failures = 0
         self._published: Snapshot | None = None
         self._trained_before = False
+        self._told_undecided = False
 
     # -- hooks -----------------------------------------------------------------------------------------------------
 
@@ -281,6 +290,8 @@ class SessionCallback(TrainerCallback):
         run_dir, name = self.session.run_dir, f"step-{done.step}"
         log_samples(self.trainer.args, run_dir, done.step)
         kept = steers(self.trainer.args) or not self.streams  # a stream that went by disk once is no best
+        if kept:
+            self._say_undecided(done)
         if kept and (run_dir / "snapshots" / name).is_dir():  # neither the untrained model nor streamed away
             kind = "adapter" if hasattr(self.trainer.model, "peft_config") else "full"
             try:
@@ -288,6 +299,20 @@ class SessionCallback(TrainerCallback):
             except OSError as error:  # a full disk ends no training
                 say(f"step {done.step}: whether its weights are the best could not be noted: {error}")
         prune(run_dir, keep=[Path(name), *(Path(f"step-{step}") for step in self._rounds.pending)])
+
+    def _say_undecided(self, done: Round) -> None:
+        """Once: why no weights are noted as the best."""
+        key = deciding_key(self.trainer.args, done)
+        if self._told_undecided or not done.scores or key in done.scores:
+            return
+        self._told_undecided = True
+        if key:
+            say(f"step {done.step}: {key}, which chooses the best, is not among the scores: {', '.join(done.scores)}")
+            return
+        say(
+            f"no best snapshot is kept: whether more of {', '.join(done.scores)} is better is not known. "
+            f"--metric_for_best_model {next(iter(done.scores))}, with --greater_is_better false where less is better"
+        )
 
     def _load_best(self, args: Any, state: Any, loaded: int) -> int:
         """With load_best_model_at_end: the best snapshot into the model, unless the weights of its step are `loaded`.
@@ -299,7 +324,9 @@ class SessionCallback(TrainerCallback):
             return loaded
         found = best_snapshot(self.session.run_dir, args) if is_main_process() else None
         best = self.session.ranks.broadcast(found)
-        if best is None or best["step"] == loaded or not beats(args, best["score"], score_at(args, state, loaded)):
+        if best is None or best["step"] == loaded:
+            return loaded
+        if not beats(best["score"], score_at(args, state, loaded), higher=args.greater_is_better is not False):
             return loaded
         folder = self.session.run_dir / "snapshots" / best["path"]
         try:

@@ -11,7 +11,7 @@ from typing import Any
 
 from hf_dsvllm import memory
 from hf_dsvllm.ds_config import get_key, zero_stage
-from hf_dsvllm.errors import DsvllmError, EvalFileError, Problem
+from hf_dsvllm.errors import ConfigError, DsvllmError, EvalFileError, Problem
 from hf_dsvllm.fields import trusts_remote_code
 from hf_dsvllm.hardware import detect
 from hf_dsvllm.launch import read_launch
@@ -48,20 +48,34 @@ def check_before_loading(
 
 
 def load_tokenizer(args: Any, model_args: Any) -> Any:
-    """The tokenizer training will use, `--chat_template_path` applied when it names a template file."""
+    """The tokenizer training will use, `--chat_template_path` applied.  Raises ConfigError where there is none."""
     from transformers import AutoTokenizer
 
-    tokenizer = AutoTokenizer.from_pretrained(
-        model_args.model_name_or_path,
-        revision=model_args.model_revision,
-        trust_remote_code=trusts_remote_code(args, model_args),
-    )
+    name = model_args.model_name_or_path
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            name,
+            revision=model_args.model_revision,
+            trust_remote_code=trusts_remote_code(args, model_args),
+        )
+    except Exception as error:  # tokenizers raises Exception itself for a file it cannot read
+        what = f"the tokenizer of {name} cannot be loaded: {_first_line(error)}"
+        fix = "copy the tokenizer's files (tokenizer.json, tokenizer_config.json) into the model's folder"
+        raise ConfigError([Problem(what, fix)]) from error
     template = getattr(args, "chat_template_path", None)
     if template and Path(template).is_file():
         tokenizer.chat_template = Path(template).read_text(encoding="utf-8")
     elif template:
-        tokenizer.chat_template = AutoTokenizer.from_pretrained(template).chat_template
+        try:
+            tokenizer.chat_template = AutoTokenizer.from_pretrained(template).chat_template
+        except Exception as error:
+            what = f"chat_template_path={template} is no file, nor a model with a tokenizer: {_first_line(error)}"
+            raise ConfigError([Problem(what, "--chat_template_path FILE.jinja, or a model's folder")]) from error
     return tokenizer
+
+
+def _first_line(error: Exception) -> str:
+    return (str(error).strip().splitlines() or [type(error).__name__])[0]
 
 
 def _model_problems(args: Any, model_args: Any) -> list[Problem]:
@@ -96,10 +110,13 @@ def _nearest(path: Path) -> str | None:
 
 
 def _template_problems(args: Any, model_args: Any, tasks: Sequence[EvalTask]) -> list[Problem]:
-    """A chat template that is missing or refuses the first prompt of a task."""
-    if not tasks:
+    """A tokenizer or chat template that is missing, or a template that refuses the first prompt of a task."""
+    if not (tasks or args.gen_eval_lm_eval or getattr(args, "chat_template_path", None)):
         return []
-    tokenizer = load_tokenizer(args, model_args)
+    try:
+        tokenizer = load_tokenizer(args, model_args)
+    except ConfigError as error:
+        return list(error.problems)
     problems = []
     for task in tasks:
         try:

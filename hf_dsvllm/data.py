@@ -51,7 +51,14 @@ def load_split(data: DataArguments, *, needs_test: bool, columns: Sequence[str] 
             raise ConfigError([Problem(broken, "one JSON object a line, the same keys on each")]) from error
         names = ("train", "test")
     else:
-        splits = load_dataset(data.dataset_name, data.dataset_config)
+        try:
+            splits = load_dataset(data.dataset_name, data.dataset_config)
+        except Exception as error:  # datasets, pyarrow and the hub each have their own tree of errors
+            telling = error if isinstance(error, OSError | ValueError) else error.__cause__ or error
+            cause = (str(telling).splitlines() or [type(telling).__name__])[0]
+            what = f"the dataset {data.dataset_name!r} cannot be had: {cause}"
+            fix = "check the name and --dataset_config, log in with `hf auth login` for a gated one, or --train_file"
+            raise ConfigError([Problem(what, fix)]) from error
         names = (data.dataset_train_split, data.dataset_test_split)
     problems = []
     for name, needed in zip(names, (True, needs_test), strict=True):

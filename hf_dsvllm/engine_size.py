@@ -30,6 +30,12 @@ MAX_KV_CACHE_BYTES = 8 * GIB
 # The chat template may still change between the check and the run (TRL can clone one): room for its extra tokens.
 TEMPLATE_SLACK_TOKENS = 64
 FOREIGN_PROMPT_TOKENS = 4096  # prompts that are not ours: few-shot tasks of lm-eval, a chat
+MAX_SHOWN_ROWS = 10
+# Where vLLM 0.32 reads how long sequences may be (transformers_utils/model_arch_config_convertor.py), and the kinds of
+# scaled rotary positions whose models have the scaled length there.
+LENGTH_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_length", "max_target_positions",
+               "max_sequence_length", "max_seq_length", "seq_len")  # fmt: skip
+SCALED_ALREADY = ("su", "longrope", "llama3", "yarn", "deepseek_yarn", "deepseek_llama_scaling")
 # Of a GPU's memory, what the weights may take: all but cache and workspace on its own, less beside a trainer.
 WEIGHTS_SHARE = {"spare": 0.8, "shared": 0.4}
 # An engine with compiled code is ready later: 8B on one H200, cold, 132 s instead of 67 s (vLLM 0.26).
@@ -107,17 +113,70 @@ def decode_steps(args: Any, tasks: Sequence[EvalTask]) -> int:
 
 
 def context_tokens(args: Any, config: Any, tasks: Sequence[EvalTask], tokenizer: Any) -> int:
-    """The longest prompt with its answer; for lm-eval and a user's own client what they may send."""
+    """The longest prompt with its answer, and some room; for lm-eval and a user's own client what they may send.
+
+    Never more than the model takes.  Raises ConfigError for prompts that do not fit with their answers.
+    """
     lengths = [
-        len(render_prompt(sample, tokenizer)) + (task.settings.max_new_tokens or args.gen_eval_max_new_tokens)
+        (
+            task,
+            sample.line,
+            len(render_prompt(sample, tokenizer)),
+            task.settings.max_new_tokens or args.gen_eval_max_new_tokens,
+        )
         for task in tasks
         for sample in task.samples
     ]
-    longest = max(lengths, default=0) + TEMPLATE_SLACK_TOKENS
+    longest = max((prompt + answer for _, _, prompt, answer in lengths), default=0) + TEMPLATE_SLACK_TOKENS
     if args.gen_eval_lm_eval or args.gen_eval_expose is not None:
-        holds = getattr(config.get_text_config(), "max_position_embeddings", None) or FOREIGN_PROMPT_TOKENS
-        longest = max(longest, min(FOREIGN_PROMPT_TOKENS, holds))
-    return longest
+        longest = max(longest, FOREIGN_PROMPT_TOKENS)
+    holds = model_length(config)
+    if holds is None:
+        return longest
+    problems = [
+        length_problem(task.name, too_long, holds)
+        for task in tasks
+        if (too_long := [found[1:] for found in lengths if found[0] is task and found[2] + found[3] > holds])
+    ]
+    if problems:
+        raise ConfigError(problems)
+    return min(longest, holds)
+
+
+def length_problem(task: str, rows: Sequence[tuple[int, int, int]], holds: int) -> Problem:
+    """`rows`: line, tokens of the prompt, tokens of the answer."""
+    shown = ", ".join(f"line {line} ({prompt} + {answer})" for line, prompt, answer in rows[:MAX_SHOWN_ROWS])
+    more = f" and {len(rows) - MAX_SHOWN_ROWS} more" if len(rows) > MAX_SHOWN_ROWS else ""
+    return Problem(
+        f"task {task}: prompt and answer take more than the {holds} tokens that the model takes: {shown}{more}",
+        "fewer --gen_eval_max_new_tokens, or shorten these prompts, or take them out",
+    )
+
+
+def model_length(config: Any) -> int | None:
+    """The longest sequence that vLLM starts the model for, in tokens; None where its configuration bounds none.
+
+    As vLLM 0.32 derives it (config/model.py, _get_and_verify_max_len): the least of LENGTH_KEYS, or else
+    model_max_length, times the factor of scaled rotary positions where the length is not scaled already.
+    """
+    text = config.get_text_config()
+    own = getattr(text, "model_max_length", None)
+    lengths = [length for key in LENGTH_KEYS if (length := getattr(text, key, None)) is not None]
+    if own is None and not lengths:
+        return None
+    holds = min(lengths) if own is None else own
+    return int(holds) if "gemma3" in config.model_type else int(holds * rotary_factor(text))
+
+
+def rotary_factor(text: Any) -> float:
+    """How many times longer rotary positions are stretched than the configuration's length says."""
+    found = getattr(text, "rope_parameters", None) or getattr(text, "rope_scaling", None) or {}
+    by_layer = [block for block in found.values() if isinstance(block, dict)]  # one for each type of layer
+    factor = 1.0
+    for block in by_layer or [found]:
+        if block.get("rope_type", block.get("type")) not in SCALED_ALREADY:
+            factor = block.get("factor") or factor
+    return factor
 
 
 def gpus_needed(place: Place, asked: int | None, weights_bytes: int | None, gpu_bytes: int, config: Any) -> int:

@@ -6,19 +6,21 @@ Each function returns problems and changes nothing; `hf_dsvllm.arguments` raises
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import gc
 import importlib.util
 import os
+import shlex
 import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from hf_dsvllm import harness, traps
+from hf_dsvllm import harness, metrics, traps
 from hf_dsvllm.ds_config import zero_stage
 from hf_dsvllm.engine.server import find_vllm
 from hf_dsvllm.errors import DsvllmError, EngineError, Problem
-from hf_dsvllm.fields import asks_for_answers
+from hf_dsvllm.fields import asks_for_answers, metric_key, steers
 from hf_dsvllm.files import read_json_or_problem
 from hf_dsvllm.forwarder import listen
 from hf_dsvllm.launch import Launch
@@ -29,6 +31,15 @@ from hf_dsvllm.tasks import EvalTask, load_task
 from hf_dsvllm.toolchain import cxx_compiler, links_libaio
 
 __all__ = ["evaluation_problems", "left_at_default", "preset_problems", "read_user_config", "trap_problems"]
+
+
+# vLLM's own flags → ours, which choose its GPUs too.
+PARALLEL = {
+    "--tensor-parallel-size": "gen_eval_tensor_parallel",
+    "-tp": "gen_eval_tensor_parallel",
+    "--data-parallel-size": "gen_eval_data_parallel",
+    "-dp": "gen_eval_data_parallel",
+}
 
 
 def left_at_default(args: Any, name: str) -> bool:
@@ -104,21 +115,24 @@ def preset_problems(
 def evaluation_problems(args: Any, launch: Launch, device: str) -> list[Problem]:
     """Broken evaluation files, metrics and numbers, and a missing vLLM."""
     problems, tasks = [], []
-    metrics = tuple(args.gen_eval_metrics or ("exact_match",))
+    chosen = tuple(args.gen_eval_metrics or ("exact_match",))
     for path in args.gen_eval_file or ():
         try:
-            tasks.append(load_task(Path(path), metrics=metrics, limit=args.gen_eval_limit))
+            tasks.append(load_task(Path(path), metrics=chosen, limit=args.gen_eval_limit))
         except DsvllmError as error:
             problems.append(Problem(str(error), "correct the file or metric named above"))
     if not asks_for_answers(args):
         if args.gen_eval_metrics or args.gen_eval_steps or args.gen_eval_expose is not None:
             problems.append(Problem("gen_eval options without prompts do nothing", "--gen_eval_file prompts.jsonl"))
-        return problems
+        return problems + _unasked_problems(args)
     problems += _number_problems(args)
     problems += _sampling_problems(args, tasks)
+    problems += _vllm_args_problems(args.vllm_args)
     if launch.is_main:
         problems += _harness_problems(args, tasks)
         problems += _port_problems(args.gen_eval_expose)
+    if len(tasks) == len(args.gen_eval_file or ()):
+        problems += _steering_problems(args, tasks)
     visible = visible_gpus() if device == "cuda" else []
     wrong_place = place_problems(args, device, launch, visible)
     problems += wrong_place
@@ -251,6 +265,62 @@ def _harness_problems(args: Any, tasks: Sequence[EvalTask]) -> list[Problem]:
         for name in names
         if name in ours
     ] + (harness.check_tasks(names) if names else [])
+
+
+def _unasked_problems(args: Any) -> list[Problem]:
+    """A score by generation that is to steer, and nothing is asked; Seq2SeqTrainer may log a gen_len of its own."""
+    if not steers(args) or getattr(args, "predict_with_generate", False):
+        return []
+    what = f"metric_for_best_model={args.metric_for_best_model} is a score of generation, and there are no prompts"
+    return [Problem(what, "--gen_eval_file prompts.jsonl, or --gen_eval_lm_eval TASK, or another metric")]
+
+
+def _steering_problems(args: Any, tasks: Sequence[EvalTask]) -> list[Problem]:
+    """A metric_for_best_model that no task logs, or of which less is better and the Trainer would take the most.
+
+    Of lm-eval's tasks the metrics are known only once they have run: a name that begins like theirs passes.
+    """
+    if not steers(args):
+        return []
+    names = harness.names_of(args.gen_eval_lm_eval)
+    of_lm_eval = harness.logged_tasks(names) if names else ()
+    ours = {
+        metrics.score_key(task.name, name): name
+        for task in tasks
+        for name in metrics.score_names(task.metrics, task.settings.samples or args.gen_eval_samples)
+    }
+    wanted, given = metric_key(args), args.metric_for_best_model
+    begins = [metrics.score_key(task, "") for task in of_lm_eval or ()]
+    rest = next((wanted.removeprefix(begin) for begin in begins if wanted.startswith(begin) and wanted != begin), None)
+    name = ours.get(wanted, rest)
+    if name is None and of_lm_eval is None:
+        return []  # rank 0 has loaded lm-eval's tasks, or has said why they cannot be
+    if name is None:
+        possible = [*ours, *(f"{begin}METRIC" for begin in begins)]
+        near = difflib.get_close_matches(wanted, possible, n=3)
+        fix = f"did you mean {' or '.join(near)}?" if near else f"there are: {', '.join(possible)}"
+        return [Problem(f"metric_for_best_model={given} is a score that no task of this run has", fix)]
+    higher = not given.endswith("loss") if args.greater_is_better is None else args.greater_is_better
+    if not (metrics.less_is_better(name) and higher):
+        return []
+    if wanted in ours and args.greater_is_better:
+        return []  # a function of the user's own, who knows
+    fix = "--greater_is_better false" + (" (or true, if more of it is better)" if wanted in ours else "")
+    return [Problem(f"metric_for_best_model={given} is better the lower it is, and the highest would be kept", fix)]
+
+
+def _vllm_args_problems(given: str | None) -> list[Problem]:
+    """Arguments for vLLM that are no words, or that ask for more GPUs than vLLM is shown."""
+    try:
+        words = shlex.split(given or "")
+    except ValueError as error:
+        return [Problem(f"vllm_args={given} cannot be taken apart into words: {error}", "close its quotes")]
+    flags = {word.partition("=")[0].replace("_", "-") for word in words if word.startswith("-")}
+    return [
+        Problem(f"vllm_args has {flag}, and vLLM is shown only the GPUs that --{name} gives it", f"--{name} N")
+        for flag, name in PARALLEL.items()
+        if flag in flags
+    ]
 
 
 def _port_problems(port: int | None) -> list[Problem]:

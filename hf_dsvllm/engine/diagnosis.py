@@ -59,6 +59,11 @@ CAUSES = (  # the first match wins
         "vLLM has no attention kernel for this head_dim on this device (CPU wants 32 or more).",
     ),
     Cause(
+        r"greater than the derived max_model_len",
+        "the length asked for is more than the model takes: lower --max-model-len, or shorten the longest prompt or "
+        "--gen_eval_max_new_tokens.",
+    ),
+    Cause(
         r"Repo id must be|Invalid repository ID|config\.json|not a valid model identifier|"
         r"not a local folder|couldn't connect to|LocalEntryNotFoundError|OfflineModeIsEnabled",
         "the model was not found: give a folder with config.json, safetensors and tokenizer, or a hub name "

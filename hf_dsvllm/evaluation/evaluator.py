@@ -9,6 +9,7 @@ import contextlib
 import copy
 import dataclasses
 import json
+import math
 import secrets
 import time
 from collections.abc import Collection, Mapping, Sequence
@@ -122,6 +123,8 @@ class Evaluator:
         if self.tasks and not scores:
             count = sum(len(completions) for completions in answers.values())
             raise EvalFileError(f"none of {count} answers could be scored; what each metric lacked is said above.")
+        directions = self._directions(harness)
+        self.history.lower_is_better |= {key for key, higher in directions.items() if not higher}
         comparisons = self.history.compare(step, columns)
         self._say_few(comparisons)
         parts = (*harness.tasks, *harness.parts) if harness else ()
@@ -130,6 +133,7 @@ class Evaluator:
             scores=scores,
             standard_errors=errors,
             comparisons=comparisons,
+            higher_is_better=directions,
             samples=sum(len(task.samples) for task in self.tasks) + sum(len(part.rows) for part in parts),
             generated_tokens=sum(len(c.token_ids) for completions in answers.values() for c in completions),
             weights_path=sync.path_used,
@@ -271,12 +275,27 @@ class Evaluator:
                 key = metric_key(result.name, metric)
                 means[key], errors[key] = value, result.errors.get(metric)
                 column = {row["id"]: row["scores"].get(metric) for row in result.rows}
-                if any(score is not None for score in column.values()):
+                if is_mean_of(value, column.values()):
                     columns[key] = column
         for part in (*harness.tasks, *harness.parts) if harness else ():
             if part.rows:
                 rows = [{"step": step, **row, "model": sync.model_name} for row in part.rows]
                 self._write_rows(step, part.name, rows)
+
+    def _directions(self, harness: HarnessScores | None) -> dict[str, bool]:
+        """Whether more is better, by metric key, where it is known: of our metrics by their names."""
+        ours = {
+            metric_key(task.name, name): True
+            for task in self.tasks
+            for name in metrics.score_names(task.metrics, sampling_of(task, self.sampling).samples)
+            if not metrics.less_is_better(name)
+        }
+        told = {
+            metric_key(result.name, name): higher
+            for result in (harness.tasks if harness else ())
+            for name, higher in result.higher_is_better.items()
+        }
+        return ours | told
 
     def _expose(self, port: int) -> Forwarder | None:
         """The door for a user's own client; one that cannot be opened is no reason not to train."""
@@ -307,3 +326,9 @@ class Evaluator:
             row |= {"late": True, "evaluated_at_step": known_at}
         rows = sorted([*(r for r in rows if r["step"] != result.step), row], key=lambda r: r["step"])
         write_text(path, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
+
+
+def is_mean_of(value: float, scores: Collection[float | None]) -> bool:
+    """Whether prompts can be compared in place of `value`: a perplexity's have log-likelihoods as their scores."""
+    known = [score for score in scores if score is not None]
+    return bool(known) and math.isclose(value, sum(known) / len(known), rel_tol=1e-6, abs_tol=1e-6)

@@ -11,6 +11,7 @@ from collections.abc import Collection, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
+from hf_dsvllm.metrics import score_key as metric_key
 from hf_dsvllm.metrics import summarise
 from hf_dsvllm.statistics import Comparison, Reference, compare
 
@@ -19,11 +20,6 @@ __all__ = ["ANSWERS", "EVALS", "ScoreHistory", "answers_file", "metric_key"]
 EVALS = "evals"
 ANSWERS = re.compile(r"step-(\d+)\.(.+)\.jsonl")
 Column = Mapping[str, float | None]
-
-
-def metric_key(task: str, metric: str) -> str:
-    """The name a score is logged under, usable as `metric_for_best_model`."""
-    return f"eval_gen_{task}_{metric}"
 
 
 def answers_file(run_dir: Path, step: int, task: str) -> Path:

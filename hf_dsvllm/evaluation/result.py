@@ -54,6 +54,7 @@ class EvalResult:
 
     `samples` counts prompts.  `proof`: the canary's sentence, None where it could not be asked.  `comparisons`: by
     metric key, against step 0 and the best step before this one.  `harness_seconds`: those of lm-eval.
+    `higher_is_better`: by metric key, where it is known.
 
     `phases`: seconds of the parts that the sums above hide, `task_seconds` of answering each task.  `asked_at` and
     `answered_at`: the first question and the last answer, by time.time().  `asleep_gib`: of the GPU's memory what
@@ -74,6 +75,7 @@ class EvalResult:
     generate_seconds: float
     total_seconds: float
     comparisons: Mapping[str, Comparison] = dataclasses.field(default_factory=dict)
+    higher_is_better: Mapping[str, bool] = dataclasses.field(default_factory=dict)
     harness_seconds: float = 0.0
     phases: Mapping[str, float] = dataclasses.field(default_factory=dict)
     task_seconds: Mapping[str, float] = dataclasses.field(default_factory=dict)

@@ -60,7 +60,7 @@ def score_task(task: EvalTask, answers: Sequence[Sequence[Drawn]], *, step: int,
         single[metric.name] = grouped
         columns[metric.name] = [mean(values) for values in grouped]
         if count > 1 and metric.right_or_wrong:
-            columns[f"{metric.name}_pass_at_{count}"] = pass_at_k_scores(grouped, count)
+            columns[metrics.pass_at(metric.name, count)] = pass_at_k_scores(grouped, count)
     rows = [
         {
             "step": step,

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,6 +23,7 @@ __all__ = [
     "Steering",
     "beats",
     "best_snapshot",
+    "deciding_key",
     "is_best",
     "keep_best",
     "loaded_step",
@@ -80,7 +80,7 @@ def keep_best(run_dir: Path, args: Any, done: Round, *, kind: str) -> None:
 
     `kind`: "adapter" or "full".
     """
-    key = deciding_key(args, done.scores)
+    key = deciding_key(args, done)
     if is_best(run_dir, args, done):
         path, score = f"step-{done.step}", done.scores[key]
         best: BestSnapshot = {"path": path, "step": done.step, "kind": kind, "metric": key, "score": score}
@@ -89,15 +89,15 @@ def keep_best(run_dir: Path, args: Any, done: Round, *, kind: str) -> None:
 
 def is_best(run_dir: Path, args: Any, done: Round) -> bool:
     """Whether no earlier step scored as well by the metric that decides; a score that is missing is not."""
-    key = deciding_key(args, done.scores)
+    key = deciding_key(args, done)
     if key not in done.scores:
         return False
-    return beats(args, done.scores[key], best_so_far(run_dir / SNAPSHOTS / POINTER, key, before=done.step))
+    higher = args.greater_is_better is not False if steers(args) else done.result.higher_is_better[key]
+    return beats(done.scores[key], best_so_far(run_dir / SNAPSHOTS / POINTER, key, before=done.step), higher=higher)
 
 
-def beats(args: Any, score: float, other: float | None) -> bool:
-    """Whether `score` is the better one of the metric that decides; None is worse than any."""
-    higher = args.greater_is_better is not False or not steers(args)
+def beats(score: float, other: float | None, *, higher: bool) -> bool:
+    """Whether `score` is the better one, `higher`: of a metric of which more is better; None is worse than any."""
     return other is None or (score > other if higher else score < other)
 
 
@@ -107,9 +107,15 @@ def score_at(args: Any, state: Any, step: int) -> float | None:
     return next((row[key] for row in reversed(state.log_history) if row.get("step") == step and key in row), None)
 
 
-def deciding_key(args: Any, scores: Mapping[str, float]) -> str:
-    """The metric that steers the run, or else the first one logged."""
-    return metric_key(args) if steers(args) else next(iter(scores), "")
+def deciding_key(args: Any, done: Round) -> str:
+    """The metric that steers the run, or else the first one logged of which it is known whether more is better.
+
+    "" where no metric is such a one.  Rank 0, for `done.result`.
+    """
+    if steers(args):
+        return metric_key(args)
+    known = done.result.higher_is_better if done.result is not None else {}
+    return next((key for key in done.scores if key in known), "")
 
 
 def best_so_far(pointer: Path, key: str, *, before: int) -> float | None:

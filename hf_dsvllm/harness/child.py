@@ -55,23 +55,29 @@ def write(out: Path, result: Mapping[str, Any]) -> None:
 
 
 def check(job: Mapping[str, Any]) -> dict[str, Any]:
-    """The tasks behind each name with their number of prompts; loads their data sets, which is what can fail."""
+    """The tasks behind each name with their number of prompts; loads their data sets, which is what can fail.
+
+    `shown`: those that have scores of their own in `run`, groups as one.
+    """
     from lm_eval.tasks import TaskManager
 
     manager = TaskManager()
     unknown: dict[str, list[str]] = {}
     found: dict[str, int] = {}
+    shown: list[str] = []
     failed: dict[str, str] = {}
     for name in job["tasks"]:
         if not name.endswith(".yaml") and name not in manager.all_tasks:
             unknown[name] = difflib.get_close_matches(name, manager.all_tasks, n=3)
             continue
         try:
-            tasks = manager.load([name])["tasks"]
-            found |= {task: len(list(loaded.eval_docs)) for task, loaded in tasks.items()}
+            loaded = manager.load([name])
+            found |= {task: len(list(one.eval_docs)) for task, one in loaded["tasks"].items()}
+            inside = {child for children in loaded["group_map"].values() for child in children}
+            shown += [task for task in (*loaded["groups"], *loaded["tasks"]) if task not in inside]
         except Exception as error:  # a data set that cannot be had, a broken file: whatever a task's code raises
             failed[name] = f"{type(error).__name__}: {' '.join(str(error).split())[:300]}"
-    return {"unknown": unknown, "failed": failed, "found": found}
+    return {"unknown": unknown, "failed": failed, "found": found, "shown": shown}
 
 
 def run(job: Mapping[str, Any]) -> dict[str, Any]:
@@ -106,16 +112,23 @@ def run(job: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def task_result(name: str, results: Mapping[str, Any]) -> dict[str, Any]:
-    """{"scores": {"acc": 0.5}, "errors": {"acc": 0.1}}; a filter other than "none" is part of the name."""
+    """{"scores": {"acc": 0.5}, "errors": {"acc": 0.1}, "higher_is_better": {"acc": True}}, the last where it is known.
+
+    A filter other than "none" is part of a metric's name.
+    """
     scores: dict[str, float] = {}
     errors: dict[str, float] = {}
+    higher: dict[str, bool] = {}
+    told = results.get("higher_is_better", {}).get(name) or {}
     for key, value in results["results"][name].items():
         metric, comma, chosen = key.partition(",")
         if not comma or isinstance(value, bool) or not isinstance(value, int | float):
             continue
         into, metric = (errors, metric.removesuffix("_stderr")) if metric.endswith("_stderr") else (scores, metric)
         into[called(metric, chosen)] = float(value)
-    return {"scores": scores, "errors": errors}
+        if isinstance(told.get(metric), bool):
+            higher[called(metric, chosen)] = told[metric]
+    return {"scores": scores, "errors": errors, "higher_is_better": higher}
 
 
 def called(metric: str, chosen: str) -> str:

@@ -20,25 +20,29 @@ from typing import Any
 from hf_dsvllm.engine.server import SCRUBBED, SCRUBBED_PREFIXES
 from hf_dsvllm.errors import EngineError, Problem
 
-__all__ = ["HarnessScores", "TaskResult", "Worker", "check_tasks", "installed", "names_of", "run_tasks"]
+__all__ = ["HarnessScores", "TaskResult", "Worker", "check_tasks", "installed", "logged_tasks", "names_of", "run_tasks"]
 
 CHILD = Path(__file__).with_name("child.py")
 CHECK_S = 600.0  # data sets may have to be downloaded
 CONCURRENT = 16
 POLL_S = 0.05
 LOG_LINES = 6
-_loaded: set[tuple[str, ...]] = set()  # names whose tasks this process has seen load
+_loaded: dict[tuple[str, ...], tuple[str, ...]] = {}  # names that this process has seen load → what is logged of them
 INSTALL = "pip install 'hf-dsvllm[lm-eval]'"
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class TaskResult:
-    """Scores and standard errors by metric, as lm-eval calls it, and the prompts (none for a group of tasks)."""
+    """Scores and standard errors by metric, as lm-eval calls it, and the prompts (none for a group of tasks).
+
+    `higher_is_better`: as lm-eval says, of the metrics of which it does.
+    """
 
     name: str
     scores: Mapping[str, float]
     errors: Mapping[str, float]
     rows: Sequence[Mapping[str, Any]]
+    higher_is_better: Mapping[str, bool] = dataclasses.field(default_factory=dict)
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -90,8 +94,13 @@ def check_tasks(names: Sequence[str]) -> list[Problem]:
         for name, why in result["failed"].items()
     ]
     if not problems:
-        _loaded.add(tuple(names))
+        _loaded[tuple(names)] = tuple(map(safe, result["shown"]))
     return problems
+
+
+def logged_tasks(names: Sequence[str]) -> tuple[str, ...] | None:
+    """The tasks behind `names` as metric keys have them; None where `check_tasks` has not found them all."""
+    return _loaded.get(tuple(names))
 
 
 def run_tasks(
@@ -120,16 +129,17 @@ def run_tasks(
     result = worker.do(job, timeout_s)
     rows = result["rows"]
     tasks = [task_of(name, told, rows.get(name, ())) for name, told in result["tasks"].items()]
-    empty: dict[str, Any] = {"scores": {}, "errors": {}}
+    empty: dict[str, Any] = {"scores": {}, "errors": {}, "higher_is_better": {}}
     parts = [task_of(name, empty, rows[name]) for name in rows if name not in result["tasks"]]
     return HarnessScores(tasks=tasks, parts=parts)
 
 
-def task_of(name: str, told: Mapping[str, Mapping[str, float]], rows: Sequence[Mapping[str, Any]]) -> TaskResult:
+def task_of(name: str, told: Mapping[str, Mapping[str, Any]], rows: Sequence[Mapping[str, Any]]) -> TaskResult:
     return TaskResult(
         name=safe(name),
         scores={safe(metric): value for metric, value in told["scores"].items()},
         errors={safe(metric): value for metric, value in told["errors"].items()},
+        higher_is_better={safe(metric): higher for metric, higher in told["higher_is_better"].items()},
         rows=[dict(row) | {"scores": {safe(m): v for m, v in row["scores"].items()}} for row in rows],
     )
 

@@ -91,8 +91,9 @@ def train(
 ) -> Trainer:
     args = DsvllmTrainingArguments(
         output_dir=str(out), max_steps=8, per_device_train_batch_size=2, use_cpu=True, report_to=[], learning_rate=1e-3,
-        metric_for_best_model=KEY, load_best_model_at_end=True, disable_tqdm=True, gen_eval_on_start=False, **given,
+        load_best_model_at_end=True, disable_tqdm=True, gen_eval_on_start=False, **given,
     )  # fmt: skip
+    args.metric_for_best_model, args.greater_is_better = KEY, True  # refused where nothing is asked, as here
     evaluator = PresetScores(scores, lag)
     session: Any = SimpleNamespace(
         late=lag > 0, streams=streams, canary=None, ranks=Ranks(60.0), preset=None, ds_config=None, evaluates=True,

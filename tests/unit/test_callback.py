@@ -127,6 +127,32 @@ def test_a_stream_that_went_by_disk_once_does_not_make_that_step_the_best(tmp_pa
     assert not (tmp_path / "snapshots" / "best.json").exists()
 
 
+def test_a_metric_that_steers_and_is_not_among_the_scores_is_said_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """A misspelt metric of lm-eval, say, of which only the task is known before."""
+    callback = made(tmp_path)
+    for step in (0, 4):
+        other = Round(step=step, scores={"eval_gen_a_acc": 0.5}, result=SimpleNamespace(line=lambda: "scored"))
+        callback._take([other])
+    said = f"step 0: {KEY}, which chooses the best, is not among the scores: eval_gen_a_acc"
+    assert capsys.readouterr().err.count(said) == 1
+
+
+def test_without_a_metric_of_known_direction_no_best_is_kept_and_that_is_said_once(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    callback = made(tmp_path)
+    callback.trainer.args.metric_for_best_model = None
+    for step in (4, 6):
+        (tmp_path / "snapshots" / f"step-{step}").mkdir(parents=True)
+        told = SimpleNamespace(line=lambda: "scored", higher_is_better={})
+        callback._take([Round(step=step, scores={KEY: 0.5}, result=told)])
+    said = f"no best snapshot is kept: whether more of {KEY} is better is not known. --metric_for_best_model {KEY}"
+    assert capsys.readouterr().err.count(said) == 1
+    assert not (tmp_path / "snapshots" / "best.json").exists()
+
+
 def test_a_best_that_is_known_after_the_trainer_has_loaded_another_is_loaded_too(
     tmp_path: Path, published: list[int], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -113,6 +113,31 @@ def test_a_template_named_on_the_command_line_is_used(
     assert ("m.content" in template) == (source == "file")
 
 
+def test_a_model_without_tokenizer_is_a_problem_where_it_is_asked(tmp_path: Path, model_folder: Path) -> None:
+    folder = tmp_path / "no-tokenizer"
+    folder.mkdir()
+    for name in ("config.json", "model.safetensors"):
+        (folder / name).write_bytes((model_folder / name).read_bytes())
+    assert problems(run_args(tmp_path), model_args(folder)) == []
+    (problem,) = problems(run_args(tmp_path), model_args(folder), tasks=[chat_task(tmp_path)])
+    assert problem.what.startswith(f"the tokenizer of {folder} cannot be loaded: ")
+    assert "tokenizer.json" in problem.fix
+    (folder / "tokenizer.json").write_text("{", encoding="utf-8")
+    (problem,) = problems(run_args(tmp_path), model_args(folder), tasks=[chat_task(tmp_path)])
+    assert "cannot be loaded" in problem.what
+
+
+@pytest.mark.parametrize("path", ["no-such.jinja", "./no/such.jinja", "nobody/nothing-at-all"])
+def test_a_template_that_is_no_file_is_a_problem_with_or_without_tasks(
+    path: str, tmp_path: Path, model_folder: Path
+) -> None:
+    args = run_args(tmp_path, chat_template_path=path)
+    for tasks in ([], [chat_task(tmp_path)]):
+        (problem,) = problems(args, model_args(model_folder), tasks=tasks)
+        assert problem.what.startswith(f"chat_template_path={path} is no file, nor a model with a tokenizer: ")
+        assert "--chat_template_path FILE.jinja" in problem.fix
+
+
 def test_an_output_folder_that_is_a_file_is_a_problem(tmp_path: Path, model_folder: Path) -> None:
     (tmp_path / "run").write_text("", encoding="utf-8")
     (problem,) = problems(run_args(tmp_path), model_args(model_folder))

@@ -299,6 +299,11 @@ pydantic_core._pydantic_core.ValidationError: 1 validation error for ModelConfig
             "the model was not found",
         ),
         (
+            "  Value error, max_model_len (1088) is greater than the derived max_model_len (x=1024 in config.json).\n",
+            "max_model_len (1088)",
+            "more than the model takes: lower --max-model-len",
+        ),
+        (
             "ValueError: Free memory on device (1.2/80.0 GiB) on startup is less than desired GPU memory utilization\n",
             "Free memory",
             "too little memory",

@@ -3,15 +3,16 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
 
 import pytest
-from transformers import LlamaConfig, Qwen3Config
+from transformers import Gemma3TextConfig, GPT2Config, LlamaConfig, MambaConfig, Qwen3Config
 
 from hf_dsvllm import engine_size, engine_start
-from hf_dsvllm.engine_size import copies, decode_steps, gpus_needed, kv_bytes_per_token, size_engine
+from hf_dsvllm.engine_size import copies, decode_steps, gpus_needed, kv_bytes_per_token, model_length, size_engine
 from hf_dsvllm.engine_start import engine_spec, transfer_backend
 from hf_dsvllm.errors import ConfigError
 from hf_dsvllm.placement import Place
@@ -79,6 +80,62 @@ def test_a_task_of_longer_answers_and_prompts_of_others_have_room_too(case: tupl
     assert size_engine(ON_CPU, args, model_args, [], tokenizer).max_model_len == 1024  # all the tiny model takes
 
 
+@pytest.mark.parametrize(("left", "length"), [(0, 1024), (10, 1024), (100, 988)])
+def test_room_for_a_changed_template_ends_where_the_model_does(
+    left: int, length: int, case: tuple[Any, Any, Any, Any]
+) -> None:
+    args, model_args, task, tokenizer = case
+    longest = max(len(render_prompt(sample, tokenizer)) for sample in task.samples)
+    args.gen_eval_max_new_tokens = 1024 - longest - left
+    assert size_engine(ON_CPU, args, model_args, [task], tokenizer).max_model_len == length
+
+
+def test_prompts_that_do_not_fit_with_their_answers_are_named_by_task_and_line(
+    case: tuple[Any, Any, Any, Any], tmp_path: Path
+) -> None:
+    args, model_args, task, tokenizer = case
+    file = tmp_path / "long.jsonl"
+    rows = [{"prompt": "x" * length, "reference": "y"} for length in (10, 980, *[2000] * 11)]
+    file.write_text("".join(json.dumps(row) + "\n\n" for row in rows), encoding="utf-8")
+    with pytest.raises(ConfigError) as raised:
+        size_engine(ON_CPU, args, model_args, [task, load_task(file)], tokenizer)
+    (problem,) = raised.value.problems
+    assert problem.what.startswith("task long: prompt and answer take more than the 1024 tokens that the model takes")
+    assert ": line 3 (980 + 50), line 5 (2000 + 50)," in problem.what
+    assert problem.what.endswith(" and 2 more")
+    assert "--gen_eval_max_new_tokens" in problem.fix
+
+
+def rotary(**parameters: Any) -> Any:
+    return LlamaConfig(max_position_embeddings=1000, rope_parameters={"rope_theta": 1e4, **parameters})
+
+
+@pytest.mark.parametrize(
+    ("config", "length"),
+    [
+        (LlamaConfig(max_position_embeddings=1000), 1000),
+        (rotary(rope_type="linear", factor=4.0), 4000),
+        (rotary(rope_type="dynamic", factor=2.0), 2000),
+        (rotary(rope_type="yarn", factor=4.0, original_max_position_embeddings=250), 1000),
+        (
+            rotary(
+                rope_type="llama3",
+                factor=8.0,
+                low_freq_factor=1.0,
+                high_freq_factor=4.0,
+                original_max_position_embeddings=125,
+            ),
+            1000,
+        ),
+        (Gemma3TextConfig(max_position_embeddings=1000), 1000),
+        (GPT2Config(n_positions=512), 512),
+        (MambaConfig(), None),
+    ],
+)
+def test_the_longest_sequence_is_what_vllm_would_start_with(config: Any, length: int | None) -> None:
+    assert model_length(config) == length
+
+
 def test_the_cache_of_a_large_model_is_bounded(
     case: tuple[Any, Any, Any, Any], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -111,7 +168,7 @@ def test_the_decoding_steps_of_a_run_are_counted(
 def test_an_engine_is_compiled_where_the_run_is_long_enough_to_pay_for_it(
     kind: Any, steps: int, compiled: bool, case: tuple[Any, Any, Any, Any]
 ) -> None:
-    case[0].gen_eval_max_new_tokens = steps
+    case[0].max_steps = 10 * steps
     size = size_engine(Place(kind=kind, gpus=("0",), reason=""), case[0], case[1], [case[2]], case[3])
     assert size.compiled == compiled
     assert ("decoding steps" in size.reason) == (kind == "spare"), "the choice is told where there is one"

@@ -225,6 +225,26 @@ def test_scores_of_lm_eval_stand_beside_ours_and_are_compared_too(
     assert asked[0]["trust_remote_code"]
 
 
+def test_directions_come_from_lm_eval_and_perplexities_are_not_compared_by_their_log_likelihoods(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def run_tasks(*_: Any, **__: Any) -> HarnessScores:
+        quiz, group = harness_scores(0.5).tasks
+        rows = [dict(row) | {"scores": {"perplexity": -2.0, "brier": 0.25}} for row in quiz.rows]
+        scores = {"perplexity": 7.4, "brier": 0.25, "f1": 0.5}
+        told = {"perplexity": False, "brier": False}
+        return HarnessScores(tasks=(dataclasses.replace(quiz, scores=scores, rows=rows, higher_is_better=told), group))
+
+    monkeypatch.setattr(evaluation, "run_tasks", run_tasks)
+    made = evaluator(tmp_path, Engine(), harness=HarnessTasks(names=("quiz",)))
+    made.evaluate(Asked(step=0))
+    result = made.evaluate(Asked(step=10, snapshot=snapshot(tmp_path, 10)))
+    brier, perplexity = "eval_gen_quiz_brier", "eval_gen_quiz_perplexity"
+    assert result.higher_is_better == {KEY: True, brier: False, perplexity: False}
+    assert set(result.comparisons) == {KEY, brier}
+    assert made.history.lower_is_better >= {brier}
+
+
 def test_lm_eval_that_fails_costs_its_own_scores_only(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

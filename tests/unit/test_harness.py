@@ -51,7 +51,13 @@ def test_names_come_one_by_one_or_with_commas_and_files_by_their_whole_path() ->
 
 def test_scores_errors_and_prompts_come_back_under_safe_names(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     result = {
-        "tasks": {"Tiny-Task": {"scores": {"acc": 0.5, "exact_match_strict-match": 0.25}, "errors": {"acc": 0.1}}},
+        "tasks": {
+            "Tiny-Task": {
+                "scores": {"acc": 0.5, "exact_match_strict-match": 0.25},
+                "errors": {"acc": 0.1},
+                "higher_is_better": {"exact_match_strict-match": True},
+            }
+        },
         "rows": {
             "Tiny-Task": [{"id": "0", "scores": {"exact_match_strict-match": 1.0}}],
             "part": [{"id": "0", "scores": {}}],
@@ -62,6 +68,7 @@ def test_scores_errors_and_prompts_come_back_under_safe_names(tmp_path: Path, mo
     [task] = scores.tasks
     assert (task.name, task.scores) == ("tiny_task", {"acc": 0.5, "exact_match_strict_match": 0.25})
     assert task.errors == {"acc": 0.1}
+    assert task.higher_is_better == {"exact_match_strict_match": True}
     assert task.rows == [{"id": "0", "scores": {"exact_match_strict_match": 1.0}}]
     assert [part.name for part in scores.parts] == ["part"]
 
@@ -138,15 +145,19 @@ def test_without_lm_eval_the_install_line_is_said(monkeypatch: pytest.MonkeyPatc
 
 
 def test_tasks_that_have_loaded_once_are_not_loaded_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(job, "_loaded", set())
+    monkeypatch.setattr(job, "_loaded", {})
     monkeypatch.setattr(job, "installed", lambda: True)
     counted = tmp_path / "counted"
-    answers = [{"unknown": {"a": []}, "failed": {}, "found": {}}, {"unknown": {}, "failed": {}, "found": {"a": 1}}]
+    answers = [
+        {"unknown": {"a": []}, "failed": {}, "found": {}, "shown": []},
+        {"unknown": {}, "failed": {}, "found": {"A-1": 1}, "shown": ["A-1"]},
+    ]
     for answer, problems, times in zip((*answers, answers[0]), (1, 0, 0), (1, 2, 2), strict=True):
         body = f"open({str(counted)!r}, 'a').write('x')\nopen(job['out'], 'w').write(json.dumps({answer!r}))"
         ending(tmp_path, monkeypatch, body)
         assert len(harness.check_tasks(("a",))) == problems
         assert len(counted.read_text()) == times
+        assert harness.logged_tasks(("a",)) == (None if problems else ("a_1",))
 
 
 def test_a_task_file_that_is_not_there_is_said_at_once(tmp_path: Path) -> None:
@@ -188,7 +199,8 @@ def test_scores_and_their_errors_are_told_apart() -> None:
         "exact_match,strict-match": 0,
         "perplexity,none": "N/A",
     }
-    assert child.task_result("x", {"results": {"x": told}}) == {
-        "scores": {"acc": 0.5, "exact_match_strict-match": 0.0},
-        "errors": {"acc": 0.1},
-    }
+    expected: dict[str, Any] = {"scores": {"acc": 0.5, "exact_match_strict-match": 0.0}, "errors": {"acc": 0.1}}
+    results: dict[str, Any] = {"results": {"x": told}}
+    assert child.task_result("x", results) == expected | {"higher_is_better": {}}
+    results["higher_is_better"] = {"x": {"acc": None, "exact_match": False, "perplexity": False}}
+    assert child.task_result("x", results) == expected | {"higher_is_better": {"exact_match_strict-match": False}}

@@ -7,13 +7,14 @@ import socket
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
 import torch
 from transformers import TrainingArguments
 
-from hf_dsvllm import arguments, preflight
+from hf_dsvllm import arguments, metrics, preflight
 from hf_dsvllm.errors import Problem
 from hf_dsvllm.launch import Launch
 from hf_dsvllm.presets import get_preset
@@ -181,3 +182,160 @@ def test_tasks_of_lm_eval_need_no_file_and_are_checked(tmp_path: Path, monkeypat
 def test_a_port_without_anything_to_evaluate_is_said(tmp_path: Path) -> None:
     (problem,) = problems_of(tmp_path, gen_eval_expose=0, use_cpu=True)
     assert problem.what == "gen_eval options without prompts do nothing"
+
+
+# -- the metric that steers
+
+
+def steering_problems(folder: Path, monkeypatch: pytest.MonkeyPatch, wanted: str, **kwargs: Any) -> tuple[Problem, ...]:
+    """Of a run with the task orders (if there are metrics) whose references every built-in metric can use."""
+    monkeypatch.setattr(preflight, "find_vllm", lambda python, device: python)
+    monkeypatch.setattr(preflight.harness, "check_tasks", lambda names: [])
+    monkeypatch.setattr(preflight.harness, "logged_tasks", lambda names: ("arc_easy", "wikitext", "mmlu"))
+    file = folder / "orders.jsonl"
+    file.write_text('{"prompt": "2 + 2 =", "reference": "4"}\n', encoding="utf-8")
+    if "gen_eval_metrics" in kwargs:
+        kwargs["gen_eval_file"] = [str(file)]
+    return problems_of(folder, use_cpu=True, metric_for_best_model=wanted, **kwargs)
+
+
+OWN = """
+def total(completion: str, reference: str) -> bool:
+    return completion == reference
+
+
+def distance(completion: str, reference: str) -> float:
+    return 1.0
+"""
+
+
+@pytest.mark.parametrize("prefix", ["eval_gen_", "gen_"])
+@pytest.mark.parametrize("name", list(metrics.BUILT_IN))
+def test_every_built_in_metric_may_steer(
+    name: str, prefix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    wanted = f"{prefix}orders_{name}"
+    assert steering_problems(tmp_path, monkeypatch, wanted, gen_eval_metrics=[name]) == ()
+
+
+@pytest.mark.parametrize(
+    ("wanted", "kwargs"),
+    [
+        ("gen_orders_exact_match_pass_at_4", {"gen_eval_metrics": ["exact_match"]}),
+        ("gen_orders_exact_match", {"gen_eval_metrics": ["exact_match"]}),
+        ("gen_orders_total_pass_at_4", {"gen_eval_metrics": ["{own}:total"]}),
+        ("gen_orders_distance", {"gen_eval_metrics": ["{own}:distance"], "greater_is_better": False}),
+        ("gen_orders_distance", {"gen_eval_metrics": ["{own}:distance"], "greater_is_better": True}),
+        ("gen_orders_judge", {"gen_eval_metrics": ["judge:http://127.0.0.1:1/v1?model=m"]}),
+        ("gen_orders_second", {"gen_eval_metrics": ["judge:http://127.0.0.1:1/v1?model=m&name=second"]}),
+        ("gen_arc_easy_acc_norm", {"gen_eval_lm_eval": ["ai2_arc"]}),
+        ("eval_gen_mmlu_acc", {"gen_eval_lm_eval": ["ai2_arc"]}),
+        ("gen_wikitext_word_perplexity", {"gen_eval_lm_eval": ["wikitext"], "greater_is_better": False}),
+        ("eval_loss", {"gen_eval_metrics": ["exact_match"]}),
+        ("eval_loss", {}),
+    ],
+)
+def test_whatever_a_task_will_log_may_steer(
+    wanted: str, kwargs: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = tmp_path / "own.py"
+    own.write_text(OWN, encoding="utf-8")
+    if "gen_eval_metrics" in kwargs:
+        chosen = [name.replace("{own}", str(own)) for name in kwargs["gen_eval_metrics"]]
+        kwargs = kwargs | {"gen_eval_metrics": chosen, "gen_eval_samples": 4, "gen_eval_temperature": 1.0}
+    assert steering_problems(tmp_path, monkeypatch, wanted, **kwargs) == ()
+
+
+@pytest.mark.parametrize(
+    ("wanted", "kwargs", "fix"),
+    [
+        ("eval_gen_orders_exact_macth", {"gen_eval_metrics": ["exact_match"]}, "eval_gen_orders_exact_match?"),
+        ("gen_order_exact_match", {"gen_eval_metrics": ["exact_match"]}, "eval_gen_orders_exact_match?"),
+        ("gen_orders_exact_match_pass_at_8", {"gen_eval_metrics": ["exact_match"]}, "eval_gen_orders_exact_match?"),
+        ("gen_arceasy_acc", {"gen_eval_lm_eval": ["ai2_arc"]}, "eval_gen_arc_easy_METRIC"),
+        ("gen_x", {"gen_eval_metrics": ["rouge_l"]}, "there are: eval_gen_orders_rouge_l"),
+    ],
+)
+def test_a_metric_that_no_task_logs_is_refused_with_the_nearest(
+    wanted: str, kwargs: dict[str, Any], fix: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (problem,) = steering_problems(tmp_path, monkeypatch, wanted, **kwargs)
+    assert problem.what == f"metric_for_best_model={wanted} is a score that no task of this run has"
+    assert fix in problem.fix
+
+
+def test_where_lm_evals_tasks_are_not_known_a_name_of_theirs_passes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On ranks other than 0, or where lm-eval could not load them, which is a problem of its own."""
+    monkeypatch.setattr(preflight, "find_vllm", lambda python, device: python)
+    monkeypatch.setattr(preflight.harness, "check_tasks", lambda names: [])
+    monkeypatch.setattr(preflight.harness, "logged_tasks", lambda names: None)
+    given = {"gen_eval_lm_eval": ["ai2_arc"], "metric_for_best_model": "gen_arc_easy_acc"}
+    assert problems_of(tmp_path, use_cpu=True, **given) == ()
+
+
+def test_a_score_that_steers_without_prompts_is_refused(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    (problem,) = steering_problems(tmp_path, monkeypatch, "gen_orders_exact_match")
+    assert "there are no prompts" in problem.what
+    assert "--gen_eval_file" in problem.fix
+    args = SimpleNamespace(metric_for_best_model="gen_len", predict_with_generate=True)
+    assert preflight._unasked_problems(args) == [], "Seq2SeqTrainer's own"
+
+
+@pytest.mark.parametrize(
+    ("wanted", "greater", "kwargs"),
+    [
+        ("gen_wikitext_word_perplexity", None, {"gen_eval_lm_eval": ["wikitext"]}),
+        ("eval_gen_wikitext_bits_per_byte", True, {"gen_eval_lm_eval": ["wikitext"]}),
+        ("gen_orders_distance", None, {"gen_eval_metrics": ["{own}:distance"]}),
+    ],
+)
+def test_a_metric_of_which_less_is_better_is_not_taken_for_its_opposite(
+    wanted: str, greater: bool | None, kwargs: dict[str, Any], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = tmp_path / "own.py"
+    own.write_text(OWN, encoding="utf-8")
+    kwargs = {key: [value.replace("{own}", str(own)) for value in values] for key, values in kwargs.items()}
+    (problem,) = steering_problems(tmp_path, monkeypatch, wanted, greater_is_better=greater, **kwargs)
+    assert f"metric_for_best_model={wanted} is better the lower it is" in problem.what
+    assert "--greater_is_better false" in problem.fix
+    assert ("or true" in problem.fix) == ("own" in str(kwargs))
+
+
+def test_a_name_that_only_looks_like_a_perplexity_is_none() -> None:
+    assert metrics.less_is_better("byte_perplexity")
+    assert metrics.less_is_better("ter_strict_match")
+    assert not any(metrics.less_is_better(name) for name in (*metrics.BUILT_IN, "lossless", "filter", "acc_terse"))
+
+
+# -- arguments for vLLM
+
+
+@pytest.mark.parametrize(
+    ("given", "what", "fix"),
+    [
+        ("--foo 'x", "cannot be taken apart into words: No closing quotation", "close its quotes"),
+        ("--tensor-parallel-size 2", "vllm_args has --tensor-parallel-size", "--gen_eval_tensor_parallel N"),
+        ("--x y -tp=2", "vllm_args has -tp", "--gen_eval_tensor_parallel N"),
+        ("--data_parallel_size=2", "vllm_args has --data-parallel-size", "--gen_eval_data_parallel N"),
+        ("-dp 2", "vllm_args has -dp", "--gen_eval_data_parallel N"),
+    ],
+)
+def test_arguments_for_vllm_that_would_fail_later_are_refused(given: str, what: str, fix: str) -> None:
+    (problem,) = preflight._vllm_args_problems(given)
+    assert what in problem.what
+    assert problem.fix == fix
+
+
+@pytest.mark.parametrize("given", [None, "", '--max-num-seqs 8 --hf-overrides \'{"a": "-tp"}\'', "--dtype float32"])
+def test_other_arguments_for_vllm_are_vllms_affair(given: str | None) -> None:
+    assert preflight._vllm_args_problems(given) == []
+
+
+def test_arguments_for_vllm_are_looked_at_before_loading(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(preflight, "find_vllm", lambda python, device: python)
+    file = tmp_path / "eval.jsonl"
+    file.write_text('{"prompt": "a", "reference": "b"}\n')
+    (problem,) = problems_of(tmp_path, gen_eval_file=[str(file)], vllm_args="--foo 'x", use_cpu=True)
+    assert "No closing quotation" in problem.what

@@ -11,7 +11,8 @@ from typing import Any
 import pytest
 from transformers import TrainerControl
 
-from hf_dsvllm.evaluation.steering import Steering, best_so_far
+from hf_dsvllm.evaluation.rounds import Round
+from hf_dsvllm.evaluation.steering import Steering, best_so_far, keep_best
 from hf_dsvllm.fields import steers
 
 
@@ -67,6 +68,39 @@ def test_a_resumed_run_goes_on_from_the_best_score_on_disk(tmp_path: Path) -> No
 )
 def test_only_a_generation_score_steers(wanted: str | None, expected: bool) -> None:
     assert steers(SimpleNamespace(metric_for_best_model=wanted)) == expected
+
+
+def kept(run_dir: Path, rounds: list[dict[str, float]], known: dict[str, bool], **steering: Any) -> Any:
+    """Metric and step of the best snapshot after these rounds, whose scores' directions are known so far."""
+    args = SimpleNamespace(**{"metric_for_best_model": None, "greater_is_better": None} | steering)
+    for step, scores in enumerate(rounds, start=1):
+        done = Round(step=step, scores=scores, result=SimpleNamespace(higher_is_better=known))
+        keep_best(run_dir, args, done, kind="full")
+    pointer = run_dir / "snapshots" / "best.json"
+    best = json.loads(pointer.read_text()) if pointer.exists() else {}
+    return best.get("metric"), best.get("step")
+
+
+PERPLEXITY, ACC = "eval_gen_wikitext_word_perplexity", "eval_gen_arc_easy_acc"
+FALLING = [{PERPLEXITY: 30.0, ACC: 0.2}, {PERPLEXITY: 20.0, ACC: 0.4}, {PERPLEXITY: 25.0, ACC: 0.3}]
+
+
+@pytest.mark.parametrize(
+    ("known", "steering", "expected"),
+    [
+        ({PERPLEXITY: False, ACC: True}, {}, (PERPLEXITY, 2)),  # the first one, the lower the better
+        ({PERPLEXITY: True}, {}, (PERPLEXITY, 1)),
+        ({ACC: True}, {}, (ACC, 2)),  # the first of which it is known
+        ({}, {}, (None, None)),
+        ({}, {"metric_for_best_model": PERPLEXITY, "greater_is_better": False}, (PERPLEXITY, 2)),
+        ({}, {"metric_for_best_model": ACC.removeprefix("eval_"), "greater_is_better": True}, (ACC, 2)),
+        ({ACC: True}, {"metric_for_best_model": "eval_loss", "greater_is_better": False}, (ACC, 2)),
+    ],
+)
+def test_the_best_snapshot_is_the_best_by_a_metric_whose_direction_is_known_or_given(
+    known: dict[str, bool], steering: dict[str, Any], expected: tuple[str | None, int | None], tmp_path: Path
+) -> None:
+    assert kept(tmp_path, FALLING, known, **steering) == expected
 
 
 class FakeTrainer:
