@@ -6,6 +6,7 @@ call, so that every flag TRL documents (`--lora_r`, `--lora_target_modules`, …
 
 from __future__ import annotations
 
+import collections
 import dataclasses
 import importlib.util
 from typing import Any
@@ -20,7 +21,9 @@ from hf_dsvllm.traps import Fix, quant_storage_problems
 __all__ = [
     "adapter_problems",
     "apply_to_model_config",
+    "dtype_in_training",
     "full_dtype",
+    "peft_config_of",
     "quant_storage",
     "quantization_record",
     "trl_flags",
@@ -186,12 +189,35 @@ def quantization_record(model: Any) -> dict[str, Any] | None:
     }
 
 
+def dtype_in_training(model: Any, model_args: Any) -> str:
+    """The dtype the live model holds its weights in, which "auto" does not say.
+
+    Weights in 4 bit have another one: that in which they were read, before they were quantised.
+    """
+    asked = str(model_args.dtype).removeprefix("torch.")
+    if getattr(model, "is_loaded_in_4bit", False):
+        return str(model.config.dtype).removeprefix("torch.") if asked == "auto" else asked
+    frozen = [one.dtype for one in model.parameters() if one.is_floating_point() and not one.requires_grad]
+    dtype = collections.Counter(frozen).most_common(1)[0][0] if frozen else model.dtype
+    return str(dtype).removeprefix("torch.")
+
+
+def peft_config_of(model_args: Any) -> Any:
+    """TRL's adapter configuration, None without one; the base's revision is in it, for those who load the adapter."""
+    from trl import get_peft_config
+
+    config = get_peft_config(model_args)
+    if config is not None and model_args.model_revision != "main":
+        config.revision = model_args.model_revision
+    return config
+
+
 def _adapts_fused_experts(config: Any) -> bool:
     """Whether "all-linear" reaches experts here; False where the model's shape is not known before it is loaded."""
     if config.lora_target_modules not in (ALL_LINEAR, [ALL_LINEAR]) or not config.model_name_or_path:
         return False
     try:
-        return load_shape(config.model_name_or_path).experts > 0
+        return load_shape(config.model_name_or_path, revision=config.model_revision).experts > 0
     except DsvllmError:
         return False
 
@@ -206,11 +232,12 @@ def _dtype_reason(preset: Preset, device: str) -> str:
 
 def vocabulary_was_resized(model: Any) -> bool:
     """Whether the live model with adapters has more or fewer embeddings than the base they were loaded from."""
-    base = next(iter(model.peft_config.values())).base_model_name_or_path
+    config = next(iter(model.peft_config.values()))
+    base = config.base_model_name_or_path
     if not base:
         return False
     try:
-        before = type(model.config).from_pretrained(base).get_text_config().vocab_size
+        before = type(model.config).from_pretrained(base, revision=config.revision).get_text_config().vocab_size
     except (OSError, ValueError):
         return False
     return bool(model.config.get_text_config().vocab_size != before)

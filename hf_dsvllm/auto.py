@@ -85,7 +85,14 @@ def refused(*problems: Problem) -> AutoChoice:
 
 
 def job_of(
-    args: Any, launch: Launch, device: str, model: str, method: str, argv: Sequence[str], lora_r: int | None = None
+    args: Any,
+    launch: Launch,
+    device: str,
+    model: str,
+    method: str,
+    argv: Sequence[str],
+    lora_r: int | None = None,
+    revision: str | None = None,
 ) -> Job:
     """The work these arguments describe on this machine; nodes are taken to be alike."""
     machine = detect()
@@ -95,7 +102,7 @@ def job_of(
     ram = machine.ram_bytes * (world // local) if machine.ram_bytes else None
     evaluation = (EVALUATION_SEQUENCES, length + args.gen_eval_max_new_tokens) if asks_for_answers(args) else None
     return Job(
-        shape=load_shape(model),
+        shape=load_shape(model, revision=revision or flag(argv, "--model_revision")),
         machine=machine if device == "cuda" else Machine(gpus=(), cpu_count=machine.cpu_count, ram_bytes=ram),
         rates=machine_rates(machine if device == "cuda" else None),
         length=length,
@@ -129,7 +136,8 @@ def keep_activations(args: Any, model_args: Any, preset: Preset, device: str) ->
     micro = args.per_device_train_batch_size
     try:
         model, kind = str(model_args.model_name_or_path), preset.adapter or "full"
-        job = job_of(args, read_launch(), device, model, kind, (), lora_r=model_args.lora_r)
+        revision = model_args.model_revision
+        job = job_of(args, read_launch(), device, model, kind, (), lora_r=model_args.lora_r, revision=revision)
         world, place = next(iter(placements(job)))
         found = judge(job, preset, world, micro, False, place)
         if found.fits and "keep_activations" in wanted:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import json
 import os
 import shutil
 from collections.abc import Sequence
@@ -10,14 +11,17 @@ from pathlib import Path
 from typing import Any
 
 from hf_dsvllm import memory
+from hf_dsvllm.console import is_main_process
 from hf_dsvllm.ds_config import get_key, zero_stage
 from hf_dsvllm.errors import ConfigError, DsvllmError, EvalFileError, Problem
+from hf_dsvllm.export.manifest import REPORT, occupied
 from hf_dsvllm.fields import trusts_remote_code
 from hf_dsvllm.hardware import detect
 from hf_dsvllm.launch import read_launch
-from hf_dsvllm.model_shape import ModelShape, load_shape
+from hf_dsvllm.model_shape import ModelShape, download_config, load_shape
 from hf_dsvllm.presets import Preset
 from hf_dsvllm.tasks import EvalTask, render_prompt
+from hf_dsvllm.tensors.weights import has_safetensors
 
 __all__ = ["check_before_loading", "load_tokenizer", "predict_memory"]
 
@@ -26,6 +30,7 @@ GIB = 1 << 30
 MOE_WITH_LEAF_MODULES = frozenset({"mixtral", "qwen2_moe", "qwen3_moe"})
 # A full checkpoint: bf16 weights, fp32 master weights and Adam's two moments.
 CHECKPOINT_BYTES_PER_PARAMETER = 14
+ANOTHER_EXPORT = "--export_to another folder, or none"
 
 
 def check_before_loading(
@@ -37,8 +42,9 @@ def check_before_loading(
         return missing
     problems = _template_problems(args, model_args, tasks)
     problems += _output_problems(Path(args.output_dir))
+    problems += _export_problems(args, model_args)
     try:
-        shape = load_shape(model_args.model_name_or_path)
+        shape = load_shape(model_args.model_name_or_path, revision=model_args.model_revision)
     except DsvllmError:
         return problems  # an architecture the formulas do not know: nothing can be said cheaply
     problems += _moe_problems(args, model_args)
@@ -133,6 +139,59 @@ def _output_problems(folder: Path) -> list[Problem]:
     if not os.access(existing, os.W_OK):
         return [Problem(f"output_dir {folder} cannot be written", "--output_dir a folder you own")]
     return []
+
+
+def _export_problems(args: Any, model_args: Any) -> list[Problem]:
+    """What would make the export fail when training is over."""
+    if args.export_to == "none":
+        return []
+    problems = _merge_problems(model_args) if model_args.use_peft else []
+    if is_main_process():  # who alone writes it
+        try:
+            problems += _destination_problems(args)
+        except (OSError, RuntimeError) as error:  # unreadable, or links in a circle
+            problems.append(Problem(f"export_to {args.export_to} cannot be used: {error}", ANOTHER_EXPORT))
+    return problems
+
+
+def _destination_problems(args: Any) -> list[Problem]:
+    run_dir = Path(args.output_dir)
+    out = Path(args.export_to) if args.export_to else run_dir / "export"
+    target, run = out.resolve(), run_dir.resolve()
+    if target == run or target in run.parents:
+        what = f"export_to {out} is the run's own folder {run_dir}, or holds it"
+        return [Problem(what, f"--export_to {run_dir / 'export'}, or another folder of its own")]
+    if target.is_mount():
+        return [Problem(f"export_to {out} is the root of a disk, which cannot be renamed to", "a folder in it")]
+    # The usual folder is set aside where a run starts afresh.
+    set_aside = not args.export_to and target.is_dir() and not args.resume_from_checkpoint
+    if occupied(target) and not set_aside and not (target / REPORT).is_file():
+        return [Problem(f"export_to {out} exists and is no export of hf-dsvllm", f"{ANOTHER_EXPORT}, or remove it")]
+    existing = next(parent for parent in target.parents if parent.exists())
+    if target.parent == run or (existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)):
+        return []  # in the run's folder: looked at with that
+    why = "cannot be written" if existing.is_dir() else "is a file"
+    return [Problem(f"export_to {out}: {existing} {why}", ANOTHER_EXPORT)]
+
+
+def _merge_problems(model_args: Any) -> list[Problem]:
+    """A base that adapters cannot be merged into."""
+    name = model_args.model_name_or_path
+    folder = Path(name).expanduser()
+    problems = []
+    try:
+        file = folder / "config.json" if folder.is_dir() else download_config(name, model_args.model_revision, 10.0)
+        quantised = json.loads(file.read_text(encoding="utf-8")).get("quantization_config")
+    except (DsvllmError, ValueError):
+        quantised = None  # whoever loads the model says it better
+    if quantised:
+        what = f"{name} is stored quantised ({quantised.get('quant_method')}): the export cannot merge adapters into it"
+        fix = "the 16-bit model it was made from (a qlora preset makes 4 bit of it), or --export_to none"
+        problems.append(Problem(what, fix))
+    if folder.is_dir() and not has_safetensors(folder):
+        what = f"{name} has no model.safetensors: the export cannot merge adapters into other files"
+        problems.append(Problem(what, "load the model and save_pretrained() it once, or --export_to none"))
+    return problems
 
 
 def _moe_problems(args: Any, model_args: Any) -> list[Problem]:

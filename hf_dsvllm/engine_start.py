@@ -42,11 +42,11 @@ def start_engine(
     say(f"vLLM evaluates on {place.reason}; {size.reason}")
     model: Path | str = model_args.model_name_or_path
     if place.url is not None:
-        merge_base = local_base(str(model)) if size.merge_adapters else None
+        merge_base = local_base(str(model), model_args.model_revision) if size.merge_adapters else None
         return RemoteServer(place.url), merge_base
     if quantization is not None:
         model = as_the_trainer_holds_it(model_args, quantization, run_dir)
-    merge_base = local_base(str(model)) if size.merge_adapters else None
+    merge_base = local_base(str(model), model_args.model_revision) if size.merge_adapters else None
     spec = engine_spec(model, place, size, args, model_args)
     template = tokenizer.chat_template if args.gen_eval_expose is not None else None
     if isinstance(template, str):  # training's own, for those who chat with the model; our prompts are token ids
@@ -62,7 +62,7 @@ def follow_adapters(model: Any, spec: EngineSpec, merge_base: Path | None) -> Pa
     if why is None or merge_base is not None:
         return merge_base
     say(f"adapters are merged into a copy for vLLM: {why}")
-    return local_base(str(spec.model))
+    return local_base(str(spec.model), spec.revision)
 
 
 def engine_spec(model: Path | str, place: Place, size: EngineSize, args: Any, model_args: Any) -> EngineSpec:
@@ -75,6 +75,7 @@ def engine_spec(model: Path | str, place: Place, size: EngineSize, args: Any, mo
     python = find_vllm(Path(args.vllm_python) if args.vllm_python else None)
     return EngineSpec(
         model=model,
+        revision=None if Path(model).is_dir() else model_args.model_revision,
         python=python,
         device=place.device,
         dtype="float32" if place.device == "cpu" else "bfloat16",
@@ -109,7 +110,8 @@ def tensor_parallel_size(place: Place, args: Any, model_args: Any) -> int:
     if place.device == "cpu":
         return args.gen_eval_tensor_parallel or 1
     try:
-        weights_bytes = 2 * load_shape(model_args.model_name_or_path).parameters
+        shape = load_shape(model_args.model_name_or_path, revision=model_args.model_revision)
+        weights_bytes = 2 * shape.parameters
     except DsvllmError:
         weights_bytes = None
     gpu_bytes = torch.cuda.get_device_properties(0).total_memory
@@ -121,4 +123,5 @@ def as_the_trainer_holds_it(model_args: Any, quantization: Any, run_dir: Path) -
     out = run_dir / "engine" / "base"
     shutil.rmtree(out, ignore_errors=True)
     dtype = getattr(torch, model_args.dtype)
-    return dequantised_base(local_base(model_args.model_name_or_path), quantization.to_dict(), out, dtype=dtype)
+    base = local_base(model_args.model_name_or_path, model_args.model_revision)
+    return dequantised_base(base, quantization.to_dict(), out, dtype=dtype)

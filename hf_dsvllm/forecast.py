@@ -89,7 +89,7 @@ def forecast(args: Any, model_args: Any, preset: Preset | None, device: str) -> 
     if preset is None:
         return None
     try:
-        shape = load_shape(model_args.model_name_or_path)
+        shape = load_shape(model_args.model_name_or_path, revision=model_args.model_revision)
         machine = detect()
         rates = machine_rates(machine if device == "cuda" else None)
     except DsvllmError:

@@ -36,7 +36,7 @@ from hf_dsvllm.evaluation.result import Sampling, harness_tasks, lower_is_better
 from hf_dsvllm.evaluation.steering import Steering
 from hf_dsvllm.export.adapter_format import serving_problems
 from hf_dsvllm.export.fingerprint import fingerprint_of
-from hf_dsvllm.export.source import Which, best_step
+from hf_dsvllm.export.source import Which, base_commit, best_step
 from hf_dsvllm.export.trained import trained_record
 from hf_dsvllm.features import choose
 from hf_dsvllm.fields import asks_for_answers, trusts_remote_code
@@ -135,9 +135,7 @@ class Session:
     @property
     def peft_config(self) -> Any:
         """TRL's adapter configuration of this run, None for a full fine-tune."""
-        from trl import get_peft_config
-
-        return get_peft_config(self.model_args)
+        return adapters.peft_config_of(self.model_args)
 
     @property
     def quantization_config(self) -> Any:
@@ -263,13 +261,16 @@ class Session:
             return
         if trainer.state.global_step == 0:
             set_aside_evaluations(self.run_dir, EVALS, self.run_dir / SNAPSHOTS / "best.json")
+        name = str(self.model_args.model_name_or_path)
+        commit = base_commit(name, self.model_args.model_revision)
         record = {
-            "base_model": str(self.model_args.model_name_or_path),
-            "base_fingerprint": fingerprint_of(str(self.model_args.model_name_or_path)),
+            "base_model": name,
+            "base_revision": commit,
+            "base_fingerprint": fingerprint_of(name, commit),
             "preset": self.args.ds_preset,
             "adapter": _adapter_name(self.model_args),
             "quantization": adapters.quantization_record(trainer.model),
-            "dtype": str(self.model_args.dtype),
+            "dtype": adapters.dtype_in_training(trainer.model, self.model_args),
             "device": self.device,
             "world_size": wiring.world_size,
             "zero_stage": wiring.zero_stage,
@@ -290,7 +291,7 @@ class Session:
     def _predicted_gib(self) -> float | None:
         """Least memory of the main process by the formulas, GiB; None for architectures they do not know."""
         try:
-            shape = load_shape(self.model_args.model_name_or_path)
+            shape = load_shape(self.model_args.model_name_or_path, revision=self.model_args.model_revision)
         except DsvllmError:
             return None
         memory = predict_memory(self.args, self.model_args, self.preset, self.device, shape)

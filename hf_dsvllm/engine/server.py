@@ -56,6 +56,7 @@ SCRUBBED_PREFIXES = ("GROUP_", "ROLE_", "MASTER_", "TORCHELASTIC_", "ACCELERATE_
 class EngineSpec:
     """What one vLLM process serves and on what.
 
+    `revision` is the commit, branch or tag of a `model` on the hub and of its tokenizer; folders have none.
     `python` is an interpreter that has vLLM (see `find_vllm`).  `max_lora_rank` None means no adapters.  `tokenizer` is
     only needed when the model folder has none.  `kv_cache_bytes` on CPU is rounded up to whole GiB (vLLM's unit there).
     `data_parallel_size` copies of the engine, each on `tensor_parallel_size` GPUs, share the requests.
@@ -68,6 +69,7 @@ class EngineSpec:
     device: Literal["cuda", "cpu"]
     dtype: Literal["bfloat16", "float16", "float32", "auto"] = "auto"
     served_name: str = "base"
+    revision: str | None = None
     tokenizer: Path | str | None = None
     max_model_len: int | None = None
     max_lora_rank: int | None = None
@@ -123,6 +125,9 @@ def command(spec: EngineSpec, uds: Path) -> list[str]:
     line += ["--generation-config", "vllm", "--uvicorn-log-level", "warning"]
     if spec.tokenizer is not None:
         line += ["--tokenizer", str(spec.tokenizer)]
+    for option, name in (("--revision", spec.model), ("--tokenizer-revision", spec.tokenizer or spec.model)):
+        if spec.revision is not None and not Path(name).is_dir():
+            line += [option, spec.revision]
     if spec.max_model_len is not None:
         line += ["--max-model-len", str(spec.max_model_len)]
     switches = {"--enable-sleep-mode": spec.sleep_mode, "--enforce-eager": spec.enforce_eager,

@@ -205,9 +205,11 @@ class Delivery:
         started = time.monotonic()
         dtype = torch.float32 if self.server.spec.dtype == "float32" else torch.bfloat16
         folder = merged_copy(base, snapshot.path, self.run_dir / "engine" / "merged", dtype=dtype)
-        if isinstance(self.server, EngineServer) and not same_shape(folder, local_base(str(self.server.spec.model))):
-            self._restart(folder)
-            self.server.wait_ready(self.timeout_s)
+        if isinstance(self.server, EngineServer):
+            spec = self.server.spec
+            if not same_shape(folder, local_base(str(spec.model), spec.revision)):
+                self._restart(folder)
+                self.server.wait_ready(self.timeout_s)
         pushed = self.sync.push(folder, "full", snapshot.step)
         path = f"merge + {pushed.path_used}"
         return dataclasses.replace(pushed, path_used=path, seconds=time.monotonic() - started)

@@ -44,6 +44,7 @@ def _training(run: Mapping[str, Any], base: str) -> str:
     data = run.get("data") or {}
     rows = {
         "base model": _shown(base),
+        "base revision": run.get("base_revision"),
         "data": data.get("name"),
         "examples": f"{data['rows']:,}" if data.get("rows") else None,
         "preset": run.get("preset"),

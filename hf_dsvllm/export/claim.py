@@ -93,11 +93,13 @@ def _locked(lock: Path, out: Path) -> int:
         descriptor = os.open(lock, os.O_CREAT | os.O_RDWR, 0o666)
         try:
             fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
+        except (BlockingIOError, PermissionError) as error:
             os.close(descriptor)
             raise ExportError(
                 f"Another process is exporting to {out} (it holds {lock}); wait for it, or name another folder."
             ) from error
+        except OSError:
+            return descriptor  # a file system without locks
         with contextlib.suppress(FileNotFoundError):
             if os.stat(lock).st_ino == os.fstat(descriptor).st_ino:
                 return descriptor

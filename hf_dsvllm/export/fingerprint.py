@@ -35,9 +35,9 @@ def fingerprint(folder: Path) -> str:
     return digest.hexdigest()
 
 
-def fingerprint_of(name: str) -> str | None:
+def fingerprint_of(name: str, revision: str | None = None) -> str | None:
     """The fingerprint of a model named by path or hub id; None if it has no safetensors on this machine."""
     try:
-        return fingerprint(local_base(name))
+        return fingerprint(local_base(name, revision))
     except ExportError:
         return None

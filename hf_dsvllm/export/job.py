@@ -17,10 +17,10 @@ from hf_dsvllm.errors import ExportError
 from hf_dsvllm.export.fingerprint import fingerprint, fingerprint_of
 from hf_dsvllm.export.layout import Layout, cast_layout, merged_layout
 from hf_dsvllm.export.merge import Adapter, read_adapter
-from hf_dsvllm.export.source import Source, find_tokenizer, local_base, tokenizer_files
+from hf_dsvllm.export.source import RunRecord, Source, find_tokenizer, local_base, tokenizer_files
 from hf_dsvllm.export.trained import GENERATION_CONFIG
 from hf_dsvllm.tensors.hashing import sha256_of
-from hf_dsvllm.tensors.weights import TensorFolder, TensorSource, torch_dtype
+from hf_dsvllm.tensors.weights import TensorFolder, TensorSource, has_safetensors, torch_dtype
 from hf_dsvllm.tensors.zero_adapter import write_adapter
 from hf_dsvllm.tensors.zero_checkpoint import ZeroCheckpoint
 
@@ -77,7 +77,8 @@ def open_job(source: Source, dtype: torch.dtype, base_name: str | None, stack: c
     if adapter is not None and not (given or recorded):
         raise ExportError(f"{source.model_dir} does not say which base it was trained on; name it with --base PATH.")
     name = given or recorded
-    base = local_base(name) if name and (adapter is not None or given) else _base_if_there(name)
+    revision = _recorded_revision(record, adapter) if name == recorded else None
+    base = local_base(name, revision) if name and (adapter is not None or given) else _base_if_there(name)
     if adapter is not None:
         assert base is not None
         _refuse_quantised(base)
@@ -99,7 +100,7 @@ def open_job(source: Source, dtype: torch.dtype, base_name: str | None, stack: c
         adapter=adapter,
         quantization=quantization,
         onto_original=original,
-        base_dtype=torch_dtype(record.dtype) if record and adapter is not None and not original else None,
+        base_dtype=_dtype_in_training(record, base) if record and adapter is not None and not original else None,
         dtype=dtype,
         tokenizer=find_tokenizer(source, base),
         notes=tuple(notes),
@@ -176,6 +177,25 @@ def _open_tensors(source: Source, base: Path | None) -> TensorFolder | ZeroCheck
     return ZeroCheckpoint(source.model_dir)
 
 
+def _recorded_revision(record: RunRecord | None, adapter: Adapter | None) -> str | None:
+    """The revision of the recorded base: the run's, else what a bare adapter names."""
+    if record is not None:
+        return record.base_revision
+    return None if adapter is None else adapter.config.get("revision")
+
+
+def _dtype_in_training(record: RunRecord, base: Path | None) -> torch.dtype:
+    """The dtype the trainer held the base in; "auto" is the base's own, by transformers' rule."""
+    if record.dtype != "auto" or base is None:
+        return torch_dtype(record.dtype)
+    config = json.loads((base / "config.json").read_text(encoding="utf-8"))
+    named = config.get("dtype") or config.get("torch_dtype")
+    if named:
+        return torch_dtype(named)
+    with TensorFolder(base) as tensors:
+        return next(dtype for name in tensors.names if (dtype := tensors.dtype(name)).is_floating_point)
+
+
 def _base_if_there(name: str | None) -> Path | None:
     """A full model does not need its base; if it lies on this disk, it is compared with."""
     return Path(name) if name and Path(name).is_dir() else None
@@ -200,7 +220,8 @@ def _check_base(source: Source, adapter: Adapter, base: Path, given: str | None,
             "was overwritten since, or --base names another model; name the right one with --base."
         )
     own = adapter.config.get("base_model_name_or_path")
-    if record is not None and own and own != record.base_model and fingerprint_of(own) not in (None, now):
+    revision = adapter.config.get("revision")
+    if record is not None and own and own != record.base_model and fingerprint_of(own, revision) not in (None, now):
         raise ExportError(
             f"The adapter in {source.model_dir} was trained on another base, {own}, than its run, {record.base_model}: "
             "it does not belong to this run. Export the adapter's own run, or the adapter alone with --base."
@@ -215,8 +236,11 @@ def _check_base(source: Source, adapter: Adapter, base: Path, given: str | None,
 
 
 def _same_as_base(job: Job, layout: Layout) -> None:
-    """A full model has its base's tensors and shapes, up to tied copies and resized embeddings."""
-    if job.base is None:
+    """A full model has its base's tensors and shapes, up to tied copies and resized embeddings.
+
+    A base without safetensors tells nothing.
+    """
+    if job.base is None or not has_safetensors(job.base):
         return
     with TensorFolder(job.base) as tensors:
         base = {name: tensors.shape(name) for name in tensors.names}

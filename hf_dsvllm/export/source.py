@@ -18,6 +18,7 @@ __all__ = [
     "Source",
     "Target",
     "Which",
+    "base_commit",
     "best_step",
     "find_record",
     "find_source",
@@ -44,6 +45,8 @@ TOKENIZER_FILES = (
 class RunRecord:
     """The part of RUN/run.json that an export needs; `folder` is RUN.
 
+    `base_revision` is the commit of a base on the hub, None for a folder; `dtype` is the one that the base was loaded
+    in, "auto" in old records of runs that left it to the base.
     `base_fingerprint` is None for runs whose base has no safetensors, and for those before it was recorded;
     `generation` is `trained.trained_record`'s, None before that was recorded.
     """
@@ -53,6 +56,7 @@ class RunRecord:
     adapter: str | None
     quantization: Mapping[str, Any] | None
     dtype: str
+    base_revision: str | None = None
     base_fingerprint: str | None = None
     generation: Mapping[str, Any] | None = None
 
@@ -119,20 +123,40 @@ def best_step(run: Path) -> int | None:
     return int(json.loads(pointer.read_text(encoding="utf-8"))["step"]) if pointer.is_file() else None
 
 
-def local_base(name: str) -> Path:
-    """The folder of a base model given by path or hub id (the hub's cache is used; downloads only what is needed)."""
+def local_base(name: str, revision: str | None = None) -> Path:
+    """The folder of a base model given by path or hub id (the hub's cache is used; downloads only what is needed).
+
+    `revision` is a commit, branch or tag of the hub, None for its main branch; folders have none.
+    """
     folder = Path(name).expanduser()
     if folder.is_dir():
         return folder
     if folder.is_absolute() or name.startswith((".", "~")):
         raise ExportError(f"The base model {name} is no folder any more; say where it is with --base PATH.")
     try:
-        return _from_hub(name)
+        return _from_hub(name, revision)
     except Exception as error:  # whatever the hub client raises, the user can do the same thing about it
+        at = f" at revision {revision!r}" if revision else ""
         raise ExportError(
-            f"The base model {name!r} is neither a folder nor reachable on the hub ({type(error).__name__}): "
+            f"The base model {name!r}{at} is neither a folder nor reachable on the hub ({type(error).__name__}): "
             "say where it is with --base PATH."
         ) from error
+
+
+def base_commit(name: str, revision: str | None) -> str | None:
+    """The commit that `revision` of a base on the hub is in the local cache, so that a branch may move on.
+
+    `revision` itself where the cache does not tell; None for a folder.
+    """
+    if Path(name).expanduser().is_dir():
+        return None
+    from huggingface_hub import try_to_load_from_cache
+
+    with contextlib.suppress(ValueError):  # no name that the hub could have
+        file = try_to_load_from_cache(name, "config.json", revision=revision)
+        if isinstance(file, str):
+            return Path(file).parent.name
+    return revision
 
 
 def _downloaded(path: Path) -> Path:
@@ -148,10 +172,11 @@ def _downloaded(path: Path) -> Path:
         ) from error
 
 
-def _from_hub(name: str) -> Path:
+def _from_hub(name: str, revision: str | None = None) -> Path:
     from huggingface_hub import snapshot_download
 
-    return Path(snapshot_download(name, allow_patterns=["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]))
+    wanted = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
+    return Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
 
 
 def find_tokenizer(source: Source, base: Path | None) -> Path | None:
@@ -189,6 +214,7 @@ def _read_record(folder: Path) -> RunRecord:
             adapter=values["adapter"],
             quantization=values["quantization"],
             dtype=str(values["dtype"]).removeprefix("torch."),
+            base_revision=values.get("base_revision"),
             base_fingerprint=values.get("base_fingerprint"),
             generation=values.get("generation"),
         )

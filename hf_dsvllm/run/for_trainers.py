@@ -49,11 +49,13 @@ class ForTrainers:
         return kwargs if given.get("peft_config") or is_adapted(model) else {**kwargs, **self._for_trl(given, takes)}
 
     def _for_trl(self, given: dict[str, Any], takes: set[str]) -> dict[str, Any]:
-        from trl import get_peft_config, get_quantization_config
+        from trl import get_quantization_config
+
+        from hf_dsvllm.adapters import peft_config_of
 
         model_args, args = self._run.model_args, given.get("args")
         self._run.lines["adapter"] = f"peft_config given to the trainer at {script_line()}"
-        more = {"peft_config": get_peft_config(model_args)}
+        more = {"peft_config": peft_config_of(model_args)}
         if isinstance(given.get("model"), str):
             if "quantization_config" in takes and not given.get("quantization_config"):
                 more["quantization_config"] = get_quantization_config(model_args)
@@ -100,7 +102,6 @@ class ForTrainers:
 
     def _adapt(self, model: Any, args: Any) -> dict[str, Any]:
         from transformers import TrainingArguments, set_seed
-        from trl import get_peft_config
 
         from hf_dsvllm import adapters
 
@@ -108,7 +109,7 @@ class ForTrainers:
         args = TrainingArguments(output_dir="tmp_trainer") if args is None else args  # the Trainer's own default
         run.settle_model(model, object)
         set_seed(args.seed)  # adapters start at random; the Trainer seeds anew right after
-        wrapped = adapters.wrap(model, get_peft_config(run.model_args), args)
+        wrapped = adapters.wrap(model, adapters.peft_config_of(run.model_args), args)
         model.save_pretrained = SavesAdapters(model, wrapped)
         run.lines["adapter"] = f"{type(model).__name__} given adapters at {script_line()}"
         return {"model": wrapped, "args": args}

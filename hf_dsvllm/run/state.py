@@ -156,7 +156,8 @@ class Run:
             say(str(Fix("lora_task_type", TEXT, task, "the model that is trained is of that kind")))
 
     def _note_how_loaded(self, model_args: ModelConfig) -> None:
-        how = self.loaded.get(str(model_args.model_name_or_path), {})
+        in_trainer = getattr(self.args, "model_init_kwargs", None)  # TRL's, for a model given by name
+        how = self.loaded.get(str(model_args.model_name_or_path)) or in_trainer or {}
         model_args.model_revision = how.get("revision") or "main"
         if how.get("trust_remote_code"):
             model_args.trust_remote_code = True  # no field of TRL's, which has it among a trainer's arguments

@@ -161,7 +161,7 @@ def plan_serving(
         if not _is_gated(1, host):
             return (PlannedServer(server=servers[0], host=host, port=port, share=shares[0]),)
     elif device == "cuda":
-        needs = [need_of(server.model, " and ".join(server.names)) for server in servers]
+        needs = [need_of(server.model, " and ".join(server.names), server.revision) for server in servers]
         shares = share_gpus(needs, detect().gpus)
     ports = _free_ports(port, len(servers))
     return tuple(
@@ -176,7 +176,7 @@ def _share_of_one(server: Server, device: Device) -> Share | None:
     if len(gpus) < 2:
         return None
     with contextlib.suppress(EngineError):  # an architecture we cannot size, or a model vLLM will refuse better itself
-        share = share_gpus([need_of(server.model, server.names[0])], gpus)[0]
+        share = share_gpus([need_of(server.model, server.names[0], server.revision)], gpus)[0]
         return share if len(share.gpus) > 1 else None
     return None
 

@@ -29,10 +29,14 @@ class ServedAdapter:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Server:
-    """One vLLM process: a model under `name`, or a base with the `adapters` that share it (its own name is `base`)."""
+    """One vLLM process: a model under `name`, or a base with the `adapters` that share it (its own name is `base`).
+
+    `revision` is the commit, branch or tag of a base on the hub; folders have none.
+    """
 
     model: str
     name: str
+    revision: str | None = None
     adapters: tuple[ServedAdapter, ...] = ()
     tokenizer: Path | None = None
     chat: bool = False
@@ -45,8 +49,12 @@ class Server:
     def model_arguments(self) -> list[str]:
         """The part of vLLM's command line that says what is served."""
         line = ["--model", self.model]
+        if self.revision is not None:
+            line += ["--revision", self.revision]
         if self.tokenizer is not None:
             line += ["--tokenizer", str(self.tokenizer)]
+        elif self.revision is not None:
+            line += ["--tokenizer-revision", self.revision]
         if not self.adapters:
             return [*line, "--served-model-name", self.name]
         rank = max(adapter.rank for adapter in self.adapters)
@@ -73,7 +81,8 @@ def plan_servers(paths: Sequence[str | Path], name: str | None = None) -> tuple[
         except EngineError as error:
             problems.append(str(error))
             continue
-        key = f"{server.model} {server.tokenizer}" if server.adapters else f"{path.absolute()} {called}"
+        shared = f"{server.model} {server.revision} {server.tokenizer}"
+        key = shared if server.adapters else f"{path.absolute()} {called}"
         known = servers.get(key)
         servers[key] = server if known is None else _joined(known, server)
     names = [called for server in servers.values() for called in server.names]
@@ -119,6 +128,7 @@ def _adapter_server(path: Path, name: str) -> Server:
     record = None if (path / EXPORT_REPORT).is_file() else find_record(path)
     _check_adapter(path, config, record)
     base = record.base_model if record is not None else config.get("base_model_name_or_path")
+    revision = record.base_revision if record is not None else config.get("revision")
     if not base:
         raise EngineError(
             f"{path}/adapter_config.json names no base model; make an export with --base PATH and serve it."
@@ -128,6 +138,7 @@ def _adapter_server(path: Path, name: str) -> Server:
     return Server(
         model=str(base),
         name="base",
+        revision=None if Path(str(base)).is_dir() else revision,
         adapters=(ServedAdapter(name=name, path=path.absolute(), rank=int(config["r"])),),
         tokenizer=None if tokenizer is None else _same(tokenizer.absolute(), Path(str(base))),
         chat=has_chat_template(tokenizer or Path(str(base))),

@@ -38,10 +38,10 @@ class Share:
     utilization: float | None
 
 
-def need_of(model: str, name: str) -> Need:
+def need_of(model: str, name: str, revision: str | None = None) -> Need:
     """From the model's files and config.json, in 16 bit."""
     try:
-        shape = load_shape(model)
+        shape = load_shape(model, revision=revision)
     except DsvllmError as error:
         raise EngineError(f"The memory of {name} cannot be planned beside other models: {error}") from error
     files = sum(file.stat().st_size for file in Path(model).glob("*.safetensors")) if Path(model).is_dir() else 0

@@ -31,6 +31,7 @@ __all__ = [
     "TensorPlan",
     "TensorSource",
     "check_free_disk",
+    "has_safetensors",
     "torch_dtype",
 ]
 
@@ -50,6 +51,11 @@ def torch_dtype(name: str) -> torch.dtype:
         return dtypes[name.removeprefix("torch.")]
     except KeyError:
         raise ExportError(f"dtype={name!r} is not one an export can have; use one of {', '.join(dtypes)}.") from None
+
+
+def has_safetensors(folder: Path) -> bool:
+    """Whether a model folder has weights that `TensorFolder` reads."""
+    return (folder / INDEX).is_file() or (folder / SINGLE).is_file()
 
 
 def check_free_disk(folder: Path, needed_bytes: int) -> None:

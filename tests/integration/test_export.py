@@ -57,7 +57,7 @@ def test_an_adapter_on_the_hub_is_exported(run: Path, tmp_path: Path, monkeypatc
     monkeypatch.chdir(tmp_path)
     asked: list[str] = []
 
-    def download(name: str, *, allow_patterns: list[str]) -> str:
+    def download(name: str, *, revision: str | None, allow_patterns: list[str]) -> str:
         asked.append(name)
         assert {"*.safetensors", "*.json", "*.jinja"} <= set(allow_patterns)
         if name == "me/private":
@@ -102,7 +102,9 @@ def record_training(run: Path, **tokens: int | None) -> None:
         train_dataset=Dataset.from_list([{"text": "a"}] * 1200),
         state=SimpleNamespace(global_step=1), processing_class=None,
     )  # fmt: skip
-    names = SimpleNamespace(model_name_or_path=run.parent / "base", dtype="bfloat16", use_peft=True, load_in_4bit=False)
+    names = SimpleNamespace(
+        model_name_or_path=run.parent / "base", dtype="auto", use_peft=True, load_in_4bit=False, model_revision="main"
+    )
     session = SimpleNamespace(
         run_dir=run, model_args=names, args=SimpleNamespace(ds_preset="lora"), device="cpu", forecast=None,
         ds_config=None, _predicted_gib=lambda: None,

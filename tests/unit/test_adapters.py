@@ -215,3 +215,23 @@ def test_checkpointing_of_a_frozen_model_is_reentrant_under_zero3_and_keeps_grad
 
 def test_a_16_bit_model_has_no_quantization_record(tmp_path: Path) -> None:
     assert adapters.quantization_record(tiny_model(torch.float32)) is None
+
+
+@pytest.mark.parametrize("asked", ["auto", "float32"])
+def test_the_dtype_on_record_is_the_one_the_frozen_weights_have(asked: str) -> None:
+    args = SimpleNamespace(deepspeed=None, gradient_checkpointing=False, gradient_checkpointing_kwargs=None, bf16=True)
+    settings = settled("lora")
+    settings.dtype = asked
+    inner = tiny_model(torch.bfloat16)
+    inner.model.norm.float()  # some parts are kept in fp32
+    adapted = wrap(inner, get_peft_config(settings), args)
+    assert adapters.dtype_in_training(adapted, settings) == "bfloat16"
+    assert adapters.dtype_in_training(tiny_model(torch.float32), settings) == "float32", "of a model trained whole"
+
+
+def test_the_dtype_on_record_of_a_4_bit_model_is_the_one_it_was_read_in() -> None:
+    model = tiny_model(torch.float32)
+    model.is_loaded_in_4bit = True
+    model.config.dtype = torch.float16
+    assert adapters.dtype_in_training(model, ModelConfig(dtype="auto")) == "float16"
+    assert adapters.dtype_in_training(model, ModelConfig(dtype="bfloat16")) == "bfloat16"

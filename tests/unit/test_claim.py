@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import errno
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -126,3 +127,28 @@ def test_a_folder_of_somebody_else_is_refused(tmp_path: Path, monkeypatch: pytes
     monkeypatch.setattr("hf_dsvllm.export.claim.os.open", refuse)
     with pytest.raises(ExportError, match=r"\.out\.lock cannot be written: Permission denied; name another"):
         export(tmp_path / "out")
+
+
+@pytest.mark.parametrize("number", [errno.ENOSYS, errno.ENOLCK, errno.EOPNOTSUPP])
+def test_a_file_system_without_locks_is_exported_to_without_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    monkeypatch.setattr(claim.fcntl, "flock", failing_lock(number))
+    export(tmp_path / "out")
+    assert [item.name for item in tmp_path.iterdir()] == ["out"]
+
+
+@pytest.mark.parametrize("number", [errno.EWOULDBLOCK, errno.EACCES])
+def test_a_lock_that_somebody_has_is_an_export_going_on(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number: int
+) -> None:
+    monkeypatch.setattr(claim.fcntl, "flock", failing_lock(number))
+    with pytest.raises(ExportError, match="Another process is exporting"):
+        export(tmp_path / "out")
+
+
+def failing_lock(number: int) -> Callable[[int, int], None]:
+    def flock(_: int, __: int) -> None:
+        raise OSError(number, os.strerror(number))
+
+    return flock

@@ -29,7 +29,9 @@ def keep(monkeypatch: pytest.MonkeyPatch, *, card: str = "1xH200", device: str =
     config |= {"num_attention_heads": 16, "num_key_value_heads": 8, "head_dim": 128, "vocab_size": 151936}
     monkeypatch.setattr(auto, "detect", lambda: parse_machine(card))
     monkeypatch.setattr(auto, "machine_rates", lambda _: rates_of("H200"))
-    monkeypatch.setattr(auto, "load_shape", lambda _: shape_from_config(config | {"tie_word_embeddings": True}))
+    monkeypatch.setattr(
+        auto, "load_shape", lambda _, revision: shape_from_config(config | {"tie_word_embeddings": True})
+    )
 
     class SFTConfig(SimpleNamespace):
         """By the name that tells supervised fine-tuning from other losses."""
@@ -46,7 +48,7 @@ def keep(monkeypatch: pytest.MonkeyPatch, *, card: str = "1xH200", device: str =
     asked = {"gen_eval_file": None, "gen_eval_lm_eval": None, "gen_eval_max_new_tokens": 256}
     asked["gen_eval_weights"] = "disk"
     args = SFTConfig(**(base | asked | changed))
-    model = SimpleNamespace(model_name_or_path="model", lora_r=16)
+    model = SimpleNamespace(model_name_or_path="model", model_revision="main", lora_r=16)
     return args, auto.keep_activations(args, model, get_preset("zero2"), device)
 
 
