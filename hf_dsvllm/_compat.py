@@ -23,8 +23,9 @@ __all__ = [
 
 # What a run writes into its output folder beside the Trainer's own files, as patterns of huggingface_hub.
 OF_A_RUN = (
-    *("export/*", "export-*/*", "snapshots/*", "evals/*", "evals-before-*/*", "engine/*", "tokenizer/*"),
-    *("run.json", "plan.json", "measured.json", "ds_config.json", "report.html", ".running", ".*.tmp", ".*.tmp/*"),
+    *("export/*", "export-*/*", "snapshots/*", "snapshots-before-*/*", "evals/*", "evals-before-*/*", "engine/*"),
+    *("tokenizer/*", "run.json", "plan.json", "measured.json", "ds_config.json", "report.html"),
+    *(".running", ".*.tmp", ".*.tmp/*"),
 )
 _kept_out: dict[Path, tuple[str, ...]] = {}  # patterns by output folder
 

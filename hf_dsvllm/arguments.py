@@ -36,6 +36,7 @@ from hf_dsvllm.preflight import (
     trap_problems,
 )
 from hf_dsvllm.presets import Preset, get_preset
+from hf_dsvllm.resume import checkpoint_problems, find_checkpoint
 from hf_dsvllm.traps import Fix
 
 __all__ = [
@@ -48,6 +49,7 @@ __all__ = [
     "with_presets",
 ]
 
+TRAINERS_FOLDER = "trainer_output"  # where transformers writes without --output_dir
 Args = TypeVar("Args", bound=TrainingArguments)
 _generated: dict[type, type] = {}
 
@@ -142,11 +144,18 @@ def _before(args: Any) -> None:
         config, corrections = traps.correct(user_config)
         fixes += corrections
     problems += trap_problems(args, config, launch, device)
+    checkpoint, unusable = find_checkpoint(args.resume_from_checkpoint, Path(args.output_dir or TRAINERS_FOLDER))
+    problems += unusable
+    if checkpoint is not None and not unusable:
+        problems += checkpoint_problems(checkpoint, config, preset, launch)
     if config is not None:
         problems += _accelerator_problems(device)
     if problems:
         raise ConfigError(problems)
     fixes += _saving(args, config)
+    if checkpoint is not None and Path(str(args.resume_from_checkpoint)) != checkpoint:
+        fixes.append(Fix("resume_from_checkpoint", args.resume_from_checkpoint, checkpoint, "the one meant"))
+        args.resume_from_checkpoint = str(checkpoint)
     fixes += _fused(args, device)
     if config is not None:
         if become_single_process():

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+from safetensors import SafetensorError
 from transformers import TrainerCallback
 
 from hf_dsvllm._compat import log_through_trainer, note_best
@@ -27,7 +28,7 @@ from hf_dsvllm.evaluation.steering import (
 )
 from hf_dsvllm.fields import steers
 from hf_dsvllm.live.restore import restore
-from hf_dsvllm.live.snapshot import Snapshot, adapters_act, prune, publish
+from hf_dsvllm.live.snapshot import Snapshot, adapters_act, point_to_latest, prune, publish
 from hf_dsvllm.live.stream import send
 from hf_dsvllm.measure import RunMeasure
 from hf_dsvllm.ranks import from_all
@@ -129,13 +130,13 @@ class SessionCallback(TrainerCallback):
         step = self._load_best(args, state, loaded)
         if self.session.evaluates and step == state.global_step and step not in self._evaluated:
             self._evaluate(wait=True)  # something stopped training between two steps
-        snapshot = self._published
-        if snapshot is None or snapshot.step != step:
-            snapshot = self._publish(step)
-        if self.session.evaluates:
+        snapshot, error = self._together(lambda: self._last_snapshot(step))
+        if self.session.evaluates and error is None:
             prune(self.session.run_dir, keep=[])
         self._rounds.close()
         self.session.stop_engine()
+        if error is not None or snapshot is None:
+            self.session.end_without_weights(error or "this process could not take part in writing them")
         self.session.finish(self.measure, snapshot)
 
     # -- steps -----------------------------------------------------------------------------------------------------
@@ -149,6 +150,14 @@ class SessionCallback(TrainerCallback):
             tokenizer=self.trainer.processing_class,
         )
         return self._published
+
+    def _last_snapshot(self, step: int) -> Snapshot:
+        """The snapshot of `step`, whose weights the model has, written unless it is there; the latest of the run."""
+        snapshot = self._published
+        if snapshot is None or snapshot.step != step:
+            snapshot = self._publish(step)
+        point_to_latest(self.session.run_dir, snapshot, trained_to=self.trainer.state.global_step)
+        return snapshot
 
     def _evaluate(self, *, publish_first: bool = True, wait: bool = False) -> None:
         """Begin a round on all ranks, and unless rounds are late see it through; a failure is said, never raised."""
@@ -205,8 +214,8 @@ class SessionCallback(TrainerCallback):
         try:
             found = work()
         except Exception as problem:  # whatever it is: the other ranks wait in the broadcast, and training goes on
-            if not isinstance(problem, DsvllmError | OSError):
-                logger.exception("unexpected error while preparing an evaluation")
+            if not isinstance(problem, DsvllmError | OSError | SafetensorError):  # the last: also of a full disk
+                logger.exception("unexpected error while weights were prepared or written")
             error = f"{type(problem).__name__}: {problem}"
         return found, self.session.ranks.broadcast(error)
 
@@ -334,5 +343,7 @@ class SessionCallback(TrainerCallback):
         except WiringError as error:
             say(f"the best weights, of step {best['step']}, stay in {folder}; those of step {loaded} are kept: {error}")
             return loaded
+        # Written once more, it would be removed first, and lost on a full disk.
+        self._published = Snapshot(path=folder, kind=best["kind"], step=int(best["step"]))
         say(f"the weights of step {best['step']} ({best['metric']} {best['score']:.4g}) are loaded from its snapshot")
         return int(best["step"])

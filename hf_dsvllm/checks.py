@@ -5,13 +5,13 @@ from __future__ import annotations
 import difflib
 import json
 import os
-import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from hf_dsvllm import memory
 from hf_dsvllm.console import is_main_process
+from hf_dsvllm.disk import disk_problems
 from hf_dsvllm.ds_config import get_key, zero_stage
 from hf_dsvllm.errors import ConfigError, DsvllmError, EvalFileError, Problem
 from hf_dsvllm.export.manifest import REPORT, occupied
@@ -25,11 +25,8 @@ from hf_dsvllm.tensors.weights import has_safetensors
 
 __all__ = ["check_before_loading", "load_tokenizer", "predict_memory"]
 
-GIB = 1 << 30
 # DeepSpeed 0.19.8 marks these itself (zero/leaf_module_config.py); others can hang when ranks use other experts.
 MOE_WITH_LEAF_MODULES = frozenset({"mixtral", "qwen2_moe", "qwen3_moe"})
-# A full checkpoint: bf16 weights, fp32 master weights and Adam's two moments.
-CHECKPOINT_BYTES_PER_PARAMETER = 14
 ANOTHER_EXPORT = "--export_to another folder, or none"
 
 
@@ -49,7 +46,7 @@ def check_before_loading(
         return problems  # an architecture the formulas do not know: nothing can be said cheaply
     problems += _moe_problems(args, model_args)
     problems += _memory_problems(args, model_args, preset, device, shape)
-    problems += _disk_problems(args, model_args, shape)
+    problems += disk_problems(args, model_args, device, shape)
     return problems
 
 
@@ -252,24 +249,3 @@ def _adapter(model_args: Any) -> str | None:
     if not model_args.use_peft:
         return None
     return "qlora" if model_args.load_in_4bit else "lora"
-
-
-def _disk_problems(args: Any, model_args: Any, shape: ModelShape) -> list[Problem]:
-    """Room for one checkpoint and the export, where the run writes them."""
-    weights = 2 * shape.parameters
-    saving = str(getattr(args.save_strategy, "value", args.save_strategy)) != "no"
-    full = saving and not model_args.use_peft and not args.save_only_model
-    needed = (CHECKPOINT_BYTES_PER_PARAMETER * shape.parameters if full else 0) + (
-        0 if args.export_to == "none" else weights
-    )
-    folder = Path(args.output_dir).absolute()
-    existing = next(parent for parent in (folder, *folder.parents) if parent.exists())
-    free = shutil.disk_usage(existing).free
-    if needed <= free:
-        return []
-    return [
-        Problem(
-            f"{existing} has {free / GIB:.1f} GiB free; one checkpoint and the export need {needed / GIB:.1f} GiB",
-            "--output_dir on a larger disk, --save_strategy no, or --save_only_model true",
-        )
-    ]

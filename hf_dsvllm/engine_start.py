@@ -14,6 +14,7 @@ import torch
 from hf_dsvllm.console import say
 from hf_dsvllm.engine.bodies import TransferBackend
 from hf_dsvllm.engine.capabilities import why_no_transfer
+from hf_dsvllm.engine.folder import writing_for_engine
 from hf_dsvllm.engine.remote import RemoteServer
 from hf_dsvllm.engine.server import EngineServer, EngineSpec, find_vllm
 from hf_dsvllm.engine_size import EngineSize, copies, gpus_needed, load_config, size_engine
@@ -45,13 +46,15 @@ def start_engine(
         merge_base = local_base(str(model), model_args.model_revision) if size.merge_adapters else None
         return RemoteServer(place.url), merge_base
     if quantization is not None:
-        model = as_the_trainer_holds_it(model_args, quantization, run_dir)
+        with writing_for_engine(run_dir):
+            model = as_the_trainer_holds_it(model_args, quantization, run_dir)
     merge_base = local_base(str(model), model_args.model_revision) if size.merge_adapters else None
     spec = engine_spec(model, place, size, args, model_args)
     template = tokenizer.chat_template if args.gen_eval_expose is not None else None
     if isinstance(template, str):  # training's own, for those who chat with the model; our prompts are token ids
         file = run_dir.absolute() / "engine" / "chat_template.jinja"
-        write_text(file, template)
+        with writing_for_engine(run_dir):
+            write_text(file, template)
         spec = dataclasses.replace(spec, extra_args=("--chat-template", str(file), *spec.extra_args))
     return EngineServer.start(spec, run_dir), merge_base
 

@@ -20,7 +20,7 @@ import shutil
 import socket
 import tempfile
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from pathlib import Path
 
 from hf_dsvllm.console import say
@@ -30,12 +30,14 @@ from hf_dsvllm.engine.supervisor import birth, remove_traces
 from hf_dsvllm.errors import ConfigError, Problem
 from hf_dsvllm.files import write_json
 
-__all__ = ["Leftover", "leave", "leftovers", "occupy", "remove", "set_aside_evaluations"]
+__all__ = ["Leftover", "leave", "leftovers", "occupy", "remove", "set_aside_earlier_run"]
 
 LOCK = ".running"
 # Where a run writes; what `files.atomic_folder` and `files.write_text` make there ends in eight characters and .tmp.
 WRITTEN = (".", "snapshots", "evals", "engine")
 HALF_WRITTEN = re.compile(r"\.(?!report).+\.[a-z0-9_]{8}\.tmp")  # a report is another process's, at any time
+# What an export of a snapshot reads beside it.
+OF_SNAPSHOTS = ("run.json", "tokenizer")
 # A server binds its socket within a second of making the folder.
 SETTLED_S = 60.0
 _held: dict[Path, int] = {}
@@ -52,17 +54,25 @@ class Leftover:
 def occupy(run_dir: Path) -> list[Path]:
     """Hold the only right to train into `run_dir` until `leave` or the end of the process.
 
-    Clears away the half-written files of a killed run there and returns their paths.  ConfigError if a live run has it;
-    a second call in the same process does nothing.  File systems without locks are trusted.
+    Clears away the half-written files of a killed run there and returns their paths.  ConfigError if a live run has it,
+    or if it cannot be written; a second call in the same process does nothing.  File systems without locks are trusted.
     """
     folder = run_dir.absolute()
     if folder in _held:
         return []
-    folder.mkdir(parents=True, exist_ok=True)
-    _held[folder] = _locked(folder)
     me = {"run_dir": str(folder), "host": os.uname().nodename, "pid": os.getpid(), "birth": birth(os.getpid())}
-    os.ftruncate(_held[folder], 0)
-    os.pwrite(_held[folder], json.dumps(me).encode(), 0)
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        _held[folder] = _locked(folder)
+        os.ftruncate(_held[folder], 0)
+        os.pwrite(_held[folder], json.dumps(me).encode(), 0)
+    except OSError as error:
+        leave(folder)
+        raise ConfigError(
+            [Problem(f"output_dir {folder} cannot be used: {error.filename or folder / LOCK}: {error.strerror}",
+                     "--output_dir a folder of your own, with room on its disk; a .running that is left of another "
+                     "user's run may be removed")]
+        ) from None  # fmt: skip
     with contextlib.suppress(OSError):  # a home that cannot be written costs only doctor's knowledge
         write_json(_record(folder), me)
     atexit.register(_leave_at_exit, folder, os.getpid())
@@ -209,14 +219,36 @@ def _in_use(folder: Path) -> bool:
     return False
 
 
-def set_aside_evaluations(run_dir: Path, evals: str, best: Path) -> None:
-    """Keep the evaluations of an earlier run in the same folder apart from those of the run that starts afresh.
+def set_aside_earlier_run(run_dir: Path, *, evals: str, snapshots: str, exports: Sequence[str]) -> None:
+    """Keep what an earlier run left in the same folder apart from what the run that starts afresh writes there.
 
-    `evals` is the folder's name in `run_dir`; `best`, the pointer to the earlier run's best snapshot, goes.
+    Evaluations, exports, and snapshots of which one is the best are renamed to NAME-before-<n>, one n for all; the
+    record and the tokenizer of the earlier run go with its snapshots.  Of other snapshots, which no score chose, only
+    the pointers go: training is continued from checkpoints, and the next evaluation would delete them.
     """
-    best.unlink(missing_ok=True)
-    folder = run_dir / evals
-    if folder.is_dir():
-        number = next(n for n in itertools.count(1) if not (run_dir / f"{evals}-before-{n}").exists())
-        folder.rename(run_dir / f"{evals}-before-{number}")
-        say(f"{run_dir} holds evaluations of an earlier run: moved to {evals}-before-{number}")
+    names = [name for name in (evals, *exports) if (run_dir / name).is_dir()]
+    if _has_best(run_dir / snapshots):
+        names.append(snapshots)
+        for name in OF_SNAPSHOTS:
+            with contextlib.suppress(FileNotFoundError):
+                (run_dir / name).rename(run_dir / snapshots / name)
+    else:
+        for pointer in ("best.json", "latest.json"):
+            (run_dir / snapshots / pointer).unlink(missing_ok=True)
+    if not names:
+        return
+    taken = {path.name for path in run_dir.iterdir()}
+    number = next(n for n in itertools.count(1) if taken.isdisjoint(f"{name}-before-{n}" for name in names))
+    for name in names:
+        (run_dir / name).rename(run_dir / f"{name}-before-{number}")
+    moved = ", ".join(f"{name} to {name}-before-{number}" for name in names)
+    say(f"{run_dir} holds what an earlier run left, and this one starts afresh: moved {moved}")
+
+
+def _has_best(snapshots: Path) -> bool:
+    """Whether best.json points to a snapshot that is there."""
+    try:
+        best = json.loads((snapshots / "best.json").read_text(encoding="utf-8"))
+        return (snapshots / best["path"]).is_dir()
+    except (OSError, ValueError, KeyError, TypeError):
+        return False

@@ -13,7 +13,7 @@ import functools
 import importlib.metadata
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 
@@ -25,6 +25,7 @@ from hf_dsvllm.callback import SessionCallback
 from hf_dsvllm.checks import check_before_loading, load_tokenizer, predict_memory
 from hf_dsvllm.console import is_main_process, say
 from hf_dsvllm.ds_config import swap_buffer_elements
+from hf_dsvllm.ending import EXPORTS, remove_engine_copies, weights_lost, write_end
 from hf_dsvllm.engine.remote import RemoteServer
 from hf_dsvllm.engine.server import EngineServer
 from hf_dsvllm.engine_size import largest_parameter
@@ -36,19 +37,19 @@ from hf_dsvllm.evaluation.result import Sampling, harness_tasks, lower_is_better
 from hf_dsvllm.evaluation.steering import Steering
 from hf_dsvllm.export.adapter_format import serving_problems
 from hf_dsvllm.export.fingerprint import fingerprint_of
-from hf_dsvllm.export.source import Which, base_commit, best_step
+from hf_dsvllm.export.source import base_commit
 from hf_dsvllm.export.trained import trained_record
 from hf_dsvllm.features import choose
 from hf_dsvllm.fields import asks_for_answers, trusts_remote_code
 from hf_dsvllm.files import write_json
-from hf_dsvllm.forecast import comparison, forecast, learn_from, out_of_memory_advice
+from hf_dsvllm.forecast import forecast, out_of_memory_advice
 from hf_dsvllm.launch import read_launch
 from hf_dsvllm.live.snapshot import SNAPSHOTS, Snapshot
 from hf_dsvllm.measure import RunMeasure
 from hf_dsvllm.model_shape import load_shape
 from hf_dsvllm.placement import Place, choose_place, visible_gpus
 from hf_dsvllm.ranks import Ranks
-from hf_dsvllm.run_folder import leave, occupy, set_aside_evaluations
+from hf_dsvllm.run_folder import leave, occupy, set_aside_earlier_run
 from hf_dsvllm.tasks import load_tasks
 from hf_dsvllm.traps import Fix
 from hf_dsvllm.wiring import Wiring
@@ -260,7 +261,9 @@ class Session:
         if not is_main_process():
             return
         if trainer.state.global_step == 0:
-            set_aside_evaluations(self.run_dir, EVALS, self.run_dir / SNAPSHOTS / "best.json")
+            # An explicit folder is the user's to keep or to overwrite, and a second trainer of a script has one.
+            exports = () if self.args.export_to else EXPORTS
+            set_aside_earlier_run(self.run_dir, evals=EVALS, snapshots=SNAPSHOTS, exports=exports)
         name = str(self.model_args.model_name_or_path)
         commit = base_commit(name, self.model_args.model_revision)
         record = {
@@ -305,50 +308,24 @@ class Session:
             evaluator.close()
         elif server is not None:
             server.close()
+        if evaluator is not None or server is not None:
+            remove_engine_copies(self.run_dir)
 
     def finish(self, measure: RunMeasure, snapshot: Snapshot) -> None:
-        """Write measured.json, export the last snapshot; an export that fails is an error on every rank."""
-        error: str | None = None
+        """Write measured.json, export the last snapshot; what fails of it is an error on every rank."""
+        failed: list[str] = []
         if is_main_process():
-            self._record_measures(measure.as_record())
-            try:
-                self._export(snapshot)
-            except Exception as problem:  # whatever it is, the other ranks wait in the broadcast
-                error = str(problem) if isinstance(problem, DsvllmError) else f"{type(problem).__name__}: {problem}"
+            failed = write_end(self.run_dir, self.forecast, measure.as_record(), self.args.export_to, snapshot)
             leave(self.run_dir)
-        error = self.ranks.broadcast(error)
-        if error is not None:
-            say(f"training is complete and its weights are in {snapshot.path}, but the export failed: {error}")
-            raise ExportError(error)
+        failed = self.ranks.broadcast(failed)
+        if failed:
+            say(f"training is complete and its weights are in {snapshot.path}")
+            raise ExportError("; ".join(failed))
 
-    def _record_measures(self, measured: dict[str, Any]) -> None:
-        """measured.json, and the prediction beside it in plan.json and on the console."""
-        write_json(self.run_dir / "measured.json", measured)
-        if self.forecast is None:
-            return
-        write_json(self.run_dir / "plan.json", {"predicted": self.forecast.as_record(), "measured": measured})
-        for line in comparison(self.forecast, measured):
-            say(line)
-        if learn_from(self.forecast, measured):
-            say("its step time is kept for later plans on this machine")
-
-    def _export(self, snapshot: Snapshot) -> None:
-        if self.args.export_to == "none":
-            return
-        from hf_dsvllm.export.make import export_model
-
-        out = Path(self.args.export_to) if self.args.export_to else self.run_dir / "export"
-        asked: list[tuple[Which, str, Path]] = [("latest", f"{snapshot.kind} of step {snapshot.step}", out)]
-        best = best_step(self.run_dir)
-        if best is not None and best != snapshot.step:
-            beside = out.absolute().with_name(f"{out.absolute().name}-best")
-            asked.append(("best", f"step {best}, which has the best score,", beside))
-        for which, what, folder in asked:
-            report = export_model(self.run_dir, folder, which=which, overwrite=True)
-            size = f"{report.weights_bytes / 2**30:.2f} GiB"
-            say(f"exported {what} to {folder} ({size}). Serve it: hf-dsvllm serve {folder}")
-            for remark in report.remarks:
-                say(remark)
+    def end_without_weights(self, why: str) -> NoReturn:
+        """Raise ExportError for last weights that could not be written, with what there is instead; on every rank."""
+        leave(self.run_dir)
+        raise weights_lost(self.run_dir, why)
 
     def _sampling(self, trainer: Any) -> Sampling:
         return Sampling(

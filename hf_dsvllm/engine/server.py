@@ -26,6 +26,7 @@ import httpx
 from hf_dsvllm.engine import supervisor
 from hf_dsvllm.engine.bodies import TransferBackend
 from hf_dsvllm.engine.diagnosis import explain_log
+from hf_dsvllm.engine.folder import next_log, writing_for_engine
 from hf_dsvllm.engine.registry import read_record, record_path
 from hf_dsvllm.errors import EngineError, MissingDependencyError
 
@@ -272,7 +273,6 @@ class EngineServer:
         folder = new_socket_folder()
         self._engine_id = uuid.uuid4().hex[:16]
         self._socket_folder = folder
-        self._log = next_log(self.run_dir / "engine")
         read_end, self._death_pipe = os.pipe()  # both close on exec, so no command started by the trainer holds them
         line = [sys.executable, "-I", "-S", supervisor.__file__]
         line += ["--death_fd", str(read_end), "--owner_pid", str(os.getpid()), "--engine_id", self._engine_id]
@@ -282,16 +282,23 @@ class EngineServer:
         self.load_seconds = None
         self._started_at = time.monotonic()
         try:
-            with self._log.open("wb") as log:
-                self._process = subprocess.Popen(
-                    line,
-                    stdin=subprocess.DEVNULL,
-                    stdout=log,
-                    stderr=subprocess.STDOUT,
-                    env=env,
-                    pass_fds=(read_end,),
-                    start_new_session=True,  # Ctrl-C in the terminal is the trainer's to handle
-                )
+            with writing_for_engine(self.run_dir):
+                self._log = next_log(self.run_dir / "engine")
+                with self._log.open("wb") as log:
+                    self._process = subprocess.Popen(
+                        line,
+                        stdin=subprocess.DEVNULL,
+                        stdout=log,
+                        stderr=subprocess.STDOUT,
+                        env=env,
+                        pass_fds=(read_end,),
+                        start_new_session=True,  # Ctrl-C in the terminal is the trainer's to handle
+                    )
+        except EngineError:
+            os.close(self._death_pipe)
+            self._death_pipe = self._socket_folder = None
+            supervisor.remove_traces(None, str(folder))
+            raise
         finally:
             os.close(read_end)
         atexit.register(self.stop)
@@ -389,12 +396,3 @@ def new_socket_folder() -> Path:
         f"There is no folder for vLLM's sockets ({'; '.join(refused)}). Make one of these writable, or set TMPDIR to a "
         "folder with a short path that is."
     )
-
-
-def next_log(folder: Path) -> Path:
-    """vllm-<n>.log with the first unused number; the folder is made if absent."""
-    folder.mkdir(parents=True, exist_ok=True)
-    number = 1
-    while (folder / f"vllm-{number}.log").exists():
-        number += 1
-    return folder / f"vllm-{number}.log"

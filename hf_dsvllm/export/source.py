@@ -79,8 +79,9 @@ def find_source(path: Path, which: Which) -> Source:
     """Find the weights meant by `path`: its best, latest or final ones if it is a run, itself otherwise.
 
     OWNER/NAME is a repository of the hub, if there is no folder of that name nor a folder OWNER.
-    `latest` is the newest snapshot, else the newest Trainer checkpoint; `final` is what the Trainer saved in the run
-    folder itself at the end, else the latest.  Raises ExportError if there is nothing to export.
+    `latest` is the newest snapshot or Trainer checkpoint, the snapshot where both are of one step; `final` is what the
+    Trainer saved in the run folder itself at the end, else the latest.  Raises ExportError if there is nothing to
+    export.
     """
     if which not in ("best", "latest", "final"):
         raise ExportError(f"which={which!r} is not one of best, latest, final.")
@@ -92,17 +93,17 @@ def find_source(path: Path, which: Which) -> Source:
     record = find_record(path)
     if which == "best":
         return _snapshot(path, "best.json", record)
-    if which == "latest" and (path / SNAPSHOTS / "latest.json").is_file():
-        return _snapshot(path, "latest.json", record)
     kind = _kind(path)
+    pointer = path / SNAPSHOTS / "latest.json"
     if which == "latest" or kind is None:
         checkpoints = sorted(path.glob("checkpoint-*"), key=_step_of)
-        if checkpoints and _kind(checkpoints[-1]):
-            return _source(checkpoints[-1], _kind(checkpoints[-1]), _step_of(checkpoints[-1]), record)
+        newest = checkpoints[-1] if checkpoints and _kind(checkpoints[-1]) else None
+        if newest is not None and (not pointer.is_file() or _is_newer(newest, pointer)):
+            return _source(newest, _kind(newest), _step_of(newest), record)
+        if pointer.is_file():
+            return _snapshot(path, pointer.name, record)
     if kind is not None:
         return _source(path, kind, _step_of(path) if path.name.startswith(("checkpoint-", "step-")) else None, record)
-    if (path / SNAPSHOTS / "latest.json").is_file():
-        return _snapshot(path, "latest.json", record)
     raise ExportError(
         f"Nothing to export in {path}: it has no {SNAPSHOTS}/latest.json, no checkpoint-*, no adapter_config.json, no "
         "model.safetensors with config.json and no DeepSpeed global_step* folder. Did the run save anything?"
@@ -234,6 +235,17 @@ def _snapshot(path: Path, pointer: str, record: RunRecord | None) -> Source:
             f"{file} names {folder}, which holds no weights: the snapshot was removed or is not complete."
         )
     return _source(folder, kind, int(values["step"]), record)
+
+
+def _is_newer(checkpoint: Path, pointer: Path) -> bool:
+    """Whether a checkpoint is of a later step of the same run than what latest.json points to.
+
+    An earlier run in this folder may have gone further: its checkpoint was written before the pointer.
+    """
+    latest = json.loads(pointer.read_text(encoding="utf-8"))
+    later = _step_of(checkpoint) > int(latest.get("trained_to", latest["step"]))
+    state = checkpoint / "trainer_state.json"
+    return later and (not state.is_file() or state.stat().st_mtime_ns > pointer.stat().st_mtime_ns)
 
 
 def _source(folder: Path, kind: Kind | None, step: int | None, record: RunRecord | None) -> Source:

@@ -26,7 +26,7 @@ from hf_dsvllm.live.stream import gathered
 from hf_dsvllm.precision import Precision, held_in_fp32
 from hf_dsvllm.ranks import from_main
 
-__all__ = ["Snapshot", "adapters_act", "prune", "publish"]
+__all__ = ["Snapshot", "adapters_act", "point_to_latest", "prune", "publish"]
 
 SNAPSHOTS = "snapshots"
 LORA_OUTPUT = re.compile(r"\.lora_(embedding_)?B\.")  # PEFT: zero at the start, so that LoRA changes nothing
@@ -74,8 +74,20 @@ def publish(model: Any, run_dir: Path, *, step: int, dtype: torch.dtype, tokeniz
                 _write_adapter(model, state, folder)
             else:
                 _write_full(model, state, folder, dtype, tokenizer)
-        write_json(run_dir / SNAPSHOTS / "latest.json", {"path": target.name, "step": step, "kind": kind})
-    return Snapshot(path=target, kind=kind, step=step)
+    snapshot = Snapshot(path=target, kind=kind, step=step)
+    point_to_latest(run_dir, snapshot, trained_to=step)
+    return snapshot
+
+
+def point_to_latest(run_dir: Path, snapshot: Snapshot, *, trained_to: int) -> None:
+    """Write RUN/snapshots/latest.json; rank 0 only.
+
+    `trained_to` is the step training had reached: more than the snapshot's own where earlier weights were the best and
+    training has ended with them.
+    """
+    if is_main_process():
+        pointer = {"path": snapshot.path.name, "step": snapshot.step, "kind": snapshot.kind, "trained_to": trained_to}
+        write_json(run_dir / SNAPSHOTS / "latest.json", pointer)
 
 
 def prune(run_dir: Path, keep: Sequence[Path]) -> None:

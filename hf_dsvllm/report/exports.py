@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -12,6 +13,7 @@ from hf_dsvllm.report.tolerant import fact, mapping, number, read_object, word
 __all__ = ["REPORTS", "read_exports"]
 
 REPORTS = "*/export_report.json"
+OF_AN_EARLIER_RUN = re.compile(r"-before-\d+$")  # set aside by a run that started afresh
 PROOF = (  # value, its limit, in words
     ("mean_abs_difference", "mean_limit", "mean difference of the logits"),
     ("max_abs_difference", None, "largest difference of the logits"),
@@ -23,10 +25,12 @@ PROOF = (  # value, its limit, in words
 
 
 def read_exports(run: Path, *, ended: bool) -> tuple[tuple[Export, ...], tuple[str, ...]]:
-    """Every finished export in the run folder, and sentences about what is missing; `ended`: training has."""
+    """Every finished export of the run, and sentences about what is missing; `ended`: training has."""
     gaps: list[str] = []
     found = []
     for path in sorted(run.glob(REPORTS)):
+        if OF_AN_EARLIER_RUN.search(path.parent.name):
+            continue
         report = read_object(path, gaps, missing=None)
         if report:
             found.append(export_of(path.parent.name, report))

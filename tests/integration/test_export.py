@@ -18,6 +18,7 @@ from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM, AutoTokenizer, BitsAndBytesConfig
 
+from hf_dsvllm.ending import export_last
 from hf_dsvllm.errors import ExportError
 from hf_dsvllm.export import make as make_module
 from hf_dsvllm.export import merge as merge_module
@@ -269,12 +270,11 @@ def test_the_best_snapshot_is_taken_when_asked_for(run: Path, tmp_path: Path) ->
 
 def test_a_run_ends_with_exports_of_its_last_and_its_best_snapshot(run: Path, tmp_path: Path) -> None:
     write_run(run, tmp_path / "base", std=0.01, step=8)
-    session = SimpleNamespace(run_dir=run, args=SimpleNamespace(export_to=None))
     last = Snapshot(path=run / "snapshots" / "step-8", kind="adapter", step=8)
-    Session._export(session, last)
+    export_last(run, None, last)
     assert not (run / "export-best").exists()  # no score pointed to a snapshot
     (run / "snapshots" / "best.json").write_text(json.dumps({"path": "step-4", "step": 4, "kind": "adapter"}))
-    Session._export(session, last)
+    export_last(run, None, last)
     steps = {name: json.loads((run / name / REPORT).read_text())["step"] for name in ("export", "export-best")}
     assert steps == {"export": 8, "export-best": 4}
 

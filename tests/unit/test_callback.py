@@ -13,6 +13,7 @@ from transformers import TrainerControl
 
 from hf_dsvllm import callback as callback_module
 from hf_dsvllm.callback import SessionCallback
+from hf_dsvllm.errors import ExportError
 from hf_dsvllm.evaluation.rounds import Round
 from hf_dsvllm.evaluation.steering import keep_best
 from hf_dsvllm.live.snapshot import Snapshot
@@ -94,12 +95,13 @@ def streamed(step: int, score: float) -> Round:
     return Round(step=step, scores={KEY: score}, result=SimpleNamespace(line=lambda: f"step {step}"))
 
 
+def full(*_: Any, **__: Any) -> Snapshot:
+    raise OSError(28, "No space left on device")
+
+
 def test_a_full_disk_costs_a_streaming_run_the_best_snapshot_and_not_the_training(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    def full(*_: Any, **__: Any) -> Snapshot:
-        raise OSError(28, "No space left on device")
-
     monkeypatch.setattr(callback_module, "publish", full)
     callback = made(tmp_path, streams=True)
     callback._take([streamed(4, 0.5)])
@@ -200,6 +202,28 @@ def test_a_snapshot_of_a_resumed_run_is_loaded_only_over_weights_that_scored_les
     keep_best(tmp_path, args, streamed(4, 0.3), kind="full")
     assert callback._load_best(args, state, 2) == (4 if restored else 2)
     assert bool(loads) == restored
+
+
+def test_last_weights_that_cannot_be_written_end_the_run_on_every_rank_with_the_engine_stopped(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    said: list[str] = []
+
+    def end(why: str) -> None:
+        said.append(why)
+        raise ExportError(why)
+
+    callback = made(tmp_path, evaluates=False, stop_engine=lambda: said.append("stopped"), end_without_weights=end)
+    with monkeypatch.context() as patched:
+        patched.setattr(callback_module, "publish", full)
+        with pytest.raises(ExportError):
+            callback.on_train_end(callback.trainer.args, callback.trainer.state, TrainerControl())
+    assert said == ["stopped", "OSError: [Errno 28] No space left on device"]
+    # Another rank wrote nothing and hears of it.
+    callback = made(tmp_path, evaluates=False, end_without_weights=end)
+    callback.session.ranks.main_says = ["OSError: no room"]  # type: ignore[attr-defined]
+    with pytest.raises(ExportError, match="no room"):
+        callback.on_train_end(callback.trainer.args, callback.trainer.state, TrainerControl())
 
 
 def test_every_rank_streams_or_not_as_the_main_process_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -11,7 +11,7 @@ import pytest
 from transformers import dynamic_module_utils
 from trl import ModelConfig, SFTConfig
 
-from hf_dsvllm import checks
+from hf_dsvllm import checks, disk
 from hf_dsvllm.checks import check_before_loading, load_tokenizer
 from hf_dsvllm.engine_size import load_config
 from hf_dsvllm.errors import Problem
@@ -165,9 +165,9 @@ def test_a_model_that_surely_does_not_fit_is_refused(
 def test_too_small_a_disk_is_refused_for_what_the_run_would_write(
     tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(checks.shutil, "disk_usage", lambda path: SimpleNamespace(free=300_000))
+    monkeypatch.setattr(disk.shutil, "disk_usage", lambda path: SimpleNamespace(free=600_000))
     (problem,) = problems(run_args(tmp_path), model_args(model_folder))
-    assert "one checkpoint and the export need" in problem.what
+    assert "GiB there at once (a checkpoint " in problem.what
     assert "--save_strategy no" in problem.fix
     frugal = run_args(tmp_path, save_strategy="no", export_to="none")
     assert problems(frugal, model_args(model_folder)) == []

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from hf_dsvllm.engine import EngineServer, EngineSpec, command, environment, find_vllm, list_engines, lora_rank_bound
+from hf_dsvllm.engine import server as server_module
 from hf_dsvllm.engine.diagnosis import explain_log, telling_lines
 from hf_dsvllm.engine.server import UDS_LIMIT_BYTES, VLLM_SOCKET_NAME_BYTES, new_socket_folder
 from hf_dsvllm.errors import EngineError, MissingDependencyError
@@ -337,3 +338,20 @@ def test_of_many_errors_the_first_and_the_last_are_shown(tmp_path: Path) -> None
     path = tmp_path / "vllm.log"
     path.write_text("".join(f"ValueError: number {number}\n" for number in range(20)))
     assert [line[-2:].strip() for line in telling_lines(path)] == ["0", "1", "2", "17", "18", "19"]
+
+
+@pytest.mark.parametrize("number", [13, 28])
+def test_a_folder_that_cannot_be_written_is_an_error_with_its_path_and_leaves_nothing(
+    number: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(folder: Path) -> Path:
+        raise OSError(number, os.strerror(number), str(folder))
+
+    monkeypatch.setattr("tempfile.tempdir", str(tmp_path))
+    monkeypatch.setattr(server_module, "socket_bases", lambda: (str(tmp_path),))
+    monkeypatch.setattr(server_module, "next_log", refuse)
+    before = set(os.listdir("/proc/self/fd"))
+    with pytest.raises(EngineError, match=f"vLLM cannot be started: .*run/engine: {os.strerror(number)}"):
+        EngineServer.start(CPU, tmp_path / "run")
+    assert set(os.listdir("/proc/self/fd")) == before
+    assert list(tmp_path.iterdir()) == []

@@ -18,7 +18,7 @@ from hf_dsvllm import run_folder
 from hf_dsvllm.doctor import describe_leftover, remove_leftovers
 from hf_dsvllm.engine import server
 from hf_dsvllm.errors import ConfigError, EngineError
-from hf_dsvllm.run_folder import leave, leftovers, occupy
+from hf_dsvllm.run_folder import leave, leftovers, occupy, set_aside_earlier_run
 
 HALF_WRITTEN = (".run.json.ab12_x9z.tmp", "snapshots/.step-3.abcdefgh.tmp", "evals/.scores.jsonl.q_q_q_q_.tmp")
 OTHERS = ("run.json", ".hidden", "notes.tmp", ".report.html.abcdefgh.tmp", "checkpoint-2/.x.abcdefgh.tmp")
@@ -89,6 +89,74 @@ def test_the_lock_ends_with_a_killed_run_and_the_next_one_clears_away_what_it_le
     assert {str(path.relative_to(tmp_path / "run")) for path in removed} == set(HALF_WRITTEN)
     assert all((tmp_path / "run" / name).exists() for name in OTHERS)
     assert not any((tmp_path / "run" / name).exists() for name in HALF_WRITTEN)
+
+
+def test_a_lock_that_this_user_may_not_open_is_a_problem_with_its_path(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(path: Path, *_: object) -> int:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "open", refuse)
+        with pytest.raises(ConfigError, match=r"cannot be used: .*run/\.running: Permission denied"):
+            occupy(tmp_path / "run")
+    assert occupy(tmp_path / "run") == []
+
+
+def test_a_full_disk_is_said_and_the_folder_is_free_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> int:
+        raise OSError(28, "No space left on device")
+
+    with monkeypatch.context() as patched:
+        patched.setattr(os, "pwrite", full)
+        with pytest.raises(ConfigError, match=r"\.running: No space left on device"):
+            occupy(tmp_path / "run")
+    assert not (tmp_path / "run" / ".running").exists()
+    assert occupy(tmp_path / "run") == []
+
+
+def written(run: Path, names: tuple[str, ...]) -> None:
+    for name in names:
+        (run / name).parent.mkdir(parents=True, exist_ok=True)
+        (run / name).write_text(json.dumps({"path": "step-6"}), encoding="utf-8")
+
+
+def set_aside(run: Path) -> None:
+    set_aside_earlier_run(run, evals="evals", snapshots="snapshots", exports=("export", "export-best"))
+
+
+EARLIER = (
+    *("snapshots/best.json", "snapshots/latest.json", "snapshots/step-6/model.safetensors", "evals/scores.jsonl"),
+    *("export/config.json", "export-best/config.json", "run.json", "tokenizer/tokenizer.json"),
+)
+
+
+def test_a_run_that_starts_afresh_keeps_an_earlier_ones_best_weights_scores_and_exports(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    written(tmp_path, (*EARLIER, "checkpoint-9/model.safetensors", "evals-before-1/scores.jsonl"))
+    set_aside(tmp_path)
+    assert capsys.readouterr().err.count("holds what an earlier run left") == 1
+    assert {path.name for path in tmp_path.iterdir()} == {
+        *("evals-before-1", "evals-before-2", "snapshots-before-2", "export-before-2", "export-best-before-2"),
+        "checkpoint-9",
+    }
+    kept = {path.name for path in (tmp_path / "snapshots-before-2").iterdir()}
+    assert kept == {"best.json", "latest.json", "step-6", "run.json", "tokenizer"}
+    set_aside(tmp_path)
+    assert capsys.readouterr().err == ""
+
+
+@pytest.mark.parametrize("best", [None, "best.json"])
+def test_snapshots_without_a_best_one_lose_their_pointers_alone(best: str | None, tmp_path: Path) -> None:
+    """One that names a folder which is gone is none."""
+    written(tmp_path, ("snapshots/latest.json", "snapshots/step-9/model.safetensors", "run.json"))
+    if best:
+        written(tmp_path, (f"snapshots/{best}",))
+    set_aside(tmp_path)
+    assert [path.name for path in (tmp_path / "snapshots").iterdir()] == ["step-9"]
+    assert (tmp_path / "run.json").exists()
 
 
 def test_a_worker_forked_by_a_run_does_not_keep_its_folder(tmp_path: Path) -> None:

@@ -71,12 +71,6 @@ TRAPS: dict[str, tuple[dict[str, Any], dict[str, Any], str, str]] = {
     "optimizer block and --optim": (
         sound(optimizer={"type": "Lion"}), {"optim": "adafactor"}, "optim=adafactor would be ignored", "remove the opt"
     ),
-    "resuming an optimizer on NVMe": (
-        zero(3, offload_optimizer={**NVME, "nvme_path": "nvme"}),
-        {"resume_from_checkpoint": "checkpoint-4"},
-        "does not restore an optimizer that lies on NVMe",
-        "zero3_offload",
-    ),
     "offload to NVMe without a path": (zero(3, offload_param=NVME), {}, "its nvme_path is None", '"nvme_path"'),
     "offload to NVMe named none": (
         zero(3, offload_param={**NVME, "nvme_path": "none"}), {}, "its nvme_path is 'none'", "local NVMe disk"
@@ -108,6 +102,16 @@ def test_a_trap_is_one_problem_with_its_fix(name: str, tmp_path: Path) -> None:
     (problem,) = problems_of(tmp_path, deepspeed=config, **kwargs)
     assert what in problem.what
     assert fix in problem.fix
+
+
+def test_an_optimizer_on_nvme_cannot_be_resumed(tmp_path: Path) -> None:
+    checkpoint = tmp_path / "run" / "checkpoint-4"
+    (checkpoint / "global_step4").mkdir(parents=True)
+    (checkpoint / "trainer_state.json").touch()
+    config = zero(3, offload_optimizer={**NVME, "nvme_path": "nvme"})
+    (problem,) = problems_of(tmp_path, deepspeed=config, resume_from_checkpoint=str(checkpoint))
+    assert "does not restore an optimizer that lies on NVMe" in problem.what
+    assert "zero3_offload" in problem.fix
 
 
 def test_a_sound_configuration_has_no_problem(tmp_path: Path) -> None:

@@ -21,6 +21,7 @@ KEPT = ("config.json", "model.safetensors", "README.md", "adapter_model.safetens
 LEFT_OUT = (
     *("export/model.safetensors", "export-best/config.json", "export-2/config.json", "final/model.safetensors"),
     *("snapshots/step-1/model.safetensors", "snapshots/best.json", "evals/step-000001.private.jsonl"),
+    *("snapshots-before-1/step-1/model.safetensors", "export-before-1/config.json"),
     *("evals-before-1/scores.jsonl", "engine/base/model.safetensors", "engine/vllm-1.log", "tokenizer/tokenizer.json"),
     *("run.json", "plan.json", "measured.json", "ds_config.json", "report.html", ".running", ".run.json.abcdefgh.tmp"),
     *(".export.abcdefgh.tmp/model.safetensors", "_private", "checkpoint-1/optimizer.pt"),

@@ -1,0 +1,123 @@
+"""Whether the disks of a run hold what it writes: checkpoints, snapshots, vLLM's copies and exports."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from hf_dsvllm.adapters import why_merge_for_engine
+from hf_dsvllm.ending import export_places
+from hf_dsvllm.errors import Problem
+from hf_dsvllm.fields import asks_for_answers, steers
+from hf_dsvllm.launch import read_launch
+from hf_dsvllm.model_shape import ModelShape
+from hf_dsvllm.placement import Place, choose_place, visible_gpus
+
+__all__ = ["disk_problems"]
+
+GIB = 1 << 30
+# A full checkpoint: bf16 weights, fp32 master weights and Adam's two moments.
+CHECKPOINT_BYTES_PER_PARAMETER = 14
+WEIGHTS_BYTES_PER_PARAMETER = 2  # bf16, as they are exported
+Part = tuple[str, int]  # what it is, bytes
+
+
+def disk_problems(args: Any, model_args: Any, device: str, shape: ModelShape) -> list[Problem]:
+    """Each disk that has less free than is on it at once, while the run trains or when it ends.
+
+    One checkpoint is counted, however many are kept, and adapters are counted as nothing: the least there is.
+    """
+    run_dir, place = Path(args.output_dir), _place(args, device)
+    checkpoint, engine = _checkpoint(args, model_args, shape), _engine(run_dir, place, model_args, shape)
+    while_training, at_end = _snapshots(args, model_args, device, shape, place)
+    exports = _exports(args, shape, place)
+    out = export_places(run_dir, args.export_to)[0]
+    apart = _existing(out).stat().st_dev != _existing(run_dir).stat().st_dev
+    ends = [*checkpoint, *at_end, *([] if apart else exports)]
+    needs = [(run_dir, max([*checkpoint, *while_training, *engine], ends, key=_bytes))]
+    needs += [(out, exports)] if apart else []
+    return [problem for folder, parts in needs for problem in _too_small(folder, parts)]
+
+
+def _checkpoint(args: Any, model_args: Any, shape: ModelShape) -> list[Part]:
+    saving = str(getattr(args.save_strategy, "value", args.save_strategy)) != "no"
+    if not saving or model_args.use_peft:
+        return []
+    each = WEIGHTS_BYTES_PER_PARAMETER if args.save_only_model else CHECKPOINT_BYTES_PER_PARAMETER
+    return [("a checkpoint", each * shape.parameters)]
+
+
+def _snapshots(
+    args: Any, model_args: Any, device: str, shape: ModelShape, place: Place | None
+) -> tuple[list[Part], list[Part]]:
+    """Snapshots on the disk at once: while training the latest, the best and a new one, then the last and the best.
+
+    Streamed weights are written only where a score chooses them.  A resumed run has some of them already.
+    """
+    if model_args.use_peft:
+        return [], []
+    while_training, at_end = (0, 1) if place is None else (3, 2)
+    if place is not None and place.stream:
+        while_training, at_end = (2, 2) if steers(args) else (0, 1)
+    there = len(list(Path(args.output_dir).glob("snapshots/step-*"))) if args.resume_from_checkpoint else 0
+    each = (4 if device == "cpu" else 2) * shape.parameters
+    return _several("snapshot", while_training - there, each), _several("snapshot", at_end - there, each)
+
+
+def _engine(run_dir: Path, place: Place | None, model_args: Any, shape: ModelShape) -> list[Part]:
+    """Whole models made for vLLM: the base as a QLoRA trainer holds it, and an adapter merged into its base."""
+    if place is None or not model_args.use_peft:
+        return []
+    parts = []
+    if place.url is None and model_args.load_in_4bit:
+        each = 4 if model_args.dtype == "float32" else 2
+        parts.append(("vLLM's copy of the base", each * shape.parameters, "base"))
+    if not place.stream and why_merge_for_engine(model_args, place.device) is not None:
+        parts.append(("vLLM's merged copy", (4 if place.device == "cpu" else 2) * shape.parameters, "merged"))
+    # One that a killed run has left is removed before another is written.
+    return [(what, size) for what, size, name in parts if not (run_dir / "engine" / name).is_dir()]
+
+
+def _exports(args: Any, shape: ModelShape, place: Place | None) -> list[Part]:
+    if args.export_to == "none":
+        return []
+    has_best = place is not None and (steers(args) or not place.stream)
+    return _several("export", 2 if has_best else 1, WEIGHTS_BYTES_PER_PARAMETER * shape.parameters)
+
+
+def _several(what: str, count: int, each: int) -> list[Part]:
+    if count < 1:
+        return []
+    return [(f"{count} {what}s" if count > 1 else f"one {what}", count * each)]
+
+
+def _bytes(parts: Sequence[Part]) -> int:
+    return sum(size for _, size in parts)
+
+
+def _too_small(folder: Path, parts: Sequence[Part]) -> list[Problem]:
+    existing, needed = _existing(folder), _bytes(parts)
+    free = shutil.disk_usage(existing).free
+    if needed <= free:
+        return []
+    listed = ", ".join(f"{what} {size / GIB:.1f}" for what, size in parts)
+    return [
+        Problem(
+            f"{existing} has {free / GIB:.1f} GiB free, the run needs {needed / GIB:.1f} GiB there at once ({listed})",
+            "a larger disk (--output_dir, --export_to), --save_only_model true, --save_strategy no or --export_to none",
+        )
+    ]
+
+
+def _existing(folder: Path) -> Path:
+    """The nearest folder that is there already."""
+    return next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
+
+
+def _place(args: Any, device: str) -> Place | None:
+    """Where vLLM will run, None for a run that asks it nothing."""
+    if not asks_for_answers(args):
+        return None
+    return choose_place(args, device, read_launch(), visible_gpus() if device == "cuda" else [])
