@@ -8,7 +8,9 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
+import torch
 from safetensors import SafetensorError
+from torch.distributed import DistError
 from transformers import TrainerCallback
 
 from hf_dsvllm._compat import log_through_trainer, note_best
@@ -31,7 +33,7 @@ from hf_dsvllm.live.restore import restore
 from hf_dsvllm.live.snapshot import Snapshot, adapters_act, point_to_latest, prune, publish
 from hf_dsvllm.live.stream import send
 from hf_dsvllm.measure import RunMeasure
-from hf_dsvllm.ranks import from_all
+from hf_dsvllm.ranks import from_all, is_distributed
 from hf_dsvllm.wiring import check_wiring, read_wiring
 
 if TYPE_CHECKING:
@@ -66,7 +68,7 @@ class SessionCallback(TrainerCallback):
         self._evaluated: dict[int, dict[str, float]] = {}
         self._failures = 0
         self._published: Snapshot | None = None
-        self._trained_before = False
+        self._trained_before = self._sharded = False
         self._told_undecided = False
 
     # -- hooks -----------------------------------------------------------------------------------------------------
@@ -79,6 +81,7 @@ class SessionCallback(TrainerCallback):
         # Rank 0 knows where vLLM runs, and what it was started for.
         self.late, self.streams = self.session.ranks.broadcast((self.late, self.session.streams))
         wiring = read_wiring(self.trainer)
+        self._sharded = wiring.zero_stage == 3
         check_wiring(wiring, self.session.preset, self.session.ds_config, resumed=state.global_step > 0)
         say(f"running: {wiring.line()}")
         self.session.start_record(self.trainer, wiring)
@@ -207,13 +210,17 @@ class SessionCallback(TrainerCallback):
     def _together(self, work: Callable[[], T]) -> tuple[T | None, str | None]:
         """What `work` returns on this rank, and main's error on every rank: known to all before anything else begins.
 
-        Under ZeRO-3 whatever follows may be collective, and a rank alone in it would wait for ever.
+        Under ZeRO-3 whatever follows may be collective, and a rank alone in it would wait for ever.  A GPU out of
+        memory there has left the others in the middle of a gathering, where no word reaches them: it ends this rank,
+        and the launcher the others.
         """
         found: T | None = None
         error: str | None = None
         try:
             found = work()
         except Exception as problem:  # whatever it is: the other ranks wait in the broadcast, and training goes on
+            if self._sharded and is_distributed() and isinstance(problem, torch.OutOfMemoryError | DistError):
+                raise
             if not isinstance(problem, DsvllmError | OSError | SafetensorError):  # the last: also of a full disk
                 logger.exception("unexpected error while weights were prepared or written")
             error = f"{type(problem).__name__}: {problem}"

@@ -16,6 +16,7 @@ from hf_dsvllm.ds_config import get_key, zero_stage
 from hf_dsvllm.errors import ConfigError, DsvllmError, EvalFileError, Problem
 from hf_dsvllm.export.manifest import REPORT, occupied
 from hf_dsvllm.fields import trusts_remote_code
+from hf_dsvllm.files import behind_links
 from hf_dsvllm.hardware import detect
 from hf_dsvllm.launch import read_launch
 from hf_dsvllm.model_shape import ModelShape, download_config, load_shape
@@ -146,7 +147,7 @@ def _export_problems(args: Any, model_args: Any) -> list[Problem]:
     if is_main_process():  # who alone writes it
         try:
             problems += _destination_problems(args)
-        except (OSError, RuntimeError) as error:  # unreadable, or links in a circle
+        except OSError as error:  # unreadable, or links in a circle
             problems.append(Problem(f"export_to {args.export_to} cannot be used: {error}", ANOTHER_EXPORT))
     return problems
 
@@ -154,7 +155,7 @@ def _export_problems(args: Any, model_args: Any) -> list[Problem]:
 def _destination_problems(args: Any) -> list[Problem]:
     run_dir = Path(args.output_dir)
     out = Path(args.export_to) if args.export_to else run_dir / "export"
-    target, run = out.resolve(), run_dir.resolve()
+    target, run = behind_links(out), run_dir.resolve()
     if target == run or target in run.parents:
         what = f"export_to {out} is the run's own folder {run_dir}, or holds it"
         return [Problem(what, f"--export_to {run_dir / 'export'}, or another folder of its own")]

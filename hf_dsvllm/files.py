@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import errno
 import json
 import os
 import shutil
@@ -14,7 +15,21 @@ from typing import Any
 
 from hf_dsvllm.errors import Problem
 
-__all__ = ["atomic_folder", "read_json_or_problem", "write_json", "write_text"]
+__all__ = ["atomic_folder", "behind_links", "read_json_or_problem", "write_json", "write_text"]
+
+
+def behind_links(path: Path) -> Path:
+    """Where `path` leads to, which need not exist yet; OSError where its links go in a circle.
+
+    Of a circle `Path.resolve` raises RuntimeError up to Python 3.12, and later returns one of its links.
+    """
+    try:
+        found = path.resolve()
+    except RuntimeError as error:
+        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path)) from error
+    if found.is_symlink():
+        raise OSError(errno.ELOOP, os.strerror(errno.ELOOP), str(path))
+    return found
 
 
 def write_text(path: Path, text: str) -> None:

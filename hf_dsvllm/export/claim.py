@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from hf_dsvllm.errors import ExportError
-from hf_dsvllm.files import atomic_folder, fsync_path
+from hf_dsvllm.files import atomic_folder, behind_links, fsync_path
 
 __all__ = ["claimed", "replacing"]
 
@@ -69,8 +69,8 @@ def replacing(out: Path) -> Iterator[Path]:
 def _behind_links(out: Path) -> Path:
     """The folder that `out` leads to, which need not exist yet."""
     try:
-        return out.resolve()
-    except (OSError, RuntimeError) as error:
+        return behind_links(out)
+    except OSError as error:
         raise ExportError(f"{out} is a symbolic link that leads to itself; remove it, or name a folder.") from error
 
 

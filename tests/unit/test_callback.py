@@ -228,7 +228,7 @@ def test_last_weights_that_cannot_be_written_end_the_run_on_every_rank_with_the_
 
 def test_every_rank_streams_or_not_as_the_main_process_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rank 0's vLLM may be one that takes no stream, which the others cannot see."""
-    monkeypatch.setattr(callback_module, "read_wiring", lambda _: SimpleNamespace(line=lambda: ""))
+    monkeypatch.setattr(callback_module, "read_wiring", lambda _: SimpleNamespace(line=lambda: "", zero_stage=None))
     monkeypatch.setattr(callback_module, "check_wiring", lambda *_, **__: None)
     nothing = {"ready_engine": lambda _: None, "start_record": lambda *_: None, "preset": None, "ds_config": None}
     callback = made(tmp_path, streams=True, evaluates=False, **nothing)
@@ -240,7 +240,7 @@ def test_every_rank_streams_or_not_as_the_main_process_does(tmp_path: Path, monk
 def test_only_a_run_that_starts_from_the_engines_model_is_evaluated_without_publishing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, published: list[int]
 ) -> None:
-    monkeypatch.setattr(callback_module, "read_wiring", lambda _: SimpleNamespace(line=lambda: ""))
+    monkeypatch.setattr(callback_module, "read_wiring", lambda _: SimpleNamespace(line=lambda: "", zero_stage=None))
     monkeypatch.setattr(callback_module, "check_wiring", lambda *_, **__: None)
     nothing = {"ready_engine": lambda _: None, "start_record": lambda *_: None, "preset": None, "ds_config": None}
     callback = made(tmp_path, **nothing)
@@ -270,6 +270,25 @@ def adapted(*, b: float) -> Any:
             if "lora_B" in name:
                 parameter.fill_(b)
     return model
+
+
+@pytest.mark.parametrize(("sharded", "goes_on"), [(False, True), (True, False)])
+def test_a_gpu_out_of_memory_amid_a_gathering_ends_the_rank_for_the_others_hear_no_word(
+    sharded: bool, goes_on: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Full(Canary):
+        def ask_trainer(self, trainer: Any) -> Any:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    monkeypatch.setattr(callback_module, "is_distributed", lambda: True)
+    callback = made(tmp_path, canary=Full())
+    callback._sharded = sharded
+    if goes_on:
+        callback._evaluate()
+        assert callback._failures == 1
+    else:
+        with pytest.raises(torch.OutOfMemoryError):
+            callback._evaluate()
 
 
 def test_weights_that_were_sent_and_not_asked_about_put_the_engine_to_sleep_again(tmp_path: Path) -> None:
