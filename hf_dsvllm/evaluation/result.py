@@ -87,10 +87,11 @@ class EvalResult:
     def tokens_per_second(self) -> float:
         return self.generated_tokens / self.generate_seconds if self.generate_seconds else 0.0
 
-    def _error(self, name: str) -> str:
-        """The standard error, which one answer alone has not."""
-        error = self.standard_errors[name]
-        return "" if error is None else f" ± {error:.1%}"
+    def _figure(self, name: str) -> str:
+        """The score with its standard error, which one answer alone has not: a share, or a number (perplexity)."""
+        score, error = self.scores[name], self.standard_errors[name]
+        form = ".1%" if 0 <= score <= 1 else ".4g"
+        return f"{score:{form}}" + ("" if error is None else f" ± {error:{form}}")
 
     def _compared(self, name: str) -> str:
         brief = self.comparisons[name].brief if name in self.comparisons else ""
@@ -98,9 +99,7 @@ class EvalResult:
 
     def line(self) -> str:
         """One line for the console."""
-        scores = ", ".join(
-            f"{name} {value:.1%}{self._error(name)}{self._compared(name)}" for name, value in self.scores.items()
-        )
+        scores = ", ".join(f"{name} {self._figure(name)}{self._compared(name)}" for name in self.scores)
         return (
             f"step {self.step}: {scores} ({self.samples} prompts, {self.generated_tokens} tokens, "
             f"{self.tokens_per_second:.0f} tok/s, weights by {self.weights_path} in {self.sync_seconds:.2f} s, "

@@ -119,6 +119,9 @@ def test_each_score_is_held_against_the_first_and_the_best_on_the_console_and_on
     engine.text = "a"
     result = made.evaluate(Asked(step=10, snapshot=snapshot(tmp_path, 10)))
     assert f"{KEY} 100.0% ± 0.0% (+100.0 [+100.0, +100.0] over step 0)" in result.line()
+    odd = dataclasses.replace(result, scores={KEY: 18.754, "other": 0.5}, standard_errors={KEY: 1.25, "other": None})
+    assert f"{KEY} 18.75 ± 1.25 (" in odd.line()  # a perplexity, say
+    assert "other 50.0% (" in odd.line()
     resumed = evaluator(tmp_path, engine).evaluate(Asked(step=20, snapshot=snapshot(tmp_path, 20)))
     assert "over step 0, the same as step 10)" in resumed.line()
     told = score_rows(tmp_path)[-1]["comparisons"][KEY]
