@@ -38,6 +38,7 @@ WRITTEN = (".", "snapshots", "evals", "engine")
 HALF_WRITTEN = re.compile(r"\.(?!report).+\.[a-z0-9_]{8}\.tmp")  # a report is another process's, at any time
 # What an export of a snapshot reads beside it.
 OF_SNAPSHOTS = ("run.json", "tokenizer")
+POINTERS = ("best.json", "latest.json")
 # A server binds its socket within a second of making the folder.
 SETTLED_S = 60.0
 _held: dict[Path, int] = {}
@@ -222,18 +223,17 @@ def _in_use(folder: Path) -> bool:
 def set_aside_earlier_run(run_dir: Path, *, evals: str, snapshots: str, exports: Sequence[str]) -> None:
     """Keep what an earlier run left in the same folder apart from what the run that starts afresh writes there.
 
-    Evaluations, exports, and snapshots of which one is the best are renamed to NAME-before-<n>, one n for all; the
-    record and the tokenizer of the earlier run go with its snapshots.  Of other snapshots, which no score chose, only
-    the pointers go: training is continued from checkpoints, and the next evaluation would delete them.
+    Evaluations, exports, and snapshots that are pointed to are renamed to NAME-before-<n>, one n for all; the record
+    and the tokenizer of the earlier run go with its snapshots.  Where the pointers lead nowhere, only they go.
     """
     names = [name for name in (evals, *exports) if (run_dir / name).is_dir()]
-    if _has_best(run_dir / snapshots):
+    if any(_leads_to_a_snapshot(run_dir / snapshots / pointer) for pointer in POINTERS):
         names.append(snapshots)
         for name in OF_SNAPSHOTS:
             with contextlib.suppress(FileNotFoundError):
                 (run_dir / name).rename(run_dir / snapshots / name)
     else:
-        for pointer in ("best.json", "latest.json"):
+        for pointer in POINTERS:
             (run_dir / snapshots / pointer).unlink(missing_ok=True)
     if not names:
         return
@@ -245,10 +245,10 @@ def set_aside_earlier_run(run_dir: Path, *, evals: str, snapshots: str, exports:
     say(f"{run_dir} holds what an earlier run left, and this one starts afresh: moved {moved}")
 
 
-def _has_best(snapshots: Path) -> bool:
-    """Whether best.json points to a snapshot that is there."""
+def _leads_to_a_snapshot(pointer: Path) -> bool:
+    """Whether it points to a folder that is there."""
     try:
-        best = json.loads((snapshots / "best.json").read_text(encoding="utf-8"))
-        return (snapshots / best["path"]).is_dir()
+        found = json.loads(pointer.read_text(encoding="utf-8"))
+        return (pointer.parent / found["path"]).is_dir()
     except (OSError, ValueError, KeyError, TypeError):
         return False

@@ -148,12 +148,17 @@ def test_a_run_that_starts_afresh_keeps_an_earlier_ones_best_weights_scores_and_
     assert capsys.readouterr().err == ""
 
 
-@pytest.mark.parametrize("best", [None, "best.json"])
-def test_snapshots_without_a_best_one_lose_their_pointers_alone(best: str | None, tmp_path: Path) -> None:
-    """One that names a folder which is gone is none."""
-    written(tmp_path, ("snapshots/latest.json", "snapshots/step-9/model.safetensors", "run.json"))
-    if best:
-        written(tmp_path, (f"snapshots/{best}",))
+@pytest.mark.parametrize("pointer", ["latest.json", "best.json"])
+def test_the_last_weights_of_a_run_without_scores_are_kept_too(pointer: str, tmp_path: Path) -> None:
+    written(tmp_path, (f"snapshots/{pointer}", "snapshots/step-6/model.safetensors", "run.json"))
+    set_aside(tmp_path)
+    assert [path.name for path in tmp_path.iterdir()] == ["snapshots-before-1"]
+    assert {path.name for path in (tmp_path / "snapshots-before-1").iterdir()} == {pointer, "step-6", "run.json"}
+
+
+def test_snapshots_that_no_pointer_leads_to_lose_the_pointers_alone(tmp_path: Path) -> None:
+    written(tmp_path, ("snapshots/latest.json", "snapshots/best.json", "snapshots/step-9/model.safetensors"))
+    written(tmp_path, ("run.json",))
     set_aside(tmp_path)
     assert [path.name for path in (tmp_path / "snapshots").iterdir()] == ["step-9"]
     assert (tmp_path / "run.json").exists()
