@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -13,9 +13,21 @@ from hf_dsvllm.export.source import RunRecord
 __all__ = ["write_card"]
 
 
-def write_card(folder: Path, report: ExportReport, record: RunRecord | None) -> None:
-    """Write README.md: the hub's metadata, training, scores, how it was merged and proven, versions."""
+def write_card(folder: Path, report: ExportReport, record: RunRecord | None) -> tuple[str, ...]:
+    """Write README.md: the hub's metadata, training, scores, how it was merged and proven, versions.
+
+    Returns a remark for each part that the run's files were too damaged for: the export is made and proven by then.
+    """
     from huggingface_hub import ModelCardData
+
+    remarks: list[str] = []
+
+    def section(what: str, make: Callable[[], str]) -> str:
+        try:
+            return make()
+        except Exception as error:  # whatever is wrong with the files of a run, its weights are whole
+            remarks.append(f"the model card lacks {what}, which cannot be read ({type(error).__name__}: {error})")
+            return ""
 
     run = {} if record is None else json.loads((record.folder / "run.json").read_text(encoding="utf-8"))
     base = str(run.get("base_model") or report.base or "")
@@ -27,12 +39,13 @@ def write_card(folder: Path, report: ExportReport, record: RunRecord | None) -> 
     )
     sections = [
         f"---\n{data.to_yaml()}\n---\n\n# {folder_name(report)}",
-        _training(run, base),
-        _scores(record, report.step),
+        section("what run.json says of the training", lambda: _training(run, base)),
+        section("the scores of evals/scores.jsonl", lambda: _scores(record, report.step)),
         _proof(report),
         _versions(report.versions),
     ]
     (folder / "README.md").write_text("\n\n".join(filter(None, sections)) + "\n", encoding="utf-8")
+    return tuple(remarks)
 
 
 def folder_name(report: ExportReport) -> str:
@@ -71,10 +84,15 @@ def _scores(record: RunRecord | None, step: int | None) -> str:
     if chosen is None:
         return ""
     table = [
-        (name.removeprefix("eval_gen_"), f"{value:.4g}", f"{chosen['standard_errors'].get(name, 0):.2g}")
+        (name.removeprefix("eval_gen_"), _number(value, 4), _number(chosen["standard_errors"].get(name), 2))
         for name, value in chosen["scores"].items()
     ]
     return f"## Scores at step {chosen['step']}\n\n" + _table(("metric", "mean", "standard error"), table)
+
+
+def _number(value: float | None, digits: int) -> str:
+    """One answer has no standard error, and lm-eval gives none for some metrics."""
+    return "–" if value is None else f"{value:.{digits}g}"
 
 
 def _proof(report: ExportReport) -> str:

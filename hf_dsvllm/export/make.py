@@ -133,8 +133,9 @@ def export_model(
                 write_seconds=round(write_seconds, 2),
                 seconds=round(time.monotonic() - started, 2),
             )
+            remarks = write_card(folder, report, job.source.record)
+            report = dataclasses.replace(report, notes=(*report.notes, *remarks))
             write_json(folder / REPORT, dataclasses.asdict(report))
-            write_card(folder, report, job.source.record)
             write_manifest(folder, report.inputs, hashes)
     return report
 
