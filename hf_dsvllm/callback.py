@@ -180,6 +180,8 @@ class SessionCallback(TrainerCallback):
             phases["stream"] = time.monotonic() - started
         if error is None and publish_first and not self.session.ranks.broadcast(sent is not None):
             snapshot, error = self._together(lambda: self._publish(step))
+            if error is not None:
+                self._published = None  # on every rank, whichever failed: publishing again takes all of them
             phases["snapshot"] = time.monotonic() - started
         canary = self.session.canary
         if error is None and canary is not None:
@@ -265,7 +267,6 @@ class SessionCallback(TrainerCallback):
         for done in rounds:
             if done.error is not None:
                 self._failures += 1
-                self._published = None  # on every rank, whichever failed: publishing again takes all of them
                 given_up = self._failures == FAILURES_BEFORE_GIVING_UP  # later ones were under way before it
                 what = "failed and is skipped; giving up on it" if given_up else "failed and is skipped"
                 say(f"step {done.step}: generation evaluation {what}. {done.error}")

@@ -54,24 +54,43 @@ def write_json(path: Path, value: Any) -> None:
 
 
 @contextlib.contextmanager
-def atomic_folder(target: Path) -> Iterator[Path]:
+def atomic_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
     """Yield an empty sibling folder; on success fsync its files and rename it to `target`, on error remove it.
 
-    `target` must not exist: a finished folder is never overwritten in place.
+    A `target` that exists is an error, or with `replace` stays until the new one is finished.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
-    temporary = Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp"))
+    temporary = _sibling(target)
     try:
         yield temporary
         for file in temporary.rglob("*"):
             if file.is_file():
                 fsync_path(file)
         fsync_path(temporary)
-        os.rename(temporary, target)
+        if replace and target.exists():
+            _replace(target, temporary)
+        else:
+            os.rename(temporary, target)
         fsync_path(target.parent)
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def _sibling(target: Path) -> Path:
+    return Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp"))
+
+
+def _replace(target: Path, fresh: Path) -> None:
+    """Rename `fresh` to `target`, which is a folder; remove the old one then, or put it back."""
+    aside = _sibling(target)
+    os.rename(target, aside)
+    try:
+        os.rename(fresh, target)
+    except BaseException:
+        os.rename(aside, target)
+        raise
+    shutil.rmtree(aside, ignore_errors=True)
 
 
 def fsync_path(path: Path) -> None:

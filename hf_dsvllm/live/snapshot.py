@@ -6,7 +6,6 @@ for adapters only the adapter's tensors.  `publish` is collective: every rank ca
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import json
 import re
@@ -18,7 +17,7 @@ from typing import Any, Literal
 import torch
 
 from hf_dsvllm.adapters import vocabulary_was_resized
-from hf_dsvllm.console import is_main_process
+from hf_dsvllm.console import is_main_process, say
 from hf_dsvllm.errors import ExportError
 from hf_dsvllm.files import atomic_folder, write_json
 from hf_dsvllm.live.sources import plain_source
@@ -67,9 +66,7 @@ def publish(model: Any, run_dir: Path, *, step: int, dtype: torch.dtype, tokeniz
         empty = [name for name, tensor in state.items() if tensor.numel() == 0]
         if empty:
             raise ExportError(f"snapshot of step {step}: {len(empty)} tensors are empty after gathering: {empty[:3]}")
-        if target.exists():
-            shutil.rmtree(target)
-        with atomic_folder(target) as folder:
+        with atomic_folder(target, replace=True) as folder:
             if adapter:
                 _write_adapter(model, state, folder)
             else:
@@ -91,17 +88,27 @@ def point_to_latest(run_dir: Path, snapshot: Snapshot, *, trained_to: int) -> No
 
 
 def prune(run_dir: Path, keep: Sequence[Path]) -> None:
-    """Delete the snapshots that are neither in `keep` nor pointed to by latest.json or best.json; rank 0 only."""
-    folder = run_dir / SNAPSHOTS
-    if not is_main_process() or not folder.is_dir():
+    """Delete the snapshots that are neither in `keep` nor pointed to by latest.json or best.json; rank 0 only.
+
+    Never raises.  Where a pointer cannot be read, nothing is deleted: it may be the best one's.
+    """
+    if not is_main_process():
         return
-    kept = {path.name for path in keep}
-    for pointer in ("latest.json", "best.json"):
-        with contextlib.suppress(OSError, ValueError):
-            kept.add(json.loads((folder / pointer).read_text(encoding="utf-8"))["path"])
-    for old in folder.glob("step-*"):
-        if old.name not in kept:
-            shutil.rmtree(old, ignore_errors=True)
+    folder = run_dir / SNAPSHOTS
+    try:
+        kept = {path.name for path in keep} | {_pointed_to(folder / name) for name in ("latest.json", "best.json")}
+        for old in folder.glob("step-*"):
+            if old.name not in kept:
+                shutil.rmtree(old, ignore_errors=True)
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        say(f"no older snapshot is deleted from {folder} this time: {type(error).__name__}: {error}")
+
+
+def _pointed_to(pointer: Path) -> str | None:
+    try:
+        return str(json.loads(pointer.read_text(encoding="utf-8"))["path"])
+    except FileNotFoundError:
+        return None
 
 
 def _adapter_state(model: Any) -> dict[str, torch.Tensor]:

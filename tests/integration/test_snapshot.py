@@ -209,7 +209,7 @@ def test_the_newest_snapshot_is_pointed_to_and_the_same_step_is_replaced(tmp_pat
     snapshot = publish(model, tmp_path / "run", step=3, dtype=torch.float32)
     assert tensors_of(snapshot.path)["model.norm.weight"].unique().tolist() == [7.0]
     latest = json.loads((tmp_path / "run" / "snapshots" / "latest.json").read_text(encoding="utf-8"))
-    assert latest == {"path": "step-3", "step": 3, "kind": "full"}
+    assert latest == {"path": "step-3", "step": 3, "kind": "full", "trained_to": 3}
     assert [folder.name for folder in (tmp_path / "run" / "snapshots").glob("*step*")] == ["step-3"]
 
 
@@ -237,3 +237,33 @@ def test_prune_without_pointers_or_folder_does_no_harm(tmp_path: Path) -> None:
     (tmp_path / "snapshots" / "best.json").write_text("{ half", encoding="utf-8")
     prune(tmp_path, keep=[Path("step-1")])
     assert (tmp_path / "snapshots" / "step-1").is_dir()
+
+
+def test_prune_deletes_nothing_and_raises_nothing_where_a_pointer_cannot_be_read(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    folder = tmp_path / "snapshots"
+    for step in (1, 2):
+        (folder / f"step-{step}").mkdir(parents=True)
+    (folder / "best.json").write_text('{"path": "step-1"}', encoding="utf-8")
+    (folder / "latest.json").write_text('{"path": "step-2"}', encoding="utf-8")
+    read = Path.read_text
+
+    def stale(path: Path, **how: Any) -> str:
+        if path.name == "best.json":
+            raise OSError(116, "Stale file handle")
+        return read(path, **how)
+
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "read_text", stale)
+        prune(tmp_path, keep=[])
+        patched.setattr(Path, "glob", lambda *_: stale(folder / "best.json"))
+        prune(tmp_path, keep=[])
+    assert sorted(path.name for path in folder.glob("step-*")) == ["step-1", "step-2"]
+    assert "no older snapshot is deleted" in capsys.readouterr().err
+    (folder / "best.json").write_text("{ half", encoding="utf-8")
+    prune(tmp_path, keep=[])
+    assert (folder / "step-1").is_dir()
+    (folder / "best.json").unlink()
+    prune(tmp_path, keep=[])
+    assert [path.name for path in folder.glob("step-*")] == ["step-2"]

@@ -13,7 +13,7 @@ from transformers import TrainerControl
 
 from hf_dsvllm import callback as callback_module
 from hf_dsvllm.callback import SessionCallback
-from hf_dsvllm.errors import ExportError
+from hf_dsvllm.errors import EngineError, ExportError
 from hf_dsvllm.evaluation.rounds import Round
 from hf_dsvllm.evaluation.steering import keep_best
 from hf_dsvllm.live.snapshot import Snapshot
@@ -89,6 +89,25 @@ def test_a_rank_whose_main_could_not_publish_is_not_alone_in_the_canarys_forward
     callback._evaluate()
     assert callback.session.canary.forwards == 0  # type: ignore[union-attr, attr-defined]
     assert "failed and is skipped. OSError: no space left" in capsys.readouterr().err
+
+
+def test_weights_that_only_the_engine_failed_on_are_not_written_again(tmp_path: Path, published: list[int]) -> None:
+    def fails(asked: Any) -> Any:
+        raise EngineError("it is gone")
+
+    callback = made(tmp_path, evaluator=SimpleNamespace(evaluate=fails))
+    callback._evaluate(wait=True)
+    assert callback._failures == 1
+    callback._last_snapshot(4)
+    assert published == [4]
+
+
+def test_weights_of_a_step_whose_writing_failed_are_written_again_by_all(tmp_path: Path, published: list[int]) -> None:
+    callback = made(tmp_path)
+    callback.session.ranks.main_says = [None, False, "OSError: no space left"]  # type: ignore[attr-defined]
+    callback._evaluate()
+    callback._last_snapshot(4)
+    assert published == [4, 4], "this rank had done its part"
 
 
 def streamed(step: int, score: float) -> Round:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import json
+import os
 from pathlib import Path
 
 import pytest
@@ -70,6 +71,44 @@ def test_a_finished_folder_is_not_overwritten(tmp_path: Path) -> None:
     with pytest.raises(OSError), atomic_folder(target) as folder:
         (folder / "other").write_text("y", encoding="utf-8")
     assert [item.name for item in tmp_path.rglob("*")] == ["export", "kept"]
+
+
+def test_a_folder_that_is_replaced_stays_until_the_new_one_is_whole(tmp_path: Path) -> None:
+    target = tmp_path / "step-3"
+
+    def write(text: str, *, fails: bool = False) -> None:
+        with atomic_folder(target, replace=True) as folder:
+            (folder / "weights").write_text(text, encoding="utf-8")
+            if fails:
+                assert target.is_dir()
+                raise OSError("disk full")
+
+    write("first")
+    with pytest.raises(OSError, match="disk full"):
+        write("half", fails=True)
+    assert (target / "weights").read_text(encoding="utf-8") == "first"
+    write("second")
+    assert (target / "weights").read_text(encoding="utf-8") == "second"
+    assert [item.name for item in tmp_path.iterdir()] == ["step-3"]
+
+
+def test_a_folder_that_cannot_be_replaced_is_put_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    target = tmp_path / "step-3"
+    target.mkdir()
+    (target / "weights").touch()
+    calls: list[str] = []
+    rename = os.rename
+
+    def second_fails(source: Path, to: Path) -> None:
+        calls.append(str(to))
+        if len(calls) == 2:
+            raise OSError("stale handle")
+        rename(source, to)
+
+    monkeypatch.setattr("hf_dsvllm.files.os.rename", second_fails)
+    with pytest.raises(OSError, match="stale handle"), atomic_folder(target, replace=True):
+        pass
+    assert [str(item.relative_to(tmp_path)) for item in tmp_path.rglob("*")] == ["step-3", "step-3/weights"]
 
 
 @pytest.mark.parametrize("form", ["file", "text", "base64", "long base64"])
