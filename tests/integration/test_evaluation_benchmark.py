@@ -44,5 +44,5 @@ def test_training_beside_vllm_is_taken_apart_and_what_is_there_is_not_run_again(
     assert "POST /collective_rpc" in evaluations[1]["calls"]
     assert len(rows["full"]["measured"]["durations"]) == 4
     page = (tmp_path / "results" / "evaluation.md").read_text(encoding="utf-8")
-    assert "| full | 2 | reload |" in page
+    assert "| full | · | 2 | reload |" in page
     assert measure(tmp_path / "results") == ""

@@ -63,7 +63,8 @@ def assert_exported(out: Path, *, preset: str, adapter: bool) -> None:
     record = json.loads((out / "run.json").read_text(encoding="utf-8"))
     assert record["preset"] == preset
     latest = json.loads((out / "snapshots" / "latest.json").read_text(encoding="utf-8"))
-    assert latest == {"path": "step-4", "step": 4, "kind": "adapter" if adapter else "full"}
+    kind = "adapter" if adapter else "full"
+    assert latest == {"path": "step-4", "step": 4, "kind": kind, "trained_to": 4}
     report = json.loads((out / "export" / "export_report.json").read_text(encoding="utf-8"))
     assert report["verification"] is not None, report["verification_skipped"]
     assert report["step"] == 4

@@ -42,6 +42,16 @@ def at(point: str) -> None:
     if (CONTROL / f"hold.{point}.{number}").exists():
         while not (CONTROL / f"go.{point}.{number}").exists():
             time.sleep(POLL_S)
+        if core_is_gone():  # vLLM's API server answers nothing without its core
+            os._exit(1)
+
+
+def core_is_gone() -> bool:
+    """Whether the core was killed meanwhile, reaped or not."""
+    try:
+        return Path(f"/proc/{PIDS['core']}/stat").read_text(encoding="ascii").rpartition(")")[2].split()[0] in "ZX"
+    except (OSError, KeyError):
+        return True
 
 
 def main() -> None:
