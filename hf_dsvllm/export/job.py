@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import json
 import tempfile
-from collections.abc import Mapping
+from collections.abc import Mapping, Set
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +17,7 @@ from hf_dsvllm.errors import ExportError
 from hf_dsvllm.export.fingerprint import fingerprint, fingerprint_of
 from hf_dsvllm.export.layout import Layout, cast_layout, merged_layout
 from hf_dsvllm.export.merge import Adapter, read_adapter
+from hf_dsvllm.export.naming import Skeleton, read_skeleton
 from hf_dsvllm.export.source import RunRecord, Source, find_tokenizer, local_base, tokenizer_files
 from hf_dsvllm.export.trained import GENERATION_CONFIG
 from hf_dsvllm.tensors.hashing import sha256_of
@@ -109,6 +110,8 @@ def open_job(source: Source, dtype: torch.dtype, base_name: str | None, stack: c
 
 def layout_of(job: Job) -> Layout:
     """Which tensors are written and how each is made."""
+    if isinstance(job.tensors, TensorFolder):
+        _refuse_whole_weights(job.tensors, job.config_dir)
     if job.adapter is None:
         layout = cast_layout(job.config_dir, job.tensors, dtype=job.dtype, base=job.base)
         _same_as_base(job, layout)
@@ -236,15 +239,19 @@ def _check_base(source: Source, adapter: Adapter, base: Path, given: str | None,
 
 
 def _same_as_base(job: Job, layout: Layout) -> None:
-    """A full model has its base's tensors and shapes, up to tied copies and resized embeddings.
+    """A full model has its base's parameters and their shapes, up to tied copies and resized embeddings.
 
-    A base without safetensors tells nothing.
+    Files may hold tensors that are none, such as `rotary_emb.inv_freq`, or leave a prefix out.  A base without
+    safetensors tells nothing.
     """
     if job.base is None or not has_safetensors(job.base):
         return
     with TensorFolder(job.base) as tensors:
         base = {name: tensors.shape(name) for name in tensors.names}
     ours = {planned.name: planned.shape for planned in layout.plan}
+    if not base.keys() <= ours.keys():
+        skeleton, shared = read_skeleton(job.config_dir), base.keys() & ours.keys()
+        base, ours = _by_parameter(skeleton, base, shared), _by_parameter(skeleton, ours, shared)
     lost = [name for name in base if name not in ours and "lm_head" not in name and "embed" not in name]
     reshaped = [name for name in base if name in ours and ours[name][1:] != base[name][1:]]
     if lost or reshaped:
@@ -252,3 +259,27 @@ def _same_as_base(job: Job, layout: Layout) -> None:
             f"{job.source.model_dir} is not the recorded base {job.base}, trained: missing {lost[:3]}, other shape "
             f"{reshaped[:3]}. The snapshot is damaged, or --base is wrong."
         )
+
+
+def _by_parameter(
+    skeleton: Skeleton, shapes: Mapping[str, tuple[int, ...]], shared: Set[str]
+) -> dict[str, tuple[int, ...]]:
+    """Shapes by the model's own names, without tensors that make no parameter; those in `shared` stay as they are."""
+    found = {name: shapes[name] for name in shared}
+    for key, place in skeleton.places(shapes.keys() - shared).items():
+        if place.name in skeleton.parameters:
+            part = "" if place.part is None else f" (expert {place.part.expert}, piece {place.part.piece})"
+            found[place.name + part] = shapes[key]
+    return found
+
+
+def _refuse_whole_weights(tensors: TensorFolder, config_dir: Path) -> None:
+    """Masks and counts are whole numbers in files of any model, weights are in those of a quantised one alone."""
+    config = json.loads((config_dir / "config.json").read_text(encoding="utf-8"))
+    for name in tensors.names:
+        suspect = name.endswith(".weight") or config.get("quantization_config")
+        if suspect and not (dtype := tensors.dtype(name)).is_floating_point:
+            raise ExportError(
+                f"{name} in {tensors.path} has dtype {str(dtype).removeprefix('torch.')}: this looks like a quantised "
+                "checkpoint; name the model in 16 or 32 bit that it was made from with --base."
+            )

@@ -261,10 +261,11 @@ def _verify(
 
     def with_adapter(adapter: Path) -> Any:
         assert job.base is not None
+        dtypes = map(job.tensors.dtype, job.tensors.names)
         return adapter_reference(
             job.base,
             adapter,
-            dtype=job.base_dtype or job.tensors.dtype(job.tensors.names[0]),
+            dtype=job.base_dtype or next(dtype for dtype in dtypes if dtype.is_floating_point),
             quantization=job.quantization,
             vocab_size=layout.vocab_size,
             device=device,

@@ -38,10 +38,11 @@ __all__ = [
 INDEX = "model.safetensors.index.json"
 SINGLE = "model.safetensors"
 KEPT_OPEN = 64  # files; of a folder with more, the others are opened for each read: a process may have 1,024
-# The dtypes an unquantised checkpoint can have; others are named in an error.
+# The dtypes an unquantised checkpoint can have, of weights and of masks and counts; others are named in an error.
 FLOATS = {"BF16": torch.bfloat16, "F16": torch.float16, "F32": torch.float32, "F64": torch.float64}
 OTHERS = {"I64": torch.int64, "I32": torch.int32, "I16": torch.int16, "I8": torch.int8, "U8": torch.uint8,
           "BOOL": torch.bool}  # fmt: skip
+DTYPES = FLOATS | OTHERS
 
 
 def torch_dtype(name: str) -> torch.dtype:
@@ -180,12 +181,12 @@ class TensorFolder:
     def dtype(self, name: str) -> torch.dtype:
         """Dtype of a tensor, from the header alone."""
         entry = self._entry(name)
-        if entry.code not in FLOATS:
+        if entry.code not in DTYPES:
             raise ExportError(
                 f"{name} in {entry.file} has dtype {entry.code}: this looks like a quantised checkpoint; "
                 "name the model in 16 or 32 bit that it was made from with --base."
             )
-        return FLOATS[entry.code]
+        return DTYPES[entry.code]
 
     def get(self, name: str, device: torch.device = CPU) -> torch.Tensor:
         """Read one tensor into memory of its own, or onto a GPU; safe to call from several threads."""
@@ -264,7 +265,7 @@ class TensorFolder:
     def _read(self, name: str, begin: int, end: int, device: torch.device = CPU) -> torch.Tensor:
         """The bytes `begin` to `end` of a tensor, as a vector of its dtype."""
         entry = self._entry(name)
-        dtype = (FLOATS | OTHERS).get(entry.code) or self.dtype(name)
+        dtype = self.dtype(name)
 
         def read(into: memoryview, at: int) -> None:
             with self._descriptor(entry.file) as descriptor:
