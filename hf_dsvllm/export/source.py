@@ -10,6 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Literal
 
+from hf_dsvllm.console import say
 from hf_dsvllm.errors import ExportError
 
 __all__ = [
@@ -34,11 +35,13 @@ Target = Literal["compose", "k8s", "ray", "systemd"]
 Kind = Literal["adapter", "full", "zero", "zero_adapter"]
 RECORD = "run.json"
 SNAPSHOTS = "snapshots"
+TRAINER_STATE = "trainer_state.json"  # what the Trainer writes last into a checkpoint
 TOKENIZER_FILES = (
     "tokenizer.json", "tokenizer_config.json", "tokenizer.model", "special_tokens_map.json", "added_tokens.json",
     "vocab.json", "vocab.txt", "merges.txt", "spiece.model", "sentencepiece.bpe.model", "chat_template.jinja",
     "chat_template.json", "additional_chat_templates/*.jinja", "processor_config.json", "preprocessor_config.json",
 )  # fmt: skip
+SMALL_FILES = ("*.json", "*.jinja", "*.model", "*.txt")
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -79,9 +82,9 @@ def find_source(path: Path, which: Which) -> Source:
     """Find the weights meant by `path`: its best, latest or final ones if it is a run, itself otherwise.
 
     OWNER/NAME is a repository of the hub, if there is no folder of that name nor a folder OWNER.
-    `latest` is the newest snapshot or Trainer checkpoint, the snapshot where both are of one step; `final` is what the
-    Trainer saved in the run folder itself at the end, else the latest.  Raises ExportError if there is nothing to
-    export.
+    `latest` is the newest snapshot or whole Trainer checkpoint, the snapshot where both are of one step; `final` is
+    what the Trainer saved in the run folder itself at the end, else the latest.  Raises ExportError if there is nothing
+    to export.
     """
     if which not in ("best", "latest", "final"):
         raise ExportError(f"which={which!r} is not one of best, latest, final.")
@@ -96,8 +99,7 @@ def find_source(path: Path, which: Which) -> Source:
     kind = _kind(path)
     pointer = path / SNAPSHOTS / "latest.json"
     if which == "latest" or kind is None:
-        checkpoints = sorted(path.glob("checkpoint-*"), key=_step_of)
-        newest = checkpoints[-1] if checkpoints and _kind(checkpoints[-1]) else None
+        newest = _newest_checkpoint(path)
         if newest is not None and (not pointer.is_file() or _is_newer(newest, pointer)):
             return _source(newest, _kind(newest), _step_of(newest), record)
         if pointer.is_file():
@@ -174,10 +176,21 @@ def _downloaded(path: Path) -> Path:
 
 
 def _from_hub(name: str, revision: str | None = None) -> Path:
+    """A repository of the hub in the cache: everything small, and those files of weights that are read.
+
+    Some hold their weights twice, such as Mistral's consolidated.safetensors and gpt-oss' original/.
+    """
     from huggingface_hub import snapshot_download
 
-    wanted = ["*.safetensors", "*.json", "*.jinja", "*.model", "*.txt"]
-    return Path(snapshot_download(name, revision=revision, allow_patterns=wanted))
+    folder = Path(snapshot_download(name, revision=revision, allow_patterns=SMALL_FILES))
+    index = folder / "model.safetensors.index.json"
+    weights = ["model.safetensors", "adapter_model.safetensors"]
+    if index.is_file():
+        weights += sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
+        weights.remove("model.safetensors")
+    # The commit that the small files are of: a branch may move on in between.
+    commit = folder.name if re.fullmatch(r"[0-9a-f]{40}", folder.name) else revision
+    return Path(snapshot_download(name, revision=commit, allow_patterns=[*SMALL_FILES, *weights]))
 
 
 def find_tokenizer(source: Source, base: Path | None) -> Path | None:
@@ -237,15 +250,33 @@ def _snapshot(path: Path, pointer: str, record: RunRecord | None) -> Source:
     return _source(folder, kind, int(values["step"]), record)
 
 
+def _newest_checkpoint(run: Path) -> Path | None:
+    """The whole checkpoint of the latest step; one that a killed or a going run has half written is passed over."""
+    for folder in sorted(run.glob("checkpoint-*"), key=_step_of, reverse=True):
+        if not folder.is_dir():
+            continue
+        if not (folder / TRAINER_STATE).is_file():
+            say(f"{folder} is passed over: it has no {TRAINER_STATE}, half written. Given by its name, it is exported")
+        elif _kind(folder):
+            return folder
+    return None
+
+
 def _is_newer(checkpoint: Path, pointer: Path) -> bool:
-    """Whether a checkpoint is of a later step of the same run than what latest.json points to.
+    """Whether a checkpoint is of a later step of the same run than what latest.json points to; said if of a later one.
 
     An earlier run in this folder may have gone further: its checkpoint was written before the pointer.
     """
     latest = json.loads(pointer.read_text(encoding="utf-8"))
-    later = _step_of(checkpoint) > int(latest.get("trained_to", latest["step"]))
-    state = checkpoint / "trainer_state.json"
-    return later and (not state.is_file() or state.stat().st_mtime_ns > pointer.stat().st_mtime_ns)
+    if _step_of(checkpoint) <= int(latest.get("trained_to", latest["step"])):
+        return False
+    newer = (checkpoint / TRAINER_STATE).stat().st_mtime_ns > pointer.stat().st_mtime_ns
+    snapshot = f"the snapshot of step {latest['step']}"
+    if newer:
+        say(f"{checkpoint.name} is chosen: of a later step, and written later, than {snapshot}")
+    else:
+        say(f"{snapshot} is chosen: {checkpoint.name} was written before it, by an earlier run in this folder")
+    return newer
 
 
 def _source(folder: Path, kind: Kind | None, step: int | None, record: RunRecord | None) -> Source:

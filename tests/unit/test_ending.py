@@ -105,6 +105,28 @@ def test_the_latest_of_a_run_that_ended_with_its_best_weights_is_those(tmp_path:
     assert find_source(tmp_path, "latest").model_dir.name == "checkpoint-12"
 
 
+def test_a_half_written_checkpoint_is_passed_over_unless_it_is_named(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    point_to_latest(tmp_path, snapshot_in(tmp_path, 6), trained_to=6)
+    (weights_in(tmp_path / "checkpoint-12") / "trainer_state.json").unlink()
+    assert find_source(tmp_path, "latest").model_dir.name == "step-6"
+    assert f"{tmp_path / 'checkpoint-12'} is passed over: it has no trainer_state.json" in capsys.readouterr().err
+    weights_in(tmp_path / "checkpoint-9")
+    assert find_source(tmp_path, "latest").model_dir.name == "checkpoint-9"
+    assert find_source(tmp_path / "checkpoint-12", "latest").step == 12
+
+
+def test_what_was_chosen_by_its_time_is_said(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    point_to_latest(tmp_path, snapshot_in(tmp_path, 6), trained_to=6)
+    state = weights_in(tmp_path / "checkpoint-9") / "trainer_state.json"
+    find_source(tmp_path, "latest")
+    assert "checkpoint-9 is chosen: of a later step, and written later, than the snapshot" in capsys.readouterr().err
+    os.utime(state, (1, 1))
+    find_source(tmp_path, "latest")
+    assert "the snapshot of step 6 is chosen: checkpoint-9 was written before it" in capsys.readouterr().err
+
+
 def test_an_earlier_runs_checkpoint_is_not_the_latest(tmp_path: Path) -> None:
     state = weights_in(tmp_path / "checkpoint-900") / "trainer_state.json"
     os.utime(state, (1, 1))
