@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from hf_dsvllm.ds_config import zero_stage
+from hf_dsvllm.ds_config import get_key, zero_stage
 from hf_dsvllm.errors import DsvllmError, Problem
 from hf_dsvllm.launch import Launch
 from hf_dsvllm.presets import Preset, get_preset
@@ -46,8 +46,8 @@ def checkpoint_problems(
 ) -> list[Problem]:
     """What the run that wrote `checkpoint` has otherwise than this one, as far as resuming it would fail.
 
-    `config` is DeepSpeed's, None without.  Its ZeRO optimizer state can be loaded only as it was cut; of others the
-    Trainer takes what it finds.
+    `config` is DeepSpeed's, None without.  Its ZeRO optimizer state can be loaded only as it was cut, unless it was
+    converted to a universal checkpoint; of others the Trainer takes what it finds.
     """
     if config is None:
         if any(any(checkpoint.glob(pattern)) for pattern in WEIGHTS):
@@ -57,7 +57,7 @@ def checkpoint_problems(
     if not any(checkpoint.glob("global_step*")):
         what = f"{checkpoint} has no global_step* folder, DeepSpeed's own part of a checkpoint"
         return [Problem(what, "--ds_preset as it was written; one of --save_only_model cannot be resumed")]
-    if not zero_stage(config):
+    if not zero_stage(config) or get_key(config, "checkpoint.load_universal"):
         return []
     record = _record(checkpoint.parent)
     differ = []
@@ -101,15 +101,25 @@ def _record(run_dir: Path) -> Mapping[str, Any]:
 
 
 def _other_preset(record: Mapping[str, Any], preset: Preset) -> str | None:
-    """The recorded preset, if it is known and not this one."""
+    """The recorded preset, if it is known and cuts the optimizer otherwise than this one."""
     name = record.get("preset")
     if not isinstance(name, str):
         return None
     try:
-        saved = get_preset(name).name
+        saved = get_preset(name)
     except DsvllmError:
         return None
-    return None if saved == preset.name else saved
+    return None if _cut(saved) == _cut(preset) else saved.name
+
+
+def _cut(preset: Preset) -> tuple[object, ...]:
+    """What decides how DeepSpeed cuts the optimizer and where it lies.
+
+    Not `offload_param`: the weights' partitions have the same sizes on the CPU, and the fp32 ones are made of those
+    (DeepSpeed 0.19.8, runtime/zero/stage3.py, _create_fp16_sub_groups and _rigid_load_state_dict).
+    """
+    settings = tuple((setting.key, setting.value) for setting in preset.deepspeed)
+    return preset.zero_stage, preset.offload_optimizer, preset.adapter, preset.sequence_parallel, settings
 
 
 def _step(checkpoint: Path) -> int:

@@ -103,6 +103,30 @@ def test_zeros_optimizer_is_resumed_only_as_it_was_cut(tmp_path: Path) -> None:
     assert "with ZeRO stage 2, this one has stage 3" in stage
 
 
+def test_presets_that_cut_the_optimizer_alike_resume_each_other(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path, 4, "global_step4/x.pt")
+
+    def between(saved: str, now: str) -> list[str]:
+        record = {"preset": saved, "world_size": 2, "zero_stage": 3}
+        (tmp_path / "run.json").write_text(json.dumps(record), encoding="utf-8")
+        return differences(folder, now, 2, stage=3)
+
+    assert between("zero3_offload_optimizer", "zero3_offload") == between("zero3_offload", "zero3_offload_optimizer")
+    assert between("zero3_offload_optimizer", "zero3_offload") == []
+    for other in ("zero3_offload", "zero3_hpz", "long_context", "qlora_zero3", "zero3_nvme"):
+        (what,) = between("zero3", other)
+        assert f"preset zero3, this one has preset {other}" in what
+
+
+def test_a_universal_checkpoint_is_for_another_number_of_processes(tmp_path: Path) -> None:
+    folder = write_checkpoint(tmp_path, 4, "global_step4_universal/zero/x.pt")
+    (tmp_path / "run.json").write_text(json.dumps({"preset": "zero2", "world_size": 2, "zero_stage": 2}))
+    config = sound(zero_optimization={"stage": 3}, checkpoint={"load_universal": True})
+    assert checkpoint_problems(folder, config, None, processes(8)) == []
+    config["checkpoint"]["load_universal"] = False
+    assert len(checkpoint_problems(folder, config, None, processes(8))) == 2
+
+
 def test_what_the_trainer_resumes_by_itself_may_differ(tmp_path: Path) -> None:
     folder = write_checkpoint(tmp_path, 4, "global_step4/x.pt", "adapter_model.safetensors")
     (tmp_path / "run.json").write_text(json.dumps({"preset": "lora_zero2", "world_size": 2, "zero_stage": 2}))
