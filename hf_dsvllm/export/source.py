@@ -6,7 +6,7 @@ import contextlib
 import dataclasses
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -42,6 +42,7 @@ TOKENIZER_FILES = (
     "chat_template.json", "additional_chat_templates/*.jinja", "processor_config.json", "preprocessor_config.json",
 )  # fmt: skip
 SMALL_FILES = ("*.json", "*.jinja", "*.model", "*.txt")
+OF_RUNS = ("checkpoint-*/*.safetensors", "snapshots/*.safetensors")  # what a pushed run has below its own weights
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -167,7 +168,7 @@ def _downloaded(path: Path) -> Path:
     if path.exists() or path.parent.is_dir() or not re.fullmatch(r"[\w.-]+/[\w.-]+", str(path)):
         return path
     try:
-        return _from_hub(str(path))
+        return _from_hub(str(path), more=OF_RUNS)
     except Exception as error:
         raise ExportError(
             f"{path} is neither a folder nor a repository that can be had from the hub ({type(error).__name__}: "
@@ -175,22 +176,23 @@ def _downloaded(path: Path) -> Path:
         ) from error
 
 
-def _from_hub(name: str, revision: str | None = None) -> Path:
-    """A repository of the hub in the cache: everything small, and those files of weights that are read.
+def _from_hub(name: str, revision: str | None = None, more: Sequence[str] = ()) -> Path:
+    """A repository of the hub in the cache: what is small, the files of weights that are read, and patterns in `more`.
 
     Some hold their weights twice, such as Mistral's consolidated.safetensors and gpt-oss' original/.
     """
     from huggingface_hub import snapshot_download
 
-    folder = Path(snapshot_download(name, revision=revision, allow_patterns=SMALL_FILES))
+    folder = Path(snapshot_download(name, revision=revision, allow_patterns=[*SMALL_FILES]))
     index = folder / "model.safetensors.index.json"
-    weights = ["model.safetensors", "adapter_model.safetensors"]
     if index.is_file():
-        weights += sorted(set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()))
-        weights.remove("model.safetensors")
+        weights = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
+    else:
+        weights = {"model.safetensors"}
+    wanted = [*SMALL_FILES, "adapter_model.safetensors", *sorted(weights), *more]
     # The commit that the small files are of: a branch may move on in between.
     commit = folder.name if re.fullmatch(r"[0-9a-f]{40}", folder.name) else revision
-    return Path(snapshot_download(name, revision=commit, allow_patterns=[*SMALL_FILES, *weights]))
+    return Path(snapshot_download(name, revision=commit, allow_patterns=wanted))
 
 
 def find_tokenizer(source: Source, base: Path | None) -> Path | None:
