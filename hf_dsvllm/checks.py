@@ -24,7 +24,7 @@ from hf_dsvllm.presets import Preset
 from hf_dsvllm.tasks import EvalTask, render_prompt
 from hf_dsvllm.tensors.weights import has_safetensors
 
-__all__ = ["check_before_loading", "load_tokenizer", "predict_memory"]
+__all__ = ["check_before_loading", "load_tokenizer", "predict_memory", "trained_problems"]
 
 # DeepSpeed 0.19.8 marks these itself (zero/leaf_module_config.py); others can hang when ranks use other experts.
 MOE_WITH_LEAF_MODULES = frozenset({"mixtral", "qwen2_moe", "qwen3_moe"})
@@ -32,23 +32,40 @@ ANOTHER_EXPORT = "--export_to another folder, or none"
 
 
 def check_before_loading(
-    args: Any, model_args: Any, preset: Preset | None, device: str, tasks: Sequence[EvalTask]
+    args: Any, model_args: Any, preset: Preset | None, device: str, tasks: Sequence[EvalTask], *, trained: bool = True
 ) -> list[Problem]:
-    """Problems of this model on this machine with these tasks, as far as can be told without loading weights."""
+    """Problems of this model on this machine with these tasks, as far as can be told without loading weights.
+
+    `trained`: this is known to be the model that is trained, with these adapters, so `trained_problems` are among them.
+    """
     missing = _model_problems(args, model_args)
     if missing:
         return missing
     problems = _template_problems(args, model_args, tasks)
     problems += _output_problems(Path(args.output_dir))
-    problems += _export_problems(args, model_args)
-    try:
-        shape = load_shape(model_args.model_name_or_path, revision=model_args.model_revision)
-    except DsvllmError:
-        return problems  # an architecture the formulas do not know: nothing can be said cheaply
-    problems += _moe_problems(args, model_args)
-    problems += _memory_problems(args, model_args, preset, device, shape)
-    problems += disk_problems(args, model_args, device, shape)
+    problems += _export_problems(args)
+    if _shape(model_args) is not None:
+        problems += _moe_problems(args, model_args)
+    return problems + trained_problems(args, model_args, preset, device) if trained else problems
+
+
+def trained_problems(args: Any, model_args: Any, preset: Preset | None, device: str) -> list[Problem]:
+    """What training this model in this way lacks in memory and disk, and why its export could not merge adapters."""
+    problems = _merge_problems(model_args) if model_args.use_peft and args.export_to != "none" else []
+    shape = _shape(model_args)
+    if shape is not None:
+        problems += _memory_problems(args, model_args, preset, device, shape)
+        if is_main_process():  # whose disk takes snapshots and exports; other nodes may have a small one
+            problems += disk_problems(args, model_args, device, shape)
     return problems
+
+
+def _shape(model_args: Any) -> ModelShape | None:
+    """None for an architecture the formulas do not know, of which nothing can be said cheaply."""
+    try:
+        return load_shape(model_args.model_name_or_path, revision=model_args.model_revision)
+    except DsvllmError:
+        return None
 
 
 def load_tokenizer(args: Any, model_args: Any) -> Any:
@@ -139,11 +156,11 @@ def _output_problems(folder: Path) -> list[Problem]:
     return []
 
 
-def _export_problems(args: Any, model_args: Any) -> list[Problem]:
+def _export_problems(args: Any) -> list[Problem]:
     """What would make the export fail when training is over."""
     if args.export_to == "none":
         return []
-    problems = _merge_problems(model_args) if model_args.use_peft else []
+    problems: list[Problem] = []
     if is_main_process():  # who alone writes it
         try:
             problems += _destination_problems(args)

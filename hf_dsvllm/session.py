@@ -61,11 +61,12 @@ PATIENCE_S = 24 * 3600.0
 PACKAGES = ("hf-dsvllm", "torch", "transformers", "accelerate", "deepspeed", "peft", "bitsandbytes", "trl")
 
 
-def prepare(args: Any, model_args: Any) -> Session:
+def prepare(args: Any, model_args: Any, *, trained: bool = True) -> Session:
     """Check a run before its model is loaded, settle adapters and dtype, start vLLM; collective, call on every rank.
 
     `args` come from `with_presets(…)`; `model_args` is TRL's `ModelConfig` (or a subclass), changed in place where the
-    preset asks for it, each change printed.  Raises ConfigError with every problem found.
+    preset asks for it, each change printed.  Raises ConfigError with every problem found.  `trained` False: another
+    model may be the one trained, and memory and disk are left to `checks.trained_problems`.
     """
     preset = resolve_preset(args)
     device = training_device(args)
@@ -76,7 +77,7 @@ def prepare(args: Any, model_args: Any) -> Session:
             say(str(fix))
     session = Session(args, model_args, preset, device)
     problems = adapters.adapter_problems(model_args, preset)
-    problems += check_before_loading(args, model_args, preset, device, session.tasks)
+    problems += check_before_loading(args, model_args, preset, device, session.tasks, trained=trained)
     if problems:
         raise ConfigError(problems)
     if preset is not None and preset.offload_param == "nvme":

@@ -43,10 +43,20 @@ class ForTrainers:
             run.settle_model(model, cls)
         if run.model_args is not None and (isinstance(model, str) or _writes_text(model)):
             run.prepare()
+        if isinstance(model, str) and cls.__module__.startswith("trl."):  # others may put adapters on it themselves
+            self._check_named(given)
         takes = accepted(cls)
         if run.model_args is None or run.adapter is None or "peft_config" not in takes:
             return kwargs
         return kwargs if given.get("peft_config") or is_adapted(model) else {**kwargs, **self._for_trl(given, takes)}
+
+    def _check_named(self, given: dict[str, Any]) -> None:
+        """Memory and disk for a model that TRL's trainer loads by its name, before it does."""
+        how = getattr(given.get("args"), "model_init_kwargs", None) or {}
+        dtype = how.get("dtype", how.get("torch_dtype"))
+        four_bit = bool(given.get("quantization_config") or how.get("quantization_config"))
+        named = None if dtype in (None, "auto") else str(dtype).removeprefix("torch.")
+        self._run.check_trained(adapted=bool(given.get("peft_config")), four_bit=four_bit, dtype=named)
 
     def _for_trl(self, given: dict[str, Any], takes: set[str]) -> dict[str, Any]:
         from trl import get_quantization_config
@@ -124,6 +134,7 @@ class ForTrainers:
         run.settle_model(trainer.model, type(trainer))
         run.lines["trainer"] = f"{type(trainer).__name__} at {script_line()}"
         self._check_model(trainer)
+        self._check_loaded(trainer.model)
         run.prepare()
         session = run.give_out()
         dtype = getattr(trainer.model, "dtype", None)
@@ -156,6 +167,19 @@ class ForTrainers:
                     f"the trainer at {script_line()} trains a {type(model).__name__}, which is no transformers model",
                     "make it a PreTrainedModel, or start the script with torchrun",
                 )
+            )
+
+    def _check_loaded(self, model: Any) -> None:
+        """Memory and disk for the live model; one that is frozen in part by the script is none the formulas know."""
+        run, adapted = self._run, bool(getattr(model, "peft_config", None))
+        if not run.model_args.model_name_or_path:
+            return  # made in the script
+        if adapted or all(parameter.requires_grad for parameter in model.parameters()):
+            dtype = getattr(model, "dtype", None)
+            run.check_trained(
+                adapted=adapted,
+                four_bit=bool(getattr(getattr(model, "config", None), "quantization_config", None)),
+                dtype=None if dtype is None else str(dtype).removeprefix("torch."),
             )
 
     def _check_model(self, trainer: Any) -> None:

@@ -165,6 +165,7 @@ class Run:
     def prepare(self) -> None:
         """Check the run and start vLLM, which loads while the trainer's model does; once for each trainer.
 
+        Memory and disk wait for `check_trained`: this model may be a teacher, and adapters may come from the script.
         Done anew where arguments or model turn out not to be those it was done for.
         """
         if not self.waiting:
@@ -182,13 +183,29 @@ class Run:
         with self.at_work():
             try:
                 if self.model_args.model_name_or_path:
-                    self.session = prepare(self.args, self.model_args)
+                    self.session = prepare(self.args, self.model_args, trained=False)
                 else:
                     self.session = Session(self.args, self.model_args, self.preset, self.device)
             except DsvllmError as error:
                 self.failed = error
                 raise
         self._made_for = _settled(self.args)
+
+    def check_trained(self, *, adapted: bool, four_bit: bool = False, dtype: str | None = None) -> None:
+        """Raise ConfigError if what the trainer trains fits neither in memory nor on the disk.
+
+        `adapted`: adapters are there that may be the script's own, of any kind and size: the least is counted for them.
+        """
+        from hf_dsvllm.checks import trained_problems
+
+        settings = copy.copy(self.model_args)
+        if dtype is not None:
+            settings.dtype = dtype
+        if adapted:
+            settings.use_peft, settings.lora_r, settings.dtype = True, 1, dtype or "bfloat16"
+            settings.load_in_4bit = settings.load_in_4bit or four_bit
+        if problems := trained_problems(self.args, settings, self.preset, self.device):
+            raise self.fail(*problems)
 
     def _hand_arguments_to(self, session: Session) -> None:
         """A copy of the arguments, such as a trainer makes, may differ in what only the forecast reads."""

@@ -75,6 +75,16 @@ def test_a_folder_without_configuration_is_no_model(tmp_path: Path) -> None:
     assert "has no config.json" in problem.what
 
 
+def test_what_needs_the_model_trained_is_left_out_where_that_is_not_known(
+    tmp_path: Path, model_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(checks, "detect", lambda: Machine(gpus=(), cpu_count=2, ram_bytes=1))
+    args, model, preset = run_args(tmp_path), model_args(model_folder), get_preset("zero2")
+    assert any("host memory" in problem.what for problem in check_before_loading(args, model, preset, "cpu", ()))
+    assert check_before_loading(args, model, preset, "cpu", (), trained=False) == []
+    assert any("host memory" in problem.what for problem in checks.trained_problems(args, model, preset, "cpu"))
+
+
 def chat_task(folder: Path) -> Any:
     line = {"messages": [{"role": "user", "content": "hi"}, {"role": "assistant", "content": "hello"}]}
     (folder / "chat.jsonl").write_text(json.dumps(line) + "\n", encoding="utf-8")
