@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import logging
 import os
+import re
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -131,7 +132,7 @@ def note_best(trainer: Any, metrics: dict[str, float], *, step: int) -> bool:
 
 
 def quiet_early_stopping() -> None:
-    """Drop EarlyStoppingCallback's "early stopping is disabled" where its score is only late.
+    """Drop EarlyStoppingCallback's "early stopping is disabled" where a score of ours is late, or was counted before.
 
     It says so at every evaluation without the score, and is wrong: it counts as soon as the score comes.  Remove when
     it can be told that a metric comes later (read in 5.19, trainer_callback.py).
@@ -143,7 +144,7 @@ def quiet_early_stopping() -> None:
 
 def is_about_something_else(record: logging.LogRecord) -> bool:
     """Whether a log record is not the one above."""
-    return "so early stopping is disabled" not in record.getMessage()
+    return re.search(r"did not find eval_gen_\S+ so early stopping is disabled", record.getMessage()) is None
 
 
 def keep_out_of_uploads(trainer: Any) -> None:

@@ -28,7 +28,7 @@ from hf_dsvllm.evaluation.steering import (
     loaded_step,
     score_at,
 )
-from hf_dsvllm.fields import steers
+from hf_dsvllm.fields import metric_key, steers
 from hf_dsvllm.live.restore import restore
 from hf_dsvllm.live.snapshot import Snapshot, adapters_act, point_to_latest, prune, publish
 from hf_dsvllm.live.stream import send
@@ -54,7 +54,7 @@ class SessionCallback(TrainerCallback):
     """Checks the wiring at the start, evaluates by generation on the way, exports at the end.
 
     Every hook runs on every rank; what only rank 0 does is followed by a broadcast, so that no rank goes on alone.
-    `fresh` holds the scores that `steering.Steering` has not passed on yet.
+    `fresh` holds the scores that `steering.Steering` has not passed on yet, `passed_on` names those it has, by step.
     """
 
     def __init__(self, session: Session, trainer: Any) -> None:
@@ -64,10 +64,12 @@ class SessionCallback(TrainerCallback):
         self.measure = RunMeasure()
         self.fresh: list[tuple[int, dict[str, float]]] = []
         self.passing_on: dict[str, float] | None = None
+        self.passed_on: set[tuple[int, str]] = set()
         self._rounds = Rounds(lambda asked: session.evaluator.evaluate(asked), session.ranks)
         self._evaluated: dict[int, dict[str, float]] = {}
         self._failures = 0
         self._published: Snapshot | None = None
+        self._training, self._ended_with = False, -1
         self._trained_before = self._sharded = False
         self._told_undecided = False
 
@@ -76,6 +78,7 @@ class SessionCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._published = self.passing_on = None
         self._evaluated, self.fresh, self._failures = {}, [], 0  # a second train() begins with nothing of the first
+        self.passed_on, self._training = set(), True
         self._rounds.abandon()
         self.session.ready_engine(self.trainer)
         # Rank 0 knows where vLLM runs, and what it was started for.
@@ -113,13 +116,18 @@ class SessionCallback(TrainerCallback):
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
         if not self.session.evaluates or metrics is None or metrics is self.passing_on:
             return
+        if not self._training:  # the user's own evaluate(), before training or of the weights it ended with
+            metrics.update(self._evaluated.get(self._ended_with, {}))
+            return
         if args.gen_eval_steps is None or steers(args):
             step = state.global_step
             if step not in self._evaluated and step not in self._rounds.pending:
                 self._evaluate(wait=step >= state.max_steps)
                 self.fresh = [score for score in self.fresh if score[0] != step]
             # The Trainer reads this very dictionary for metric_for_best_model and early stopping.
-            metrics.update(self._evaluated.get(step, {}))
+            scores = self._evaluated.get(step, {})
+            # One that has been passed on already would count twice in early stopping.
+            metrics.update({key: score for key, score in scores.items() if (step, key) not in self.passed_on})
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         self.measure.look_at(logs or {}, self.trainer)
@@ -129,8 +137,10 @@ class SessionCallback(TrainerCallback):
         loaded = loaded_step(args, state)  # before late scores make another step the best: the Trainer is done loading
         self._take(self._rounds.collect(leave=0))
         for step, scores in self.fresh if steers(args) else ():
-            note_best(self.trainer, scores, step=step)
-        step = self._load_best(args, state, loaded)
+            if metric_key(args) in scores:  # a judge may have been away
+                note_best(self.trainer, scores, step=step)
+        self._training = False
+        step = self._ended_with = self._load_best(args, state, loaded)
         if self.session.evaluates and step == state.global_step and step not in self._evaluated:
             self._evaluate(wait=True)  # something stopped training between two steps
         snapshot, error = self._together(lambda: self._last_snapshot(step))

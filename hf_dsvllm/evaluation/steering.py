@@ -41,8 +41,7 @@ class Steering(TrainerCallback):
     def __init__(self, scores: SessionCallback, trainer: Any) -> None:
         self.scores = scores
         self.trainer = trainer
-        if scores.late:
-            quiet_early_stopping()
+        quiet_early_stopping()
 
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Give early stopping and the best checkpoint the scores that arrived between the Trainer's evaluations."""
@@ -54,6 +53,7 @@ class Steering(TrainerCallback):
             if step == state.global_step and control.should_evaluate:
                 continue  # the Trainer's own evaluation of this step will see them
             metrics = dict(scores)
+            self.scores.passed_on.add((step, metric_key(args)))
             self.scores.passing_on = metrics
             self.trainer.callback_handler.on_evaluate(args, state, control, metrics)
             self.scores.passing_on = None

@@ -87,7 +87,14 @@ def collect_on_time(rounds: Rounds, trainer: Trainer, lag: int) -> None:
 
 
 def train(
-    model_folder: Path, out: Path, scores: list[float | None], *, lag: int = 0, streams: bool = False, **given: Any
+    model_folder: Path,
+    out: Path,
+    scores: list[float | None],
+    *,
+    lag: int = 0,
+    streams: bool = False,
+    patience: int = 2,
+    **given: Any,
 ) -> Trainer:
     args = DsvllmTrainingArguments(
         output_dir=str(out), max_steps=8, per_device_train_batch_size=2, use_cpu=True, report_to=[], learning_rate=1e-3,
@@ -108,7 +115,7 @@ def train(
         eval_dataset=Questions(),
         processing_class=AutoTokenizer.from_pretrained(model_folder),
         # transformers' early stopping demands that the Trainer itself evaluates.
-        callbacks=[] if given["eval_strategy"] == "no" else [EarlyStoppingCallback(early_stopping_patience=2)],
+        callbacks=[] if given["eval_strategy"] == "no" else [EarlyStoppingCallback(early_stopping_patience=patience)],
     )
     evaluator.trainer = trainer
     callback = SessionCallback(session, trainer)
@@ -142,6 +149,32 @@ def test_training_stops_early_when_the_score_no_longer_rises(model_folder: Path,
         model_folder, tmp_path, [0.6, 0.5, 0.4, 0.3], save_strategy="best", eval_strategy="steps", eval_steps=2
     )
     assert trainer.state.global_step == 6
+
+
+def test_a_score_at_an_epochs_end_counts_once(model_folder: Path, tmp_path: Path) -> None:
+    """It is there before the epoch's own evaluation, which has no other."""
+    trainer = train(
+        model_folder,
+        tmp_path,
+        [0.2, 0.6, 0.4, 0.5],
+        patience=1,
+        save_strategy="epoch",
+        eval_strategy="epoch",
+        gradient_accumulation_steps=2,
+    )
+    assert trainer.state.epoch == 1.5, "stopped at step 6, not right after the best score"
+    assert trainer.state.best_metric == 0.6
+
+
+def test_the_users_own_evaluation_afterwards_has_the_scores_of_the_weights_that_are_loaded(
+    model_folder: Path, tmp_path: Path
+) -> None:
+    trainer = train(
+        model_folder, tmp_path, [0.2, 0.6, 0.4, 0.5], save_strategy="best", eval_strategy="steps", eval_steps=2
+    )
+    asked = len(trainer.asked)
+    assert trainer.evaluate()[KEY] == 0.6
+    assert len(trainer.asked) == asked, "nothing is published or asked any more"
 
 
 def test_a_failed_evaluation_neither_stops_training_nor_counts_as_a_score(model_folder: Path, tmp_path: Path) -> None:
