@@ -26,6 +26,7 @@ __all__ = [
     "peft_config_of",
     "quant_storage",
     "quantization_record",
+    "training_dtype",
     "trl_flags",
     "vocabulary_was_resized",
     "why_merge_for_engine",
@@ -46,25 +47,37 @@ def quant_storage(zero_stage: int | None, training_dtype: str) -> str:
     return training_dtype if zero_stage == 3 else "uint8"
 
 
-def full_dtype(preset: Preset, device: str) -> str:
-    """The dtype to load the model in.
+def training_dtype(args: Any) -> str:
+    """The dtype these arguments train in, which DeepSpeed casts to; TRL trains in bf16 unless told otherwise."""
+    if args.fp16:
+        return "float16"
+    return "bfloat16" if args.bf16 or args.bf16 is None else "float32"
 
-    Without DeepSpeed a fully trained model needs fp32 master weights under autocast; DeepSpeed makes them itself, and
-    frozen weights need none.  CPUs train in float32: bf16 is emulated where AVX512-BF16 is missing.
+
+def full_dtype(preset: Preset, device: str, training: str = "bfloat16") -> str:
+    """The dtype to load the model in, for a run that trains in `training`.
+
+    Without DeepSpeed a fully trained model needs fp32 master weights under autocast; DeepSpeed makes them itself, from
+    weights in the training dtype, and frozen weights need none.  CPUs train in float32: bf16 is emulated where
+    AVX512-BF16 is missing.
     """
     if device == "cpu":
         return "float32"
-    return "bfloat16" if preset.adapter or preset.uses_deepspeed else "float32"
+    if preset.uses_deepspeed:
+        return training
+    if preset.adapter is None:
+        return "float32"
+    return "float16" if training == "float16" else "bfloat16"
 
 
-def trl_flags(preset: Preset, device: str) -> list[str]:
+def trl_flags(preset: Preset, device: str, training: str = "bfloat16") -> list[str]:
     """The flags of TRL's own scripts that mean the same as `preset`'s adapter; [] for presets without one.
 
     Equal to what `apply_to_model_config` sets (kept so by a test), without importing TRL.
     """
     if preset.adapter is None:
         return []
-    dtype = full_dtype(preset, device)
+    dtype = full_dtype(preset, device, training)
     flags = ["--dtype", dtype, "--use_peft", "--lora_target_modules", ALL_LINEAR]
     if preset.adapter == "qlora":
         storage = quant_storage(preset.zero_stage, dtype)
@@ -102,13 +115,18 @@ def apply_to_model_config(config: Any, preset: Preset, *, device: str, full_dtyp
         change("load_in_8bit", False, "4-bit and 8-bit exclude each other")
         change("use_bnb_nested_quant", True, "double quantisation: 0.37 bits less per weight (QLoRA paper, section 3)")
         if config.bnb_4bit_quant_storage is None:
-            storage = quant_storage(preset.zero_stage, config.dtype)
+            storage = quant_storage(preset.zero_stage, full_dtype)  # under DeepSpeed the training dtype
             change("bnb_4bit_quant_storage", storage, "the only storage this ZeRO stage leaves intact")
     return fixes
 
 
-def adapter_problems(config: Any, preset: Preset | None) -> list[Problem]:
-    """What this adapter cannot do: run without bitsandbytes, in this 4-bit storage, or with dropout on experts."""
+def adapter_problems(
+    config: Any, preset: Preset | None, *, stage: int | None, training: str = "bfloat16"
+) -> list[Problem]:
+    """What this adapter cannot do: run without bitsandbytes, in this 4-bit storage, or with dropout on experts.
+
+    `stage` is DeepSpeed's ZeRO stage, None without DeepSpeed; `training` the dtype of its engine.
+    """
     problems = []
     if config.use_peft and config.lora_dropout and _adapts_fused_experts(config):
         problems.append(
@@ -123,9 +141,9 @@ def adapter_problems(config: Any, preset: Preset | None) -> list[Problem]:
         problems.append(
             Problem("4-bit training needs bitsandbytes, which is not installed", "pip install bitsandbytes")
         )
-    if four_bit and preset is not None and preset.zero_stage is not None:
+    if four_bit and stage is not None:
         storage = str(config.bnb_4bit_quant_storage or "uint8")
-        problems += quant_storage_problems(storage, config.dtype, preset.zero_stage)
+        problems += quant_storage_problems(storage, training, stage)
     return problems
 
 

@@ -81,7 +81,7 @@ def engine_spec(model: Path | str, place: Place, size: EngineSize, args: Any, mo
         revision=None if Path(model).is_dir() else model_args.model_revision,
         python=python,
         device=place.device,
-        dtype="float32" if place.device == "cpu" else "bfloat16",
+        dtype="float32" if place.device == "cpu" else "float16" if args.fp16 else "bfloat16",
         max_model_len=size.max_model_len,
         max_lora_rank=model_args.lora_r if model_args.use_peft and not size.merge_adapters else None,
         kv_cache_bytes=size.kv_cache_bytes,

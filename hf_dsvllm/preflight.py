@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 from hf_dsvllm import harness, metrics, traps
+from hf_dsvllm.adapters import training_dtype
 from hf_dsvllm.ds_config import zero_stage
 from hf_dsvllm.engine.server import find_vllm
 from hf_dsvllm.errors import DsvllmError, EngineError, Problem
@@ -166,7 +167,7 @@ def trap_problems(args: Any, config: dict[str, Any] | None, launch: Launch, devi
             model_already_loaded=zero_stage(config) == 3 and _a_model_is_loaded(),
             device_map=model_kwargs.get("device_map"),
             quant_storage=_quant_storage(model_kwargs.get("quantization_config")),
-            training_dtype="bfloat16" if args.bf16 else "float16" if args.fp16 else "float32",
+            training_dtype=training_dtype(args),
             accelerate_environment=dict(os.environ),
             onebit_available=deepspeed_has_onebit(),
         )

@@ -24,7 +24,7 @@ from hf_dsvllm.auto import keep_activations
 from hf_dsvllm.callback import SessionCallback
 from hf_dsvllm.checks import check_before_loading, load_tokenizer, predict_memory
 from hf_dsvllm.console import is_main_process, say
-from hf_dsvllm.ds_config import swap_buffer_elements
+from hf_dsvllm.ds_config import swap_buffer_elements, zero_stage
 from hf_dsvllm.ending import EXPORTS, remove_engine_copies, weights_lost, write_end
 from hf_dsvllm.engine.remote import RemoteServer
 from hf_dsvllm.engine.server import EngineServer
@@ -71,12 +71,13 @@ def prepare(args: Any, model_args: Any, *, trained: bool = True) -> Session:
     preset = resolve_preset(args)
     device = training_device(args)
     if preset is not None:
-        dtype = full_dtype(preset, device)
+        dtype = full_dtype(preset, device, adapters.training_dtype(args))
         fixes = adapters.apply_to_model_config(model_args, preset, device=device, full_dtype=dtype)
         for fix in (*fixes, *keep_activations(args, model_args, preset, device)):
             say(str(fix))
     session = Session(args, model_args, preset, device)
-    problems = adapters.adapter_problems(model_args, preset)
+    stage = None if session.ds_config is None else zero_stage(session.ds_config)
+    problems = adapters.adapter_problems(model_args, preset, stage=stage, training=adapters.training_dtype(args))
     problems += check_before_loading(args, model_args, preset, device, session.tasks, trained=trained)
     if problems:
         raise ConfigError(problems)
@@ -148,8 +149,10 @@ class Session:
 
     @property
     def snapshot_dtype(self) -> torch.dtype:
-        """bf16 as it will ship; float32 where training runs on CPUs, as the engine does: greedy answers then agree."""
-        return torch.float32 if self.device == "cpu" else torch.bfloat16
+        """bf16, or fp16 where training is, as it will ship; float32 on CPUs, as the engine: greedy answers agree."""
+        if self.device == "cpu":
+            return torch.float32
+        return torch.float16 if self.args.fp16 else torch.bfloat16
 
     @property
     def evaluator(self) -> Evaluator:

@@ -203,7 +203,8 @@ class Delivery:
 
     def _push_merged(self, snapshot: Snapshot, base: Path) -> SyncResult:
         started = time.monotonic()
-        dtype = torch.float32 if self.server.spec.dtype == "float32" else torch.bfloat16
+        served = self.server.spec.dtype
+        dtype = torch.bfloat16 if served == "auto" else getattr(torch, served)
         folder = merged_copy(base, snapshot.path, self.run_dir / "engine" / "merged", dtype=dtype)
         if isinstance(self.server, EngineServer):
             spec = self.server.spec

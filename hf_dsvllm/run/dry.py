@@ -134,10 +134,15 @@ def _typed(value: object) -> str:
     return str(value).lower() if isinstance(value, bool) else str(value)
 
 
+def _half(command: Command) -> str:
+    """The 16-bit dtype the command trains in."""
+    return "float16" if says_yes(command.own.get("fp16")) else "bfloat16"
+
+
 def _adapter_flags(plan: Plan, rewards: bool) -> list[str]:
     """TRL's own flags for the preset's adapter, but for those the script has been given, and the command's options."""
     flags: dict[str, list[str]] = {}
-    for word in trl_flags(plan.preset, plan.device) if plan.preset is not None else ():
+    for word in trl_flags(plan.preset, plan.device, _half(plan.command)) if plan.preset is not None else ():
         if word.startswith("--"):
             values = flags.setdefault(word, [])
         else:
@@ -152,7 +157,7 @@ def _adapter_flags(plan: Plan, rewards: bool) -> list[str]:
 
 def _adapter_code(preset: Preset, device: str, command: Command, source: str) -> list[str]:
     """What has to be added to a script that knows no adapters; its kind of model is guessed from its text."""
-    dtype = "float32" if device == "cpu" else "bfloat16"
+    dtype = "float32" if device == "cpu" else _half(command)
     lines = ["# and in the script, which knows no adapters:"]
     if preset.adapter == "qlora":
         storage = dtype if preset.zero_stage == 3 else "uint8"

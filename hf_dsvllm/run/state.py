@@ -120,7 +120,8 @@ class Run:
         from hf_dsvllm import adapters
 
         device = self.device
-        full = adapters.full_dtype(self.preset, device) if self.preset is not None else "float32"
+        training = "bfloat16" if self.args is None else adapters.training_dtype(self.args)
+        full = adapters.full_dtype(self.preset, device, training) if self.preset is not None else "float32"
         model_args = ModelConfig(
             model_name_or_path=name,
             dtype=full,

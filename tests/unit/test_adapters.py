@@ -18,6 +18,7 @@ from hf_dsvllm.adapters import (
     apply_to_model_config,
     full_dtype,
     quant_storage,
+    training_dtype,
     trl_flags,
     why_merge_for_engine,
     wrap,
@@ -27,19 +28,20 @@ from hf_dsvllm.presets import every_preset, get_preset
 WITH_ADAPTER = [preset.name for preset in every_preset() if preset.adapter] + ["zero3+lora", "zero2_offload+qlora"]
 
 
-def settled(name: str, device: str = "cuda", **given: Any) -> ModelConfig:
+def settled(name: str, device: str = "cuda", training: str = "bfloat16", **given: Any) -> ModelConfig:
     preset = get_preset(name)
     config = ModelConfig(model_name_or_path="m", **given)
-    apply_to_model_config(config, preset, device=device, full_dtype=full_dtype(preset, device))
+    apply_to_model_config(config, preset, device=device, full_dtype=full_dtype(preset, device, training))
     return config
 
 
 @pytest.mark.parametrize("name", WITH_ADAPTER)
 @pytest.mark.parametrize("device", ["cuda", "cpu"])
-def test_a_preset_equals_the_trl_flags_it_shows(name: str, device: str) -> None:
-    flags = ["--model_name_or_path", "m", *trl_flags(get_preset(name), device)]
+@pytest.mark.parametrize("training", ["bfloat16", "float16"])
+def test_a_preset_equals_the_trl_flags_it_shows(name: str, device: str, training: str) -> None:
+    flags = ["--model_name_or_path", "m", *trl_flags(get_preset(name), device, training)]
     (by_flags,) = HfArgumentParser(ModelConfig).parse_args_into_dataclasses(flags)
-    ours, theirs = dataclasses.asdict(settled(name, device)), dataclasses.asdict(by_flags)
+    ours, theirs = dataclasses.asdict(settled(name, device, training)), dataclasses.asdict(by_flags)
     if get_preset(name).adapter == "lora":
         ours.pop("bnb_4bit_quant_storage"), theirs.pop("bnb_4bit_quant_storage")
     assert ours == theirs
@@ -58,7 +60,7 @@ def test_adapters_on_fused_experts_have_no_dropout_which_peft_would_refuse(tmp_p
     config = ModelConfig(model_name_or_path=mixture(tmp_path))
     fixes = apply_to_model_config(config, preset, device="cpu", full_dtype="float32")
     assert "lora_dropout" in [fix.key for fix in fixes]
-    assert adapter_problems(config, preset) == []
+    assert adapter_problems(config, preset, stage=preset.zero_stage) == []
     model = Qwen3MoeForCausalLM(Qwen3MoeConfig.from_pretrained(tmp_path))
     args = SimpleNamespace(deepspeed=None, gradient_checkpointing=False, bf16=False)
     assert any("experts" in name for name, _ in wrap(model, get_peft_config(config), args).named_parameters())
@@ -68,10 +70,10 @@ def test_dropout_asked_for_on_fused_experts_is_refused_before_the_model_is_loade
     preset = get_preset("lora")
     config = ModelConfig(model_name_or_path=mixture(tmp_path), lora_dropout=0.1)
     apply_to_model_config(config, preset, device="cpu", full_dtype="float32")
-    (problem,) = adapter_problems(config, preset)
+    (problem,) = adapter_problems(config, preset, stage=preset.zero_stage)
     assert "--lora_dropout 0" in problem.fix
     config.lora_target_modules = ["q_proj", "v_proj"]
-    assert adapter_problems(config, preset) == []
+    assert adapter_problems(config, preset, stage=preset.zero_stage) == []
 
 
 def test_a_preset_without_adapter_shows_no_flags() -> None:
@@ -137,6 +139,23 @@ def test_the_dtype_a_model_is_loaded_in(preset: str, device: str, dtype: str) ->
     assert full_dtype(get_preset(preset), device) == dtype
 
 
+@pytest.mark.parametrize(
+    ("preset", "device", "training", "dtype"),
+    [
+        ("ddp", "cuda", "float16", "float32"),
+        ("lora", "cuda", "float16", "float16"),
+        ("lora", "cuda", "float32", "bfloat16"),
+        ("zero2", "cuda", "float16", "float16"),
+        ("zero2", "cuda", "float32", "float32"),
+        ("qlora_zero3", "cpu", "float16", "float32"),
+    ],
+)
+def test_the_dtype_of_training_is_that_of_loading_under_deepspeed(
+    preset: str, device: str, training: str, dtype: str
+) -> None:
+    assert full_dtype(get_preset(preset), device, training) == dtype
+
+
 @pytest.mark.parametrize(("stage", "storage"), [(None, "uint8"), (0, "uint8"), (2, "uint8"), (3, "bfloat16")])
 def test_four_bit_weights_are_stored_in_what_the_stage_leaves_intact(stage: int | None, storage: str) -> None:
     assert quant_storage(stage, "bfloat16") == storage
@@ -166,14 +185,45 @@ def test_a_plain_adapter_is_hot_loaded_on_gpus_and_merged_on_cpus() -> None:
 ])  # fmt: skip
 def test_a_storage_dtype_the_engine_would_break_is_refused(preset: str, storage: str, accepted: bool) -> None:
     config = settled(preset, bnb_4bit_quant_storage=storage)
-    problems = adapter_problems(config, get_preset(preset))
+    problems = adapter_problems(config, get_preset(preset), stage=get_preset(preset).zero_stage)
     assert (problems == []) == accepted
     assert all(f"bnb_4bit_quant_storage={storage}" in problem.what for problem in problems)
 
 
+def test_training_in_fp16_stores_and_computes_4_bit_weights_in_fp16() -> None:
+    args = SimpleNamespace(fp16=True, bf16=False)
+    training = training_dtype(args)
+    config = settled("qlora_zero3", training=training)
+    assert (config.dtype, config.bnb_4bit_quant_storage) == ("float16", "float16")
+    assert adapter_problems(config, get_preset("qlora_zero3"), stage=3, training=training) == []
+    assert settled("qlora", training=training).bnb_4bit_quant_storage == "uint8", "which nothing casts"
+
+
+@pytest.mark.parametrize("preset", ["qlora_zero3", None])
+def test_storage_in_another_dtype_than_that_of_training_is_refused_whatever_the_models(preset: str | None) -> None:
+    config = settled("qlora_zero3", bnb_4bit_quant_storage="bfloat16", dtype="bfloat16")
+    known = None if preset is None else get_preset(preset)
+    (problem,) = adapter_problems(config, known, stage=3, training="float16")
+    assert "bnb_4bit_quant_storage=bfloat16 while training in float16" in problem.what
+    assert problem.fix == "bnb_4bit_quant_storage=float16"
+
+
+def test_the_storage_follows_the_training_dtype_where_the_model_is_asked_for_in_another() -> None:
+    assert settled("qlora_zero3", dtype="float16").bnb_4bit_quant_storage == "bfloat16"
+
+
+@pytest.mark.parametrize(
+    ("fp16", "bf16", "dtype"),
+    [(True, False, "float16"), (False, True, "bfloat16"), (False, None, "bfloat16"), (True, None, "float16"),
+     (False, False, "float32")],
+)  # fmt: skip
+def test_the_dtype_of_training_is_what_the_arguments_say(fp16: bool, bf16: bool | None, dtype: str) -> None:
+    assert training_dtype(SimpleNamespace(fp16=fp16, bf16=bf16)) == dtype
+
+
 def test_four_bit_training_without_bitsandbytes_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(adapters.importlib.util, "find_spec", lambda name: None)
-    (problem,) = adapter_problems(settled("qlora"), get_preset("qlora"))
+    (problem,) = adapter_problems(settled("qlora"), get_preset("qlora"), stage=None)
     assert problem.fix == "pip install bitsandbytes"
 
 

@@ -160,6 +160,7 @@ def test_the_engine_starts_from_the_revision(cache: Path, tmp_path: Path, monkey
         gen_eval_data_parallel=1,
         vllm_python=None,
         vllm_args=None,
+        fp16=False,
         seed=0,
     )
     monkeypatch.setattr(engine_start, "tensor_parallel_size", lambda *_: 1)

@@ -180,9 +180,23 @@ def test_the_engine_trusts_the_models_code_as_the_trainer_does(
 ) -> None:
     monkeypatch.setattr(engine_start, "find_vllm", lambda _: Path("python"))
     more = {"gen_eval_tensor_parallel": None, "gen_eval_data_parallel": None, "vllm_python": None, "vllm_args": None}
-    args = SimpleNamespace(**vars(case[0]), **more, seed=0, trust_remote_code=trusted)
+    args = SimpleNamespace(**vars(case[0]), **more, fp16=False, seed=0, trust_remote_code=trusted)
     size = size_engine(ON_CPU, args, case[1], [case[2]], case[3])
     assert engine_spec("model", ON_CPU, size, args, case[1]).trust_remote_code == trusted
+
+
+@pytest.mark.parametrize(("fp16", "kind", "dtype"), [(True, "spare", "float16"), (False, "spare", "bfloat16"),
+                                                     (True, "cpu", "float32")])  # fmt: skip
+def test_the_engine_computes_in_the_half_the_trainer_does(
+    fp16: bool, kind: Any, dtype: str, case: tuple[Any, Any, Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_start, "find_vllm", lambda _: Path("python"))
+    monkeypatch.setattr(engine_start, "tensor_parallel_size", lambda *_: 1)
+    more = {"gen_eval_tensor_parallel": 1, "gen_eval_data_parallel": 1, "vllm_python": None, "vllm_args": None}
+    args = SimpleNamespace(**vars(case[0]), **more, fp16=fp16, seed=0, trust_remote_code=False)
+    place = ON_CPU if kind == "cpu" else Place(kind=kind, gpus=("1",), reason="")
+    size = size_engine(place, args, case[1], [case[2]], case[3])
+    assert engine_spec("model", place, size, args, case[1]).dtype == dtype
 
 
 CONFIG = Qwen3Config(num_attention_heads=32)
