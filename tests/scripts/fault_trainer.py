@@ -144,8 +144,8 @@ def watch_snapshots(place: Place) -> None:
     written = []
 
     @contextlib.contextmanager
-    def watched(target: Path) -> Iterator[Path]:
-        with atomic_folder(target) as folder:
+    def watched(target: Path, **how: Any) -> Iterator[Path]:
+        with atomic_folder(target, **how) as folder:
             yield folder
             at(place, f"publish.{len(written)}")
             written.append(target)
