@@ -13,9 +13,10 @@ from hf_dsvllm import memory
 from hf_dsvllm.console import is_main_process
 from hf_dsvllm.disk import disk_problems
 from hf_dsvllm.ds_config import get_key, zero_stage
+from hf_dsvllm.ending import export_places
 from hf_dsvllm.errors import ConfigError, DsvllmError, EvalFileError, Problem
 from hf_dsvllm.export.manifest import REPORT, occupied
-from hf_dsvllm.fields import trusts_remote_code
+from hf_dsvllm.fields import asks_for_answers, trusts_remote_code
 from hf_dsvllm.files import behind_links
 from hf_dsvllm.hardware import detect
 from hf_dsvllm.launch import read_launch
@@ -148,7 +149,10 @@ def _template_problems(args: Any, model_args: Any, tasks: Sequence[EvalTask]) ->
 
 
 def _output_problems(folder: Path) -> list[Problem]:
-    existing = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
+    try:
+        existing = next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
+    except OSError as error:  # in a folder that may not be entered: Path.exists raises up to Python 3.11
+        return [Problem(f"output_dir {folder} cannot be used: {error}", "--output_dir a folder you own")]
     if not existing.is_dir():
         return [Problem(f"output_dir {folder}: {existing} is a file", "--output_dir NEW_FOLDER")]
     if not os.access(existing, os.W_OK):
@@ -170,23 +174,31 @@ def _export_problems(args: Any) -> list[Problem]:
 
 
 def _destination_problems(args: Any) -> list[Problem]:
+    """Of the folder of the last weights, else of that for the best, if scores may tell them apart."""
+    last, best = export_places(Path(args.output_dir), args.export_to)
+    problems = _place_problems(args, last, f"export_to {last}")
+    if problems or not asks_for_answers(args):
+        return problems
+    return _place_problems(args, best, f"export_to {last}: {best}, for the best weights,")
+
+
+def _place_problems(args: Any, out: Path, named: str) -> list[Problem]:
     run_dir = Path(args.output_dir)
-    out = Path(args.export_to) if args.export_to else run_dir / "export"
     target, run = behind_links(out), run_dir.resolve()
     if target == run or target in run.parents:
-        what = f"export_to {out} is the run's own folder {run_dir}, or holds it"
+        what = f"{named} is the run's own folder {run_dir}, or holds it"
         return [Problem(what, f"--export_to {run_dir / 'export'}, or another folder of its own")]
     if target.is_mount():
-        return [Problem(f"export_to {out} is the root of a disk, which cannot be renamed to", "a folder in it")]
+        return [Problem(f"{named} is the root of a disk, which cannot be renamed to", "a folder in it")]
     # The usual folder is set aside where a run starts afresh.
     set_aside = not args.export_to and target.is_dir() and not args.resume_from_checkpoint
     if occupied(target) and not set_aside and not (target / REPORT).is_file():
-        return [Problem(f"export_to {out} exists and is no export of hf-dsvllm", f"{ANOTHER_EXPORT}, or remove it")]
+        return [Problem(f"{named} exists and is no export of hf-dsvllm", f"{ANOTHER_EXPORT}, or remove it")]
     existing = next(parent for parent in target.parents if parent.exists())
     if target.parent == run or (existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)):
         return []  # in the run's folder: looked at with that
     why = "cannot be written" if existing.is_dir() else "is a file"
-    return [Problem(f"export_to {out}: {existing} {why}", ANOTHER_EXPORT)]
+    return [Problem(f"{named}: {existing} {why}", ANOTHER_EXPORT)]
 
 
 def _merge_problems(model_args: Any) -> list[Problem]:
@@ -259,7 +271,7 @@ def predict_memory(
         weight_dtype="float32" if model_args.dtype == "float32" else "bfloat16",
         fp32_accumulation=get_key(config, "data_types.grad_accum_dtype") == "fp32",
         # Anything but AdamW may keep less: count nothing then, so that the bound stays a bound.
-        optimizer_state_bytes=8.0 if optim.startswith("adamw_torch") else 0.0,
+        optimizer_state_bytes=8.0 if optim.startswith("adamw_torch") and not optim.endswith("bit") else 0.0,
     )
 
 

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from hf_dsvllm.adapters import why_merge_for_engine
+from hf_dsvllm.ds_config import get_key, zero_stage
 from hf_dsvllm.ending import export_places
 from hf_dsvllm.errors import Problem
 from hf_dsvllm.fields import asks_for_answers, steers
@@ -18,8 +20,6 @@ from hf_dsvllm.placement import Place, choose_place, visible_gpus
 __all__ = ["disk_problems"]
 
 GIB = 1 << 30
-# A full checkpoint: bf16 weights, fp32 master weights and Adam's two moments.
-CHECKPOINT_BYTES_PER_PARAMETER = 14
 WEIGHTS_BYTES_PER_PARAMETER = 2  # bf16, as they are exported
 Part = tuple[str, int]  # what it is, bytes
 
@@ -29,6 +29,14 @@ def disk_problems(args: Any, model_args: Any, device: str, shape: ModelShape) ->
 
     One checkpoint is counted, however many are kept, and adapters are counted as nothing: the least there is.
     """
+    try:
+        return _problems(args, model_args, device, shape)
+    except OSError as error:
+        what = f"{error.filename} cannot be looked at: {error.strerror}"
+        return [Problem(what, "--output_dir and --export_to in folders that you may read")]
+
+
+def _problems(args: Any, model_args: Any, device: str, shape: ModelShape) -> list[Problem]:
     run_dir, place = Path(args.output_dir), _place(args, device)
     checkpoint, engine = _checkpoint(args, model_args, shape), _engine(run_dir, place, model_args, shape)
     while_training, at_end = _snapshots(args, model_args, device, shape, place)
@@ -45,8 +53,40 @@ def _checkpoint(args: Any, model_args: Any, shape: ModelShape) -> list[Part]:
     saving = str(getattr(args.save_strategy, "value", args.save_strategy)) != "no"
     if not saving or model_args.use_peft:
         return []
-    each = WEIGHTS_BYTES_PER_PARAMETER if args.save_only_model else CHECKPOINT_BYTES_PER_PARAMETER
-    return [("a checkpoint", each * shape.parameters)]
+    return [("a checkpoint", _checkpoint_bytes(args, model_args) * shape.parameters)]
+
+
+def _checkpoint_bytes(args: Any, model_args: Any) -> int:
+    """Least bytes of a parameter in a full checkpoint.
+
+    ZeRO: weights 2 + master weights 4 + Adam's moments 8, the last two halved in bf16; else weights w + moments 2 w.
+    Optimizers other than Adam may keep less, and count as nothing.
+    """
+    config = args.deepspeed if isinstance(args.deepspeed, dict) else {}
+    optim = str(get_key(config, "optimizer.type") or getattr(args.optim, "value", args.optim)).lower()
+    adam = optim in ("adam", "adamw") or (optim.startswith("adamw_torch") and not optim.endswith("bit"))
+    if zero_stage(config):
+        master = 2 if get_key(config, "bf16.bf16_master_weights_and_grads") else 4
+        moments = 4 if get_key(config, "bf16.bf16_optimizer_states") else 8
+        weights = WEIGHTS_BYTES_PER_PARAMETER
+    else:
+        weights = 4 if model_args.dtype == "float32" else WEIGHTS_BYTES_PER_PARAMETER
+        master, moments = 0, 2 * weights
+    return weights if args.save_only_model else weights + master + (moments if adam else 0)
+
+
+def _publishing(args: Any) -> int:
+    """The least number of evaluations with new weights: those known from the arguments, at least that at the end.
+
+    The first of a run has the weights that vLLM started with.  Steps of a run that counts epochs are not known yet.
+    """
+    strategy = str(getattr(args.eval_strategy, "value", args.eval_strategy))
+    every = args.gen_eval_steps or (args.eval_steps if strategy == "steps" else None)
+    if every and (every < 1 or args.max_steps > 0):
+        return max(1, math.ceil(1 / every if every < 1 else args.max_steps / every))
+    if not every and strategy == "epoch" and args.max_steps <= 0:
+        return max(1, math.ceil(args.num_train_epochs))
+    return 1
 
 
 def _snapshots(
@@ -54,13 +94,18 @@ def _snapshots(
 ) -> tuple[list[Part], list[Part]]:
     """Snapshots on the disk at once: while training the latest, the best and a new one, then the last and the best.
 
-    Streamed weights are written only where a score chooses them.  A resumed run has some of them already.
+    Never more than are published.  Streamed weights are written only where a score chooses them.  A resumed run has
+    some of them already.
     """
     if model_args.use_peft:
         return [], []
     while_training, at_end = (0, 1) if place is None else (3, 2)
     if place is not None and place.stream:
         while_training, at_end = (2, 2) if steers(args) else (0, 1)
+    published = _publishing(args)
+    while_training, at_end = min(while_training, published), min(at_end, published)
+    if args.load_best_model_at_end:  # the last are the best
+        at_end = 1
     there = len(list(Path(args.output_dir).glob("snapshots/step-*"))) if args.resume_from_checkpoint else 0
     each = (4 if device == "cpu" else 2) * shape.parameters
     return _several("snapshot", while_training - there, each), _several("snapshot", at_end - there, each)
@@ -84,7 +129,8 @@ def _exports(args: Any, shape: ModelShape, place: Place | None) -> list[Part]:
     if args.export_to == "none":
         return []
     has_best = place is not None and (steers(args) or not place.stream)
-    return _several("export", 2 if has_best else 1, WEIGHTS_BYTES_PER_PARAMETER * shape.parameters)
+    another = has_best and _publishing(args) > 1 and not args.load_best_model_at_end
+    return _several("export", 2 if another else 1, WEIGHTS_BYTES_PER_PARAMETER * shape.parameters)
 
 
 def _several(what: str, count: int, each: int) -> list[Part]:

@@ -9,7 +9,7 @@ from typing import Any
 import pytest
 from trl import ModelConfig
 
-from hf_dsvllm import disk
+from hf_dsvllm import checks, disk
 from hf_dsvllm.disk import disk_problems
 from hf_dsvllm.errors import Problem
 from hf_dsvllm.placement import Place
@@ -23,6 +23,8 @@ def run_args(folder: Path, **changes: Any) -> Any:
     values = {
         "output_dir": str(folder / "run"), "export_to": None, "save_strategy": "steps", "save_only_model": False,
         "resume_from_checkpoint": None, "metric_for_best_model": None, "load_best_model_at_end": False,
+        "eval_strategy": "steps", "eval_steps": 10, "gen_eval_steps": None, "max_steps": 100, "num_train_epochs": 3.0,
+        "optim": "adamw_torch_fused", "deepspeed": {"zero_optimization": {"stage": 3}},
     }  # fmt: skip
     return SimpleNamespace(**values | changes)
 
@@ -48,6 +50,78 @@ def test_an_evaluated_one_with_three_snapshots_or_the_best_export(
     assert "needs 22.0 GiB there at once (a checkpoint 14.0, 2 snapshots 4.0, 2 exports 4.0)" in problem.what
     (problem,) = problems(monkeypatch, run_args(tmp_path, export_to="none", save_only_model=True), place=APART)
     assert "needs 8.0 GiB there at once (a checkpoint 2.0, 3 snapshots 6.0)" in problem.what
+
+
+@pytest.mark.parametrize(
+    ("changes", "snapshots"),
+    [
+        ({"eval_strategy": "no"}, "one snapshot"),
+        ({"eval_strategy": "epoch"}, "one snapshot"),
+        ({"eval_strategy": "epoch", "max_steps": -1, "num_train_epochs": 2.0}, "2 snapshots"),
+        ({"eval_strategy": "no", "gen_eval_steps": 50}, "2 snapshots"),
+        ({"max_steps": -1}, "one snapshot"),
+        ({"max_steps": -1, "eval_steps": 0.1}, "3 snapshots"),
+    ],
+)
+def test_no_more_snapshots_are_counted_than_evaluations_write(
+    changes: dict[str, Any], snapshots: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args = run_args(tmp_path, save_strategy="no", export_to="none", **changes)
+    (problem,) = problems(monkeypatch, args, place=APART)
+    assert f"({snapshots} " in problem.what
+
+
+@pytest.mark.parametrize("changes", [{"eval_strategy": "no"}, {"load_best_model_at_end": True}])
+def test_weights_that_are_the_last_and_the_best_are_exported_once(changes: dict[str, Any], tmp_path: Path) -> None:
+    assert disk._exports(run_args(tmp_path), SHAPE, APART) == [("2 exports", 4 * GIB)]
+    assert disk._exports(run_args(tmp_path, **changes), SHAPE, APART) == [("one export", 2 * GIB)]
+
+
+@pytest.mark.parametrize(
+    ("changes", "dtype", "gib"),
+    [
+        ({}, "float32", 14),
+        ({"optim": "sgd"}, "float32", 6),
+        ({"optim": "adamw_torch_8bit"}, "float32", 6),
+        ({"deepspeed": {"zero_optimization": {"stage": 2}, "optimizer": {"type": "Lion"}}}, "float32", 6),
+        ({"deepspeed": {"zero_optimization": {"stage": 2}, "optimizer": {"type": "AdamW"}}, "optim": "sgd"}, None, 14),
+        ({"deepspeed": None}, "float32", 12),
+        ({"deepspeed": None}, "bfloat16", 6),
+        ({"deepspeed": None, "optim": "adafactor"}, "float32", 4),
+        ({"deepspeed": None, "save_only_model": True}, "float32", 4),
+        ({"save_only_model": True}, "float32", 2),
+    ],
+)
+def test_a_checkpoint_is_counted_by_what_its_optimizer_keeps(
+    changes: dict[str, Any], dtype: str | None, gib: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    args = run_args(tmp_path, export_to="none", **changes)
+    (problem,) = problems(monkeypatch, args, dtype=dtype)
+    assert f"(a checkpoint {gib}.0, one snapshot 2.0)" in problem.what
+
+
+def test_a_disk_that_cannot_be_looked_at_is_a_problem(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refused(path: Path) -> bool:
+        raise PermissionError(13, "Permission denied", str(path))
+
+    args = run_args(tmp_path)
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "exists", refused)
+        (problem,) = problems(patched, args)
+        (output,) = checks._output_problems(Path(args.output_dir))
+    assert problem.what == f"{tmp_path / 'run' / 'export'} cannot be looked at: Permission denied"
+    assert "cannot be used: [Errno 13] Permission denied" in output.what
+
+
+@pytest.mark.parametrize(("rank", "asked"), [("0", 1), ("1", 0)])
+def test_only_the_rank_that_writes_looks_at_the_disk(rank: str, asked: int, monkeypatch: pytest.MonkeyPatch) -> None:
+    looked: list[int] = []
+    monkeypatch.setenv("RANK", rank)
+    monkeypatch.setattr(checks, "load_shape", lambda *_, **__: SHAPE)
+    monkeypatch.setattr(checks, "_memory_problems", lambda *_: [])
+    monkeypatch.setattr(checks, "disk_problems", lambda *_: looked.append(1) or [])
+    checks.trained_problems(run_args(Path()), ModelConfig(model_name_or_path="m"), None, "cpu")
+    assert len(looked) == asked
 
 
 def test_streamed_weights_are_on_the_disk_only_where_a_score_chooses_them(
