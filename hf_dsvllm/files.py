@@ -8,6 +8,7 @@ import errno
 import json
 import os
 import shutil
+import stat
 import tempfile
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,13 +34,14 @@ def behind_links(path: Path) -> Path:
 
 
 def write_text(path: Path, text: str) -> None:
-    """Write `text` (UTF-8) to `path` atomically; the folder is made if absent."""
+    """Write `text` (UTF-8) to `path` atomically, for those whom the umask lets read; the folder is made if absent."""
     path.parent.mkdir(parents=True, exist_ok=True)
     handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}.", suffix=".tmp")
     try:
         with os.fdopen(handle, "w", encoding="utf-8") as file:
             file.write(text)
             file.flush()
+            _open_to_others(file.fileno(), 0o666)
             os.fsync(file.fileno())
         os.replace(temporary, path)
     except BaseException:
@@ -57,7 +59,8 @@ def write_json(path: Path, value: Any) -> None:
 def atomic_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
     """Yield an empty sibling folder; on success fsync its files and rename it to `target`, on error remove it.
 
-    A `target` that exists is an error, or with `replace` stays until the new one is finished.
+    A `target` that exists is an error, or with `replace` stays until the new one is finished.  It is open to those whom
+    the umask lets in, the unfinished one to this user alone.
     """
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = _sibling(target)
@@ -65,7 +68,10 @@ def atomic_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
         yield temporary
         for file in temporary.rglob("*"):
             if file.is_file():
+                if not file.is_symlink():
+                    _open_to_others(file, 0o666)  # safetensors, too, writes for its owner alone
                 fsync_path(file)
+        _open_to_others(temporary, 0o777)
         fsync_path(temporary)
         if replace and target.exists():
             _replace(target, temporary)
@@ -75,6 +81,21 @@ def atomic_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
     except BaseException:
         shutil.rmtree(temporary, ignore_errors=True)
         raise
+
+
+def _open_to_others(made: int | Path, mode: int) -> None:
+    """Add to what was made for its owner alone the mode that any new file or folder has."""
+    with contextlib.suppress(OSError):  # a file system without modes
+        os.chmod(made, stat.S_IMODE(os.stat(made).st_mode) | mode & ~_umask())
+
+
+def _umask() -> int:
+    """Of this process.  os.umask tells it only by changing it, under the hands of other threads."""
+    try:
+        lines = Path("/proc/self/status").read_text(encoding="ascii", errors="replace").splitlines()
+        return int(next(line for line in lines if line.startswith("Umask:")).split()[1], base=8)
+    except (OSError, StopIteration):
+        return 0o077  # not Linux: what tempfile chose
 
 
 def _sibling(target: Path) -> Path:

@@ -8,6 +8,8 @@ import os
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import save_file as save
 
 from hf_dsvllm.files import atomic_folder, read_json_or_problem, write_json, write_text
 
@@ -71,6 +73,31 @@ def test_a_finished_folder_is_not_overwritten(tmp_path: Path) -> None:
     with pytest.raises(OSError), atomic_folder(target) as folder:
         (folder / "other").write_text("y", encoding="utf-8")
     assert [item.name for item in tmp_path.rglob("*")] == ["export", "kept"]
+
+
+@pytest.mark.parametrize(("umask", "folder", "file"), [(0o022, 0o755, 0o644), (0o077, 0o700, 0o600), (0, 0o777, 0o666)])
+def test_what_is_written_is_open_to_whom_the_umask_lets_in(umask: int, folder: int, file: int, tmp_path: Path) -> None:
+    """Another user serves an export: a container, a unit of systemd."""
+    before = os.umask(umask)
+    try:
+        with atomic_folder(tmp_path / "export") as made:
+            assert made.stat().st_mode & 0o777 == 0o700
+            write_json(made / "config.json", {})
+            save({"a": torch.ones(2)}, made / "model.safetensors")
+    finally:
+        os.umask(before)
+    assert (tmp_path / "export").stat().st_mode & 0o777 == folder
+    for name in ("config.json", "model.safetensors"):
+        assert (tmp_path / "export" / name).stat().st_mode & 0o777 == file
+
+
+def test_a_file_system_without_modes_is_written_to(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*_: object) -> None:
+        raise PermissionError(1, "Operation not permitted")
+
+    monkeypatch.setattr("hf_dsvllm.files.os.chmod", refuse)
+    write_text(tmp_path / "note.txt", "here")
+    assert (tmp_path / "note.txt").read_text(encoding="utf-8") == "here"
 
 
 def test_a_folder_that_is_replaced_stays_until_the_new_one_is_whole(tmp_path: Path) -> None:
