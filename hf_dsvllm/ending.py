@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
+import itertools
+import json
 import shutil
 from pathlib import Path
 from typing import Any
 
 from hf_dsvllm.console import say
 from hf_dsvllm.errors import DsvllmError, ExportError
+from hf_dsvllm.export.manifest import REPORT, occupied
 from hf_dsvllm.export.source import Which, best_step
 from hf_dsvllm.files import write_json
 from hf_dsvllm.forecast import Forecast, comparison, learn_from
@@ -52,7 +56,7 @@ def record_measures(run_dir: Path, forecast: Forecast | None, measured: dict[str
 def export_places(run_dir: Path, export_to: str | None) -> tuple[Path, Path]:
     """Where the last weights are exported to, and the best ones if those are others."""
     last = Path(export_to) if export_to else run_dir / EXPORTS[0]
-    return last, last.absolute().with_name(f"{last.absolute().name}-best")
+    return last, last.absolute().parent / f"{last.absolute().name}-best"
 
 
 def export_last(run_dir: Path, export_to: str | None, snapshot: Snapshot) -> None:
@@ -68,13 +72,40 @@ def export_last(run_dir: Path, export_to: str | None, snapshot: Snapshot) -> Non
     ]
     best = best_step(run_dir)
     if best is not None and best != snapshot.step:
-        asked.append((run_dir, "best", f"step {best}, which has the best score,", beside))
+        what = f"step {best}, which has the best score,"
+        asked.append((run_dir, "best", what, _place_for_best(run_dir, beside, usual=not export_to)))
+    elif earlier := _source_of(beside):
+        say(f"{beside} is not of this run's end: it was exported before, from {earlier}")
     for source, which, what, folder in asked:
         report = export_model(source, folder, which=which, overwrite=True)
         size = f"{report.weights_bytes / 2**30:.2f} GiB"
         say(f"exported {what} to {folder} ({size}). Serve it: hf-dsvllm serve {folder}")
         for remark in report.remarks:
             say(remark)
+
+
+def _place_for_best(run_dir: Path, beside: Path, *, usual: bool) -> Path:
+    """`beside`, if that is free or holds an export of this run; else the next free folder, and that is said.
+
+    Nobody named it, so that another run's export there is not the user's to overwrite; the usual one is the run's own.
+    """
+    source = _source_of(beside)
+    of_run = source is not None and (usual or source.resolve().is_relative_to(run_dir.resolve()))
+    if of_run or not occupied(beside):
+        return beside
+    free = next(
+        place for n in itertools.count(2) if not occupied(place := beside.with_name(f"{beside.name}-{n}"))
+    )  # fmt: skip
+    held = "something else" if source is None else f"an export of {source}, another run"
+    say(f"{beside} holds {held}, and is left as it is: the best weights go to {free}")
+    return free
+
+
+def _source_of(folder: Path) -> Path | None:
+    """What the export in `folder` was made from; None if there is none."""
+    with contextlib.suppress(OSError, ValueError, KeyError, TypeError):
+        return Path(json.loads((folder / REPORT).read_text(encoding="utf-8"))["source"])
+    return None
 
 
 def remove_engine_copies(run_dir: Path) -> None:

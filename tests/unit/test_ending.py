@@ -11,8 +11,9 @@ from typing import Any
 import pytest
 
 from hf_dsvllm import ending
-from hf_dsvllm.ending import weights_lost, write_end
+from hf_dsvllm.ending import export_last, export_places, weights_lost, write_end
 from hf_dsvllm.errors import ExportError
+from hf_dsvllm.export.manifest import REPORT
 from hf_dsvllm.export.source import find_source
 from hf_dsvllm.live.snapshot import Snapshot, point_to_latest
 from hf_dsvllm.session import Session
@@ -86,6 +87,77 @@ def test_vllms_copies_go_when_it_is_stopped_and_its_logs_stay(tmp_path: Path) ->
     Session.stop_engine(session)
     assert closed == [True], "not before it is stopped"
     assert [path.name for path in (tmp_path / "engine").iterdir()] == ["vllm-1.log"]
+
+
+def exported(folder: Path, source: Path) -> Path:
+    folder.mkdir(parents=True)
+    (folder / REPORT).write_text(json.dumps({"source": str(source)}))
+    return folder
+
+
+@pytest.fixture
+def asked(monkeypatch: pytest.MonkeyPatch) -> list[Path]:
+    """The folders that are exported to."""
+    folders: list[Path] = []
+
+    def export_model(source: Path, out: Path, **_: Any) -> SimpleNamespace:
+        folders.append(out)
+        return SimpleNamespace(weights_bytes=1, remarks=())
+
+    monkeypatch.setattr("hf_dsvllm.export.make.export_model", export_model)
+    return folders
+
+
+@pytest.fixture
+def chosen(tmp_path: Path) -> Path:
+    """A run whose best step is 4."""
+    (tmp_path / "run" / "snapshots").mkdir(parents=True)
+    (tmp_path / "run" / "snapshots" / "best.json").write_text(json.dumps({"step": 4}))
+    return tmp_path / "run"
+
+
+def test_the_best_weights_replace_an_export_of_the_same_run(chosen: Path, tmp_path: Path, asked: list[Path]) -> None:
+    exported(tmp_path / "out-best", chosen / "snapshots" / "step-2")
+    export_last(chosen, str(tmp_path / "out"), snapshot_in(chosen, 8))
+    assert asked == [tmp_path / "out", tmp_path / "out-best"]
+
+
+def test_the_usual_folder_of_the_best_weights_is_the_runs_own(chosen: Path, asked: list[Path]) -> None:
+    exported(chosen / "export-best", Path("where/it/was/before"))
+    export_last(chosen, None, snapshot_in(chosen, 8))
+    assert asked == [chosen / "export", chosen / "export-best"]
+
+
+@pytest.mark.parametrize("other", ["another run", "something else"])
+def test_the_best_weights_leave_what_is_not_of_the_run(
+    other: str, chosen: Path, tmp_path: Path, asked: list[Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    if other == "another run":
+        exported(tmp_path / "out-best", tmp_path / "earlier" / "snapshots" / "step-2")
+    else:
+        weights_in(tmp_path / "out-best")
+    weights_in(tmp_path / "out-best-2")
+    export_last(chosen, str(tmp_path / "out"), snapshot_in(chosen, 8))
+    assert asked == [tmp_path / "out", tmp_path / "out-best-3"]
+    said = " ".join("".join(capsys.readouterr()).split())
+    assert other in said
+    assert "and is left as it is: the best weights go to" in said
+
+
+@pytest.mark.parametrize("step", [4, None])
+def test_an_earlier_export_of_best_weights_is_told_from_a_run_that_ends_with_its_best(
+    step: int | None, chosen: Path, tmp_path: Path, asked: list[Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    if step is None:
+        (chosen / "snapshots" / "best.json").unlink()
+    exported(tmp_path / "out-best", tmp_path / "earlier")
+    export_last(chosen, str(tmp_path / "out"), snapshot_in(chosen, 4))
+    assert asked == [tmp_path / "out"]
+    assert "out-best is not of this run's end: it was exported before" in " ".join("".join(capsys.readouterr()).split())
+
+
+def test_an_export_to_the_root_of_a_disk_has_a_place_for_the_best() -> None:
+    assert export_places(Path("run"), "/")[1] == Path("/-best")
 
 
 def test_the_latest_is_the_newer_one_of_snapshot_and_checkpoint(tmp_path: Path) -> None:

@@ -99,6 +99,24 @@ def test_links_in_a_circle_and_roots_of_disks_are_told(tmp_path: Path, model: Pa
     assert ("root of a disk" in what, fix) == (True, "a folder in it")
 
 
+def test_the_folder_for_the_best_weights_is_looked_at_where_scores_may_choose_them(tmp_path: Path, model: Path) -> None:
+    best = occupied(tmp_path / "final-best")
+    (tmp_path / "task.jsonl").write_text(json.dumps({"prompt": "1 + 1 =", "reference": "2"}))
+    scores = {"export_to": str(tmp_path / "final"), "gen_eval_file": [str(tmp_path / "task.jsonl")]}
+    ((what, _),) = told(tmp_path, model, **scores)
+    assert f"{best}, for the best weights, exists and is no export" in what
+    assert told(tmp_path, model, export_to=scores["export_to"]) == []
+    (best / REPORT).write_text("{}")
+    assert told(tmp_path, model, **scores) == []
+    occupied(tmp_path / "run" / "export-best")
+    (tmp_path / "link-best").symlink_to(tmp_path / "run")
+    ((what, _),) = told(tmp_path, model, **scores | {"export_to": str(tmp_path / "link")})
+    assert "link-best, for the best weights, is the run's own folder" in what
+    assert told(tmp_path, model, gen_eval_file=scores["gen_eval_file"]) == [], "set aside"
+    ((what, _),) = told(tmp_path, model, gen_eval_file=scores["gen_eval_file"], resume="last")
+    assert "export-best, for the best weights, exists and is no export" in what
+
+
 @pytest.fixture
 def pickled(tmp_path: Path, model: Path) -> Path:
     folder = shutil.copytree(model, tmp_path / "pickled")
