@@ -238,6 +238,9 @@ def _systemd(planned: Sequence[PlannedServer], serve_arguments: Sequence[str]) -
     """One unit that runs `hf-dsvllm serve`, which starts the servers in order and ends them together."""
     names = " ".join(name for each in planned for name in each.server.names)
     line = " ".join(_unit_word(word) for word in (sys.executable, "-m", "hf_dsvllm", "serve", *serve_arguments))
+    # Where a base is recorded by a relative path, that is one from here alone.
+    found_from = next((each.server.found_from for each in planned if each.server.found_from is not None), None)
+    start_in = "%S/hf-dsvllm" if found_from is None else str(found_from).replace("%", "%%")
     return f"""\
 [Unit]
 Description=hf-dsvllm serve {names}
@@ -254,7 +257,7 @@ DynamicUser=yes
 SupplementaryGroups=video
 StateDirectory=hf-dsvllm
 Environment=HOME=%S/hf-dsvllm XDG_STATE_HOME=%S/hf-dsvllm
-WorkingDirectory=%S/hf-dsvllm
+WorkingDirectory={start_in}
 Restart=on-failure
 RestartSec=10
 KillSignal=SIGINT

@@ -31,7 +31,8 @@ class ServedAdapter:
 class Server:
     """One vLLM process: a model under `name`, or a base with the `adapters` that share it (its own name is `base`).
 
-    `revision` is the commit, branch or tag of a base on the hub; folders have none.
+    `revision` is the commit, branch or tag of a base on the hub; folders have none.  `found_from` is where the relative
+    path leads to the base that an adapter records it by.
     """
 
     model: str
@@ -40,6 +41,7 @@ class Server:
     adapters: tuple[ServedAdapter, ...] = ()
     tokenizer: Path | None = None
     chat: bool = False
+    found_from: Path | None = None
 
     @property
     def names(self) -> tuple[str, ...]:
@@ -104,7 +106,8 @@ def _named(given: str | Path) -> tuple[str | None, Path]:
 
 
 def _joined(one: Server, other: Server) -> Server:
-    return dataclasses.replace(one, adapters=(*one.adapters, *other.adapters))
+    found_from = one.found_from or other.found_from
+    return dataclasses.replace(one, adapters=(*one.adapters, *other.adapters), found_from=found_from)
 
 
 def _server(path: Path, name: str) -> Server:
@@ -135,13 +138,17 @@ def _adapter_server(path: Path, name: str) -> Server:
         )
     places = [*([] if record is None else [record.folder / "tokenizer"]), path]
     tokenizer = next((place for place in places if (place / "tokenizer_config.json").is_file()), None)
+    folder = Path(str(base)).expanduser()
+    is_folder, relative = folder.is_dir(), not folder.is_absolute()
+    folder = folder.absolute()
     return Server(
-        model=str(base),
+        model=str(folder if is_folder else base),
         name="base",
-        revision=None if Path(str(base)).is_dir() else revision,
+        revision=None if is_folder else revision,
         adapters=(ServedAdapter(name=name, path=path.absolute(), rank=int(config["r"])),),
-        tokenizer=None if tokenizer is None else _same(tokenizer.absolute(), Path(str(base))),
-        chat=has_chat_template(tokenizer or Path(str(base))),
+        tokenizer=None if tokenizer is None else _same(tokenizer.absolute(), folder),
+        chat=has_chat_template(tokenizer or folder),
+        found_from=Path.cwd() if is_folder and relative else None,
     )
 
 

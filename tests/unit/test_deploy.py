@@ -196,3 +196,39 @@ def test_the_systemd_unit_is_one_that_systemd_takes(two: list[PlannedServer], tm
     assert complaints == []
     line = next(text for text in unit.read_text().splitlines() if text.startswith("ExecStart="))
     assert line == f"ExecStart={sys.executable} -m hf_dsvllm serve '/srv/models/50%% $$new' --port 8080"
+
+
+@pytest.mark.parametrize("home", ["", "~/"])
+def test_a_base_that_is_recorded_by_a_relative_path_is_found_from_anywhere(
+    home: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("HOME", str(tmp_path))
+    base = write_model(tmp_path / "models" / "q")
+    planned = plan([write_adapter(tmp_path / "orders", base_model_name_or_path=f"{home}models/q")])
+    assert planned[0].server.model == str(base)
+    compose = emit("compose", planned)
+    assert f"source: {base}\n" in compose
+    for text in (compose, emit("k8s", planned)):
+        assert "- /models/q\n" in text
+        assert "- models/q\n" not in text
+    start_in = "%S/hf-dsvllm" if home else str(tmp_path)
+    assert f"\nWorkingDirectory={start_in}\n" in emit("systemd", planned, serve_arguments=[str(tmp_path / "orders")])
+
+
+def test_adapters_share_a_base_however_their_configurations_name_it(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    base = write_model(tmp_path / "models" / "q")
+    names = {"one": str(base), "two": "models/q"}
+    adapters = [write_adapter(tmp_path / name, base_model_name_or_path=path) for name, path in names.items()]
+    (planned,) = plan(adapters)
+    assert planned.server.names == ("one", "two")
+    assert planned.server.found_from == tmp_path
+
+
+def test_a_base_on_the_hub_keeps_its_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    (planned,) = plan([write_adapter(tmp_path / "orders", base_model_name_or_path="models/q", revision="v1")])
+    assert (planned.server.model, planned.server.revision, planned.server.found_from) == ("models/q", "v1", None)
