@@ -25,7 +25,7 @@ from hf_dsvllm.console import say
 from hf_dsvllm.ds_config import RunShape, build, get_key
 from hf_dsvllm.errors import ConfigError, DsvllmError, Problem
 from hf_dsvllm.features import choose, feature_problems
-from hf_dsvllm.fields import PresetFields
+from hf_dsvllm.fields import PresetFields, asks_for_answers
 from hf_dsvllm.given import note_given
 from hf_dsvllm.launch import Launch, become_single_process, read_launch
 from hf_dsvllm.preflight import (
@@ -44,6 +44,7 @@ __all__ = [
     "DsvllmTrainingArguments",
     "full_dtype",
     "has_generated_init",
+    "on_one_gpu",
     "resolve_preset",
     "training_device",
     "with_presets",
@@ -114,6 +115,16 @@ def training_device(args: Any) -> str:
     return "cuda" if torch.cuda.is_available() and not args.use_cpu else "cpu"
 
 
+def on_one_gpu(args: Any) -> dict[str, Any]:
+    """What keeps `from_pretrained` on the one GPU that a single process without DeepSpeed trains on.
+
+    TRL's trainers would split a model given by name over all GPUs they see ("auto"), also those vLLM takes.
+    """
+    if args.ds_preset is None or args.deepspeed or read_launch().world_size > 1 or training_device(args) == "cpu":
+        return {}
+    return {"device_map": {"": 0}}
+
+
 def _before(args: Any) -> None:
     """Everything that must be settled before TrainingArguments derives state from its fields."""
     if args.ds_preset is not None or args.deepspeed:
@@ -123,6 +134,8 @@ def _before(args: Any) -> None:
     problems = [*launch.problems(), *evaluation_problems(args, launch, device), *feature_problems(args.ds_speed)]
     user_config, unreadable = read_user_config(args)
     problems += unreadable
+    if args.ds_preset is not None or args.deepspeed or asks_for_answers(args) or args.export_to not in (None, "none"):
+        problems += traps.fsdp_problems(args.fsdp, os.environ)
     preset: Preset | None = None
     planned = auto.choose(args, launch, device) if auto.is_auto(args.ds_preset) else None
     problems += planned.problems if planned else ()

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 import functools
 import importlib.metadata
+import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, NoReturn
@@ -19,7 +20,7 @@ import torch
 
 from hf_dsvllm import adapters, speedups
 from hf_dsvllm._compat import keep_4bit_weights_packed, keep_out_of_uploads
-from hf_dsvllm.arguments import full_dtype, resolve_preset, training_device
+from hf_dsvllm.arguments import full_dtype, on_one_gpu, resolve_preset, training_device
 from hf_dsvllm.auto import keep_activations
 from hf_dsvllm.callback import SessionCallback
 from hf_dsvllm.checks import check_before_loading, load_tokenizer, predict_memory
@@ -51,7 +52,7 @@ from hf_dsvllm.placement import Place, choose_place, visible_gpus
 from hf_dsvllm.ranks import Ranks
 from hf_dsvllm.run_folder import leave, occupy, set_aside_earlier_run
 from hf_dsvllm.tasks import load_tasks
-from hf_dsvllm.traps import Fix
+from hf_dsvllm.traps import Fix, fsdp_problems
 from hf_dsvllm.wiring import Wiring
 
 __all__ = ["Session", "prepare"]
@@ -79,6 +80,7 @@ def prepare(args: Any, model_args: Any, *, trained: bool = True) -> Session:
     stage = None if session.ds_config is None else zero_stage(session.ds_config)
     problems = adapters.adapter_problems(model_args, preset, stage=stage, training=adapters.training_dtype(args))
     problems += check_before_loading(args, model_args, preset, device, session.tasks, trained=trained)
+    problems += fsdp_problems(args.fsdp, os.environ)
     if problems:
         raise ConfigError(problems)
     if preset is not None and preset.offload_param == "nvme":
@@ -163,14 +165,12 @@ class Session:
 
     def model_init_kwargs(self) -> dict[str, Any]:
         """Arguments for `from_pretrained`: dtype, attention, revision, and no splitting over GPUs by accident."""
-        kwargs: dict[str, Any] = {
+        return {
             "dtype": self.model_args.dtype,
             "revision": self.model_args.model_revision,
             "attn_implementation": self.model_args.attn_implementation,
+            **on_one_gpu(self.args),
         }
-        if self.preset is not None and self.preset.name == "none" and torch.cuda.is_available():
-            kwargs["device_map"] = {"": 0}
-        return kwargs
 
     def load_model(self) -> Any:
         """The model with 4-bit weights and adapters as the preset says, for a plain Trainer (TRL loads its own)."""

@@ -92,8 +92,8 @@ class ForModels:
             kwargs.pop("torch_dtype", None)
             kwargs["dtype"] = getattr(torch, settings.dtype)
         if run.args is None and torch.cuda.is_available():
-            # The arguments choose the GPU of this rank; they are not there yet.
-            kwargs.setdefault("device_map", {"": read_launch().local_rank})
+            # The arguments choose the GPU of this rank; they are not there yet.  A rank may see its own alone.
+            kwargs.setdefault("device_map", {"": read_launch().local_rank % torch.cuda.device_count()})
         line = f"{cls.__name__} loaded in 4 bit at {script_line()}"
         run.lines["4 bit"] = "; ".join(filter(None, (run.lines.get("4 bit"), line)))
         say(f"{line}: {name}")

@@ -45,6 +45,7 @@ class ForTrainers:
             run.prepare()
         if isinstance(model, str) and cls.__module__.startswith("trl."):  # others may put adapters on it themselves
             self._check_named(given)
+            _load_on_one_gpu(own)
         takes = accepted(cls)
         if run.model_args is None or run.adapter is None or "peft_config" not in takes:
             return kwargs
@@ -275,6 +276,14 @@ class SavesAdapters:
     def __reduce__(self) -> tuple[Callable[..., Any], tuple[Any, str]]:
         # As the method that is called now: a pickled model loads where this package is not installed.
         return getattr, (self.wrapped if is_adapted(self.model) else self.model, "save_pretrained")
+
+
+def _load_on_one_gpu(args: Any) -> None:
+    """Keep TRL from splitting a model given by name over GPUs that this process does not train on."""
+    from hf_dsvllm.arguments import on_one_gpu
+
+    if args is not None and hasattr(args, "model_init_kwargs") and (where := on_one_gpu(args)):
+        args.model_init_kwargs = {**where, **(args.model_init_kwargs or {})}
 
 
 def _writes_text(model: Any) -> bool:

@@ -11,6 +11,7 @@ import subprocess
 import sys
 from collections.abc import Iterator
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -22,6 +23,7 @@ from hf_dsvllm import DsvllmSFTConfig, DsvllmTrainingArguments, arguments, prefl
 from hf_dsvllm.ds_config import RunShape, build
 from hf_dsvllm.fields import added_fields
 from hf_dsvllm.presets import get_preset
+from hf_dsvllm.session import Session
 from tests.door import enter, leave, problems_of, sound
 
 CLASSES = (
@@ -209,6 +211,37 @@ def test_one_process_trains_on_one_gpu_and_says_what_would_use_all(
     assert (args.n_gpu, args.train_batch_size) == (1, 2)
     assert f"torchrun --nproc_per_node 4 SCRIPT …{more}" in capsys.readouterr().err
     assert enter(tmp_path, FourGpus).n_gpu == 4, "without a preset nothing changes"
+
+
+@pytest.fixture
+def gpus(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Eight GPUs, all visible."""
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 8)
+
+
+@pytest.mark.usefixtures("gpus")
+@pytest.mark.parametrize(
+    ("given", "processes", "kept"),
+    [
+        *(({"ds_preset": name}, 1, True) for name in ("none", "ddp", "lora", "qlora")),
+        ({"ds_preset": "lora"}, 2, False),
+        ({"ds_preset": "lora", "use_cpu": True}, 1, False),
+        ({"ds_preset": "zero2", "deepspeed": {"bf16": {}}}, 1, False),
+        ({"ds_preset": None}, 1, False),
+    ],
+)
+def test_one_process_loads_its_model_on_its_one_gpu(
+    given: dict[str, Any], processes: int, kept: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if processes > 1:
+        monkeypatch.setenv("RANK", "0")
+        monkeypatch.setenv("WORLD_SIZE", str(processes))
+    args: Any = SimpleNamespace(**{"deepspeed": None, "use_cpu": False} | given)
+    settings = SimpleNamespace(dtype="bfloat16", model_revision="main", attn_implementation=None)
+    session: Any = SimpleNamespace(args=args, model_args=settings)
+    assert arguments.on_one_gpu(args) == ({"device_map": {"": 0}} if kept else {})
+    assert ("device_map" in Session.model_init_kwargs(session)) == kept
 
 
 @pytest.mark.parametrize("preset", ["zero2", "lora"])
