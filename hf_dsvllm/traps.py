@@ -29,7 +29,7 @@ from hf_dsvllm.ds_keys import (
 )
 from hf_dsvllm.errors import Problem
 
-__all__ = ["Fix", "Request", "correct", "find_problems", "quant_storage_problems", "resume_problems"]
+__all__ = ["Fix", "Request", "correct", "find_problems", "fsdp_problems", "quant_storage_problems", "resume_problems"]
 
 # Optimizers that keep their kind when DeepSpeed moves the optimizer to the host: DeepSpeedCPUAdam in AdamW mode,
 # DeepSpeedCPUAdagrad, DeepSpeedCPULion.  Any other becomes DeepSpeedCPUAdam in its L2 mode (accelerate 1.15,
@@ -96,6 +96,25 @@ def correct(config: dict[str, Any]) -> tuple[dict[str, Any], list[Fix]]:
 def find_problems(request: Request) -> list[Problem]:
     """Every trap this request would fall into, in reading order."""
     return [problem for trap in _TRAPS for problem in trap(request)]
+
+
+def fsdp_problems(fsdp: object, environment: Mapping[str, str]) -> list[Problem]:
+    """FSDP's shards are no weights that a snapshot, an evaluation or an export can read; it shows after the last step.
+
+    `fsdp` is the Trainer's argument, `environment` that which accelerate launches processes with.
+    """
+    instead = "--ds_preset zero3 shards weights, gradients and optimizer as FSDP does"
+    if fsdp:
+        return [Problem(f"--fsdp {fsdp}: its shards can be neither evaluated nor exported", f"drop --fsdp; {instead}")]
+    if environment.get("ACCELERATE_USE_FSDP", "false").lower() in ("true", "1"):
+        return [
+            Problem(
+                "accelerate launch asks for FSDP (--config_file or default_config.yaml), whose shards can be neither "
+                "evaluated nor exported",
+                f"torchrun, or an accelerate config whose distributed_type is MULTI_GPU; {instead}",
+            )
+        ]
+    return []
 
 
 def _unknown_keys(request: Request) -> Iterator[Problem]:
@@ -232,11 +251,6 @@ def _two_sources(request: Request) -> Iterator[Problem]:
     if request.config is not None and env.get("ACCELERATE_USE_DEEPSPEED", "false").lower() == "true":
         yield Problem(
             "accelerate launch brings a DeepSpeed configuration of its own (from --config_file or default_config.yaml)",
-            "start with torchrun, or with an accelerate config whose distributed_type is MULTI_GPU",
-        )
-    if request.config is not None and env.get("ACCELERATE_USE_FSDP", "false").lower() == "true":
-        yield Problem(
-            "accelerate launch asks for FSDP (--config_file or default_config.yaml), these arguments for DeepSpeed",
             "start with torchrun, or with an accelerate config whose distributed_type is MULTI_GPU",
         )
 

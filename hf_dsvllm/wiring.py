@@ -13,8 +13,9 @@ from hf_dsvllm.traps import resume_problems
 __all__ = ["Wiring", "check_wiring", "read_wiring"]
 
 # What Trainer.model_wrapped is when several processes train one model without a DeepSpeed configuration of ours; its
-# engine is there by accelerate's own file.  FSDP 2 renames the class.
-AVERAGES_GRADIENTS = ("DistributedDataParallel", "FullyShardedDataParallel", "FSDP", "DeepSpeedEngine")
+# engine is there by accelerate's own file.
+AVERAGES_GRADIENTS = ("DistributedDataParallel", "DeepSpeedEngine")
+FSDP = ("FullyShardedDataParallel", "FSDP")  # FSDP 2 renames the model's class: FSDPLlamaForCausalLM
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -73,6 +74,8 @@ def check_wiring(
             wrong.append(f"DeepSpeed ZeRO stage {asked} was asked for, the engine is {wiring.engine}")
         elif wiring.zero_stage != asked:
             wrong.append(f"ZeRO stage {asked} was asked for, the engine runs stage {wiring.zero_stage}")
+    elif wiring.engine.startswith(FSDP):
+        wrong.append(f"FSDP shards the model ({wiring.engine}), and its shards can be neither evaluated nor exported")
     elif wiring.world_size > 1 and not wiring.engine.startswith(AVERAGES_GRADIENTS):
         wrong.append(f"{wiring.world_size} processes train, each its own copy: the engine is {wiring.engine}")
     if preset is not None and wiring.engine == "DataParallel":

@@ -66,7 +66,6 @@ class _Known(PresetFields):
     """
 
     fp16: bool = False
-    fsdp: Any = None
     metric_for_best_model: str | None = None
     save_strategy: str = "steps"
     greater_is_better: bool = False
@@ -209,10 +208,19 @@ def _preset(command: Command, problems: list[Problem]) -> Preset | None:
 
 
 def _rivals(options: LaunchOptions, command: Command, preset: Preset | None) -> list[Problem]:
-    """Another DeepSpeed configuration beside the preset's: in the script's arguments, or in accelerate's file."""
-    if preset is None or not preset.uses_deepspeed:
-        return []
+    """FSDP, or a DeepSpeed configuration beside the preset's: in the script's arguments, or in accelerate's file."""
+    file = options.accelerate_config
+    kind = (read_mapping(file, "")[0] if file is not None else {}).get("distributed_type")
     problems = []
+    if kind == "FSDP":
+        problems.append(
+            Problem(
+                f"{file} says distributed_type: FSDP, whose shards can be neither evaluated nor exported",
+                f"distributed_type: MULTI_GPU in {file}; --ds_preset zero3 shards as FSDP does",
+            )
+        )
+    if preset is None or not preset.uses_deepspeed:
+        return problems
     if any(word.partition("=")[0] == "--deepspeed" for word in command.script_args):
         problems.append(
             Problem(
@@ -228,14 +236,12 @@ def _rivals(options: LaunchOptions, command: Command, preset: Preset | None) -> 
                 f"take deepspeed out of {file}, or drop --ds_preset",
             )
         )
-    file = options.accelerate_config
-    accelerate = read_mapping(file, "")[0] if file is not None else {}
-    if accelerate.get("distributed_type") in ("DEEPSPEED", "FSDP"):
+    if kind == "DEEPSPEED":
         problems.append(
             Problem(
-                f"{file} says distributed_type: {accelerate['distributed_type']}, and preset {preset.name} brings a "
+                f"{options.accelerate_config} says distributed_type: DEEPSPEED, and preset {preset.name} brings a "
                 "DeepSpeed configuration of its own",
-                f"distributed_type: MULTI_GPU in {file}, or drop --ds_preset",
+                f"distributed_type: MULTI_GPU in {options.accelerate_config}, or drop --ds_preset",
             )
         )
     return problems

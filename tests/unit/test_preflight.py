@@ -11,6 +11,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import trl
 import torch
 from transformers import TrainingArguments
 
@@ -35,7 +36,13 @@ def _left_behind() -> Iterator[None]:
         ({"ds_preset": "zero3_nvme", "nvme_path": "absent/folder"}, "is not a folder", "mkdir -p absent/folder"),
         ({"ds_preset": "long_context"}, "needs 2 processes or more, 1 was started", "torchrun --nproc_per_node 2"),
         ({"ds_preset": "zero2_lowmem", "fp16": True}, "exists in bf16 only", "drop --fp16"),
-        ({"ds_preset": "zero2", "fsdp": "full_shard"}, "both shard the model", "drop --fsdp"),
+        ({"ds_preset": "zero2", "fsdp": "full_shard"}, "--fsdp full_shard: its shards can be neither", "drop --fsdp"),
+        (
+            {"ds_preset": "ddp", "fsdp": "full_shard"},
+            "--fsdp full_shard: its shards can be neither",
+            "--ds_preset zero3",
+        ),
+        ({"export_to": "out", "fsdp": "full_shard"}, "--fsdp full_shard: its shards can be neither", "drop --fsdp"),
     ],
 )
 def test_a_preset_that_lacks_what_it_needs_is_one_problem(
@@ -97,6 +104,26 @@ def test_a_preset_for_gpus_is_given_the_cpu_on_request(tmp_path: Path, monkeypat
     monkeypatch.delitem(sys.modules, "deepspeed")
     assert arguments._accelerator_problems("cpu") == []
     assert os.environ["DS_ACCELERATOR"] == "cpu", "DeepSpeed is told before it is imported"
+
+
+@pytest.mark.parametrize(
+    ("cls", "preset", "given", "refused"),
+    [
+        ("DPOConfig", "zero2_lowmem", {}, True),
+        ("KTOConfig", "zero2_lowmem", {}, True),
+        ("RLOOConfig", "zero2_lowmem", {}, True),
+        ("GRPOConfig", "zero2_lowmem", {"beta": 0.04}, True),
+        ("GRPOConfig", "zero2_lowmem", {}, False),
+        ("SFTConfig", "zero2_lowmem", {}, False),
+        ("DPOConfig", "zero2", {}, False),
+    ],
+)
+def test_bf16_master_weights_are_refused_where_trl_holds_a_second_model(
+    cls: str, preset: str, given: dict[str, Any], refused: bool, tmp_path: Path
+) -> None:
+    problems = problems_of(tmp_path, getattr(trl, cls), ds_preset=preset, **given)
+    assert [f"preset zero2_lowmem and {cls}" in problem.what for problem in problems] == [True] * refused
+    assert all("--ds_preset zero2, or lora_zero2" in problem.fix for problem in problems)
 
 
 # -- generation evaluation, as far as the arguments go

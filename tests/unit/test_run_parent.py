@@ -68,6 +68,13 @@ def test_everything_wrong_is_said_at_once_and_before_torch() -> None:
         assert expected in text
 
 
+@pytest.mark.parametrize("words", [("--ds_preset", "ddp"), ("--ds_preset", "auto"), ("--ds_preset", "zero2")])
+def test_fsdp_in_accelerates_file_is_refused_with_every_preset(words: tuple[str, ...]) -> None:
+    Path("acc.yaml").write_text("distributed_type: FSDP\nnum_processes: 2\n", encoding="utf-8")
+    with pytest.raises(ConfigError, match=r"acc\.yaml says distributed_type: FSDP, whose shards"):
+        plan(*words, accelerate_config=Path("acc.yaml"))
+
+
 def test_a_preset_for_one_process_refuses_two() -> None:
     with pytest.raises(ConfigError, match="preset none is for one process"):
         plan("--ds_preset", "none", num_processes="2")

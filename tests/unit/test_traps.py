@@ -151,6 +151,16 @@ def test_a_second_configuration_from_accelerate_is_refused(
     assert "torchrun" in problem.fix
 
 
+def test_fsdp_by_accelerate_is_refused_with_presets_that_leave_deepspeed_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("ACCELERATE_USE_FSDP", "true")
+    (problem,) = problems_of(tmp_path, ds_preset="lora")
+    assert "asks for FSDP" in problem.what
+    assert "--ds_preset zero3" in problem.fix
+    assert problems_of(tmp_path) == ()
+
+
 def tiny_llama() -> LlamaForCausalLM:
     shape = {"hidden_size": 8, "intermediate_size": 8, "num_hidden_layers": 1, "vocab_size": 16}
     return LlamaForCausalLM(LlamaConfig(**shape, num_attention_heads=1, num_key_value_heads=1))

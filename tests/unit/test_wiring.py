@@ -14,6 +14,7 @@ from huggingface_hub.utils import filter_repo_objects
 from transformers import Trainer
 
 from hf_dsvllm._compat import keep_out_of_uploads
+from hf_dsvllm.errors import WiringError
 from hf_dsvllm.presets import get_preset
 from hf_dsvllm.wiring import Wiring, check_wiring, read_wiring
 
@@ -54,6 +55,16 @@ def test_processes_that_average_their_gradients_pass(
     )
     check_wiring(wiring, get_preset("ddp"), None)
     check_wiring(wiring, None, None)
+
+
+@pytest.mark.parametrize("engine", ["FullyShardedDataParallel", "FSDPLlamaForCausalLM"])
+def test_fsdp_is_refused_by_its_name(engine: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    wiring = Wiring(
+        engine=engine, zero_stage=None, world_size=2, adapter_modules=0, four_bit_modules=0, trainable_parameters=1
+    )
+    with pytest.raises(WiringError, match=rf"FSDP shards the model \({engine}\)"):
+        check_wiring(wiring, None, None)
 
 
 class Hub:
