@@ -49,12 +49,6 @@ TWO_MODELS = frozenset({"DPOConfig", "KTOConfig", "OnlineDPOConfig", "GKDConfig"
 TWO_MODELS_WITH_BETA = frozenset({"GRPOConfig", "RLOOConfig"})
 
 
-# TRL's arguments whose trainers hold a frozen model besides the trained one, and those that do so for a KL term alone
-# (read in 1.16, every caller of `prepare_deepspeed` whose other model does not depend on what the trainer is given).
-TWO_MODELS = frozenset({"DPOConfig", "KTOConfig", "OnlineDPOConfig", "GKDConfig", "GOLDConfig"})
-TWO_MODELS_WITH_BETA = frozenset({"GRPOConfig", "RLOOConfig"})
-
-
 def left_at_default(args: Any, name: str) -> bool:
     """Whether the field still holds its class's own default (a user who typed that same value cannot be told apart)."""
     default = next(field.default for field in dataclasses.fields(args) if field.name == name)
@@ -110,14 +104,6 @@ def preset_problems(
         problems.append(Problem(f"preset {preset.name} needs CUDA GPUs and NCCL, none is here", "--ds_preset zero2"))
     if args.fp16 and any(setting.key == "bf16" for setting in preset.arguments):
         problems.append(Problem(f"--fp16 and preset {preset.name}, which exists in bf16 only", "drop --fp16"))
-    if preset.name == "zero2_lowmem" and (kind := _second_model(args)):
-        problems.append(
-            Problem(
-                f"preset zero2_lowmem and {kind}: TRL gives DeepSpeed the frozen second model with ZeRO switched off, and "
-                "bf16 master weights exist only with it",
-                "--ds_preset zero2, or lora_zero2, which needs no second model",
-            )
-        )
     if preset.name == "zero2_lowmem" and (kind := _second_model(args)):
         problems.append(
             Problem(
@@ -225,13 +211,6 @@ def _trainer_values(args: Any, launch: Launch) -> dict[str, tuple[Any, str]]:
     bf16 = not args.fp16 if args.bf16 is None else args.bf16
     values["bf16.enabled"] = (bool(bf16 or args.bf16_full_eval), "bf16")
     return values
-
-
-def _second_model(args: Any) -> str | None:
-    """The name of TRL's arguments whose trainer gives DeepSpeed a second model, None for any others."""
-    names = {parent.__name__ for parent in type(args).__mro__ if parent.__module__.startswith("trl.")}
-    found = names & TWO_MODELS or (names & TWO_MODELS_WITH_BETA if getattr(args, "beta", 0.0) else set())
-    return min(found, default=None)
 
 
 def _second_model(args: Any) -> str | None:

@@ -11,7 +11,6 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
-import trl
 import torch
 import trl
 from transformers import TrainingArguments
@@ -105,26 +104,6 @@ def test_a_preset_for_gpus_is_given_the_cpu_on_request(tmp_path: Path, monkeypat
     monkeypatch.delitem(sys.modules, "deepspeed")
     assert arguments._accelerator_problems("cpu") == []
     assert os.environ["DS_ACCELERATOR"] == "cpu", "DeepSpeed is told before it is imported"
-
-
-@pytest.mark.parametrize(
-    ("cls", "preset", "given", "refused"),
-    [
-        ("DPOConfig", "zero2_lowmem", {}, True),
-        ("KTOConfig", "zero2_lowmem", {}, True),
-        ("RLOOConfig", "zero2_lowmem", {}, True),
-        ("GRPOConfig", "zero2_lowmem", {"beta": 0.04}, True),
-        ("GRPOConfig", "zero2_lowmem", {}, False),
-        ("SFTConfig", "zero2_lowmem", {}, False),
-        ("DPOConfig", "zero2", {}, False),
-    ],
-)
-def test_bf16_master_weights_are_refused_where_trl_holds_a_second_model(
-    cls: str, preset: str, given: dict[str, Any], refused: bool, tmp_path: Path
-) -> None:
-    problems = problems_of(tmp_path, getattr(trl, cls), ds_preset=preset, **given)
-    assert [f"preset zero2_lowmem and {cls}" in problem.what for problem in problems] == [True] * refused
-    assert all("--ds_preset zero2, or lora_zero2" in problem.fix for problem in problems)
 
 
 @pytest.mark.parametrize(
