@@ -27,7 +27,7 @@ from hf_dsvllm.planner.search import TIE, Candidate, Job, Plan, gib, judge, make
 from hf_dsvllm.presets import Preset
 from hf_dsvllm.traps import Fix
 
-__all__ = ["AutoChoice", "choose", "is_auto", "keep_activations", "planned_length"]
+__all__ = ["AutoChoice", "choose", "is_auto", "keep_activations", "planned_length", "trl_config"]
 
 METHODS = ("full", "lora", "qlora", "any")
 DEFAULT_LENGTH = 1024  # TRL's SFTConfig.max_length
@@ -53,13 +53,27 @@ def is_auto(name: str | None) -> bool:
     return name is not None and name.split(":", 1)[0].split("+", 1)[0].strip().lower() == "auto"
 
 
+def trl_config(args: Any) -> str | None:
+    """The TRL class these arguments are of, None for those of a plain Trainer; GKDConfig is no SFTConfig."""
+    named = (parent.__name__ for parent in type(args).__mro__ if parent.__module__.split(".")[0] == "trl")
+    return next(named, None)
+
+
 def choose(args: Any, launch: Launch, device: str, argv: Sequence[str] | None = None) -> AutoChoice:
     """Plan for these arguments and write the choice into them: preset, micro-batch, accumulation, recompute."""
     argv = sys.argv[1:] if argv is None else argv
     kind, _, named = str(args.ds_preset).partition(":")
     method = kind.partition("+")[2].strip().lower() or "full"
     model = named or flag(argv, "--model_name_or_path") or flag(argv, "--model")
-    problems = []
+    problems, config = [], trl_config(args)
+    if config not in (None, "SFTConfig"):
+        problems.append(
+            Problem(
+                f"--ds_preset auto plans SFTConfig and TrainingArguments, these are {config}: what a reference model, "
+                "pairs of answers or generation take is not in its formulas",
+                "--ds_preset with a name: zero2 or zero3 for all weights, lora, qlora or qlora_zero3 for adapters",
+            )
+        )
     if method not in METHODS:
         problems.append(
             Problem(f"--ds_preset {args.ds_preset}: {method!r} is no method", "auto, auto+lora or auto+qlora")

@@ -7,7 +7,7 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from hf_dsvllm.auto import planned_length
+from hf_dsvllm.auto import planned_length, trl_config
 from hf_dsvllm.errors import DsvllmError
 from hf_dsvllm.hardware import Machine, detect
 from hf_dsvllm.launch import read_launch
@@ -19,8 +19,9 @@ from hf_dsvllm.planner.search import Job, gib, make_plan
 from hf_dsvllm.planner.speed import StepTime, step_time
 from hf_dsvllm.planner.suggest import suggestions
 from hf_dsvllm.presets import Preset
+from hf_dsvllm.wiring import Wiring
 
-__all__ = ["Forecast", "comparison", "forecast", "learn_from", "out_of_memory_advice"]
+__all__ = ["Forecast", "as_trained", "comparison", "forecast", "learn_from", "out_of_memory_advice"]
 
 
 STEPS_TO_LEARN_FROM = 5
@@ -34,7 +35,10 @@ FULL = 0.9  # of the planned tokens: with shorter sequences a step says nothing 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Forecast:
-    """What a run is predicted to take, for sequences of full length."""
+    """What a run is predicted to take, for sequences of full length.
+
+    `teaches`: the formulas describe this run, so that its step time may correct later plans.
+    """
 
     setup: Setup
     machine: Machine
@@ -42,6 +46,7 @@ class Forecast:
     footprint: Footprint
     host: HostFootprint
     step: StepTime
+    teaches: bool = True
 
     def as_record(self) -> dict[str, Any]:
         """As it stands in plan.json; sizes in bytes, of one GPU, and of all processes on the host."""
@@ -114,7 +119,22 @@ def forecast(args: Any, model_args: Any, preset: Preset | None, device: str) -> 
         footprint=gpu_footprint(setup),
         host=host_footprint(setup),
         step=step_time(setup, rates),
+        teaches=trl_config(args) in (None, "SFTConfig"),
     )
+
+
+def as_trained(found: Forecast | None, trainer: Any, wiring: Wiring) -> Forecast | None:
+    """The forecast, which learns nothing from a Trainer that trains otherwise: other weights, or a loss of its own.
+
+    A `compute_loss` or `training_step` of the script's may ask a second model, say.
+    """
+    if found is None:
+        return None
+    method = "full" if not wiring.adapter_modules else "qlora" if wiring.four_bit_modules else "lora"
+    whole = method != "full" or wiring.trainable_parameters >= FULL * found.setup.shape.parameters
+    steps = (type(trainer).compute_loss, type(trainer).training_step)
+    known = all(step.__module__.split(".")[0] in ("transformers", "trl") for step in steps)
+    return dataclasses.replace(found, teaches=found.teaches and whole and known and method == found.setup.method)
 
 
 def comparison(found: Forecast, measured: Mapping[str, Any]) -> list[str]:
@@ -142,10 +162,13 @@ def comparison(found: Forecast, measured: Mapping[str, Any]) -> list[str]:
 
 
 def learn_from(found: Forecast, measured: Mapping[str, Any]) -> bool:
-    """Keep a GPU run's step time for later plans on this machine; False for one too short, or with short sequences."""
+    """Keep a GPU run's step time for later plans on this machine; False for one too short, or with short sequences.
+
+    Nothing is learnt from a run that the formulas do not describe (`Forecast.teaches`).
+    """
     setup, seconds, steps = found.setup, measured.get("median_step_seconds"), measured.get("steps") or 0
     full = (measured.get("tokens") or 0) >= FULL * steps * setup.step_tokens
-    if not seconds or steps < STEPS_TO_LEARN_FROM or not full or setup.device != "cuda":
+    if not found.teaches or not seconds or steps < STEPS_TO_LEARN_FROM or not full or setup.device != "cuda":
         return False
     learn(found.machine.gpus[0].name, found.rates, seconds / (found.step.seconds / found.rates.correction))
     return True

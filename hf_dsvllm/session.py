@@ -23,7 +23,7 @@ from hf_dsvllm._compat import keep_4bit_weights_packed, keep_out_of_uploads
 from hf_dsvllm.arguments import full_dtype, on_one_gpu, resolve_preset, training_device
 from hf_dsvllm.auto import keep_activations
 from hf_dsvllm.callback import SessionCallback
-from hf_dsvllm.checks import check_before_loading, load_tokenizer, predict_memory
+from hf_dsvllm.checks import check_before_loading, expert_problems, load_tokenizer, predict_memory
 from hf_dsvllm.console import is_main_process, say
 from hf_dsvllm.ds_config import swap_buffer_elements, zero_stage
 from hf_dsvllm.ending import EXPORTS, remove_engine_copies, weights_lost, write_end
@@ -43,7 +43,7 @@ from hf_dsvllm.export.trained import trained_record
 from hf_dsvllm.features import choose
 from hf_dsvllm.fields import asks_for_answers, trusts_remote_code
 from hf_dsvllm.files import write_json
-from hf_dsvllm.forecast import forecast, out_of_memory_advice
+from hf_dsvllm.forecast import as_trained, forecast, out_of_memory_advice
 from hf_dsvllm.launch import read_launch
 from hf_dsvllm.live.snapshot import SNAPSHOTS, Snapshot
 from hf_dsvllm.measure import RunMeasure
@@ -206,7 +206,9 @@ class Session:
             say(f"{touched} 4-bit layers: repacking in evaluation disabled (it corrupts training on AVX512-BF16 CPUs)")
         for line in speedups.apply(trainer, self.features):
             say(line)
-        if self.evaluates and (problems := serving_problems(trainer.model)):
+        problems = expert_problems(trainer.model, self.ds_config, read_launch().world_size)
+        problems += serving_problems(trainer.model) if self.evaluates else []
+        if problems:
             raise ConfigError(problems)
         if self.evaluates:
             exact = self.place is not None and self.device == self.place.device == "cpu"
@@ -264,6 +266,7 @@ class Session:
         """Write run.json, ds_config.json and the tokenizer as trained; rank 0."""
         if not is_main_process():
             return
+        self.forecast = as_trained(self.forecast, trainer, wiring)
         if trainer.state.global_step == 0:
             # An explicit folder is the user's to keep or to overwrite, and a second trainer of a script has one.
             exports = () if self.args.export_to else EXPORTS

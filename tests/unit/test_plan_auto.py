@@ -114,6 +114,27 @@ def test_what_auto_cannot_do_is_a_problem(eight_billion: str) -> None:
     assert "cannot plan" in problem(["--model", "/nowhere/at/all"])
 
 
+@pytest.mark.parametrize("name", ["DPOConfig", "GRPOConfig", "RewardConfig"])
+def test_auto_is_refused_for_training_that_its_formulas_do_not_know(eight_billion: str, name: str) -> None:
+    class Own(getattr(trl, name)):  # type: ignore[misc]
+        pass
+
+    args = object.__new__(Own)
+    args.ds_preset = "auto+lora"
+    choice = auto.choose(args, launched(4), "cuda", ["--model", eight_billion])
+    (problem,) = choice.problems
+    assert f"these are {name}" in problem.what
+    assert "zero2 or zero3" in problem.fix
+    assert args.ds_preset == "auto+lora"
+
+
+def test_a_trl_class_made_from_sft_is_not_taken_for_it() -> None:
+    gkd = type("GKDConfig", (trl.SFTConfig,), {"__module__": "trl.experimental.gkd"})
+    assert auto.trl_config(object.__new__(gkd)) == "GKDConfig"
+    assert auto.trl_config(object.__new__(trl.SFTConfig)) == "SFTConfig"
+    assert auto.trl_config(object.__new__(TrainingArguments)) is None
+
+
 def test_what_does_not_fit_is_a_problem_that_names_what_would(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     import json
 

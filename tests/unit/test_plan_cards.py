@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from transformers import Trainer
 
 from hf_dsvllm import forecast
 from hf_dsvllm.errors import HardwareError
@@ -14,6 +15,7 @@ from hf_dsvllm.hardware import Gpu, Machine, parse_machine
 from hf_dsvllm.planner import cards
 from hf_dsvllm.planner.explain import command_line, sentences
 from hf_dsvllm.planner.speed import step_time
+from hf_dsvllm.wiring import Wiring
 from tests.unit.test_plan_auto import predicted
 from tests.unit.test_plan_rules import plan
 
@@ -107,6 +109,35 @@ def test_a_detected_card_is_found_in_the_catalogue(name: str, gib: float, card: 
 def test_a_card_whose_name_only_resembles_one_is_not_taken_for_it(name: str) -> None:
     with pytest.raises(HardwareError, match="not in the catalogue"):
         cards.catalogue_name(gpu(name, 16))
+
+
+class OwnLoss(Trainer):
+    def compute_loss(self, *args: Any, **kwargs: Any) -> Any:
+        return super().compute_loss(*args, **kwargs)
+
+
+@pytest.mark.parametrize(
+    ("trainer", "adapters", "share", "teaches"),
+    [(Trainer, 0, 1.0, True), (Trainer, 4, 0.01, False), (Trainer, 0, 0.5, False), (OwnLoss, 0, 1.0, False)],
+)
+def test_only_a_run_that_the_formulas_describe_corrects_plans(
+    trainer: type, adapters: int, share: float, teaches: bool
+) -> None:
+    found = predicted()
+    wiring = Wiring(
+        engine="DeepSpeedEngine",
+        zero_stage=2,
+        world_size=1,
+        adapter_modules=adapters,
+        four_bit_modules=0,
+        trainable_parameters=int(share * found.setup.shape.parameters),
+    )
+    trained = forecast.as_trained(found, object.__new__(trainer), wiring)
+    assert trained is not None
+    assert trained.teaches is teaches
+    seconds, tokens = found.step.seconds, 10 * found.setup.step_tokens
+    measured = {"steps": 10, "median_step_seconds": seconds, "tokens": tokens}
+    assert forecast.learn_from(trained, measured) is teaches
 
 
 def test_runs_of_this_machine_correct_its_plans_and_it_is_said() -> None:
