@@ -253,6 +253,7 @@ def test_a_qlora_export_is_ten_times_closer_than_a_merge_into_four_bits(tmp_path
 def test_a_full_snapshot_and_a_checkpoint_are_exported(tmp_path: Path) -> None:
     base = write_tiny_model(tmp_path / "base")
     checkpoint = write_tiny_model(tmp_path / "output" / "checkpoint-7", seed=1)
+    (checkpoint / "trainer_state.json").write_text("{}")  # what the Trainer writes last
     report = export(tmp_path / "output", tmp_path / "out", base=str(base))
     assert (report.kind, report.step) == ("full", 7)
     expected = AutoModelForCausalLM.from_pretrained(checkpoint, dtype=torch.bfloat16).state_dict()
