@@ -25,10 +25,8 @@ from hf_dsvllm.presets import Preset
 from hf_dsvllm.tasks import EvalTask, render_prompt
 from hf_dsvllm.tensors.weights import has_safetensors
 
-__all__ = ["check_before_loading", "load_tokenizer", "predict_memory", "trained_problems"]
+__all__ = ["check_before_loading", "expert_problems", "load_tokenizer", "predict_memory", "trained_problems"]
 
-# DeepSpeed 0.19.8 marks these itself (zero/leaf_module_config.py); others can hang when ranks use other experts.
-MOE_WITH_LEAF_MODULES = frozenset({"mixtral", "qwen2_moe", "qwen3_moe"})
 ANOTHER_EXPORT = "--export_to another folder, or none"
 
 
@@ -45,8 +43,6 @@ def check_before_loading(
     problems = _template_problems(args, model_args, tasks)
     problems += _output_problems(Path(args.output_dir))
     problems += _export_problems(args)
-    if _shape(model_args) is not None:
-        problems += _moe_problems(args, model_args)
     return problems + trained_problems(args, model_args, preset, device) if trained else problems
 
 
@@ -221,23 +217,32 @@ def _merge_problems(model_args: Any) -> list[Problem]:
     return problems
 
 
-def _moe_problems(args: Any, model_args: Any) -> list[Problem]:
-    from hf_dsvllm.engine_size import load_config
+def expert_problems(model: Any, config: dict[str, Any] | None, world_size: int) -> list[Problem]:
+    """Experts of the live `model` that are modules of their own, under ZeRO-3 in several processes.
 
-    config = args.deepspeed if isinstance(args.deepspeed, dict) else None
-    model = load_config(args, model_args).get_text_config()
-    experts = getattr(model, "num_experts", None) or getattr(model, "num_local_experts", None)
-    if zero_stage(config) != 3 or not experts or model.model_type in MOE_WITH_LEAF_MODULES:
+    A rank gathers an expert's weights when a token of its own reaches it.  In transformers 5.19 the experts of a layer
+    are one module, always called whole, but for NLLB-MoE and Switch Transformers; models with code of their own differ.
+    """
+    if zero_stage(config) != 3 or world_size == 1 or get_key(config or {}, "zero_optimization.leaf_module"):
         return []
-    if get_key(config or {}, "zero_optimization.leaf_module"):
+    apart = [name for name, module in model.named_modules() if _are_experts(name, module)]
+    if not apart:
         return []
     return [
         Problem(
-            f"model_type={model.model_type} is a mixture of experts DeepSpeed does not know: under ZeRO-3 ranks that "
-            "choose different experts wait for each other for ever (DeepSpeed #7461)",
+            f"the experts of {apart[0]} ({len(apart)} layers) are modules of their own: under ZeRO-3 ranks that choose "
+            "different experts wait for each other for ever (DeepSpeed #7461)",
             'ZeRO-2, or --deepspeed with zero_optimization.leaf_module={"classes": [the expert block\'s class]}',
         )
     ]
+
+
+def _are_experts(name: str, module: Any) -> bool:
+    """Whether this is a list of experts, each with weights of its own."""
+    lists = {"ModuleList", "ModuleDict"} & {kind.__name__ for kind in type(module).__mro__}
+    if not lists or not name.rpartition(".")[2].endswith("experts"):
+        return False
+    return sum(any(True for _ in child.parameters()) for child in module.children()) > 1
 
 
 def _memory_problems(

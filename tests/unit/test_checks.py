@@ -8,6 +8,7 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 from transformers import dynamic_module_utils
 from trl import ModelConfig, SFTConfig
 
@@ -184,29 +185,35 @@ def test_too_small_a_disk_is_refused_for_what_the_run_would_write(
     assert problems(run_args(tmp_path, export_to="none"), model_args(model_folder, use_peft=True), "lora") == []
 
 
-def mixture(folder: Path, model_type: str) -> Path:
-    from transformers import AutoConfig
+def mixture(model_type: str) -> Any:
+    """A small mixture of experts without weights."""
+    from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSeq2SeqLM
 
-    shape = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
-    config = AutoConfig.for_model(model_type, **shape)
-    config.save_pretrained(folder / model_type)
-    return folder / model_type
+    sizes: dict[str, Any] = {"num_experts": 2, "vocab_size": 64}
+    if model_type == "switch_transformers":
+        sizes |= {"d_model": 16, "d_ff": 16, "d_kv": 8, "num_heads": 2, "num_layers": 2, "num_sparse_encoder_layers": 1}
+    else:
+        sizes |= {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 1}
+    kind = AutoModelForSeq2SeqLM if model_type == "switch_transformers" else AutoModelForCausalLM
+    with torch.device("meta"):
+        return kind.from_config(AutoConfig.for_model(model_type, **sizes))
 
 
 @pytest.mark.parametrize(
-    ("model_type", "zero", "refused"),
+    ("model_type", "zero", "processes", "refused"),
     [
-        ("olmoe", {"stage": 3}, True),
-        ("olmoe", {"stage": 2}, False),
-        ("olmoe", {"stage": 3, "leaf_module": {"classes": ["OlmoeSparseMoeBlock"]}}, False),
-        ("qwen3_moe", {"stage": 3}, False),
+        ("switch_transformers", {"stage": 3}, 2, True),
+        ("switch_transformers", {"stage": 3}, 1, False),
+        ("switch_transformers", {"stage": 2}, 2, False),
+        ("switch_transformers", {"stage": 3, "leaf_module": {"classes": ["SwitchTransformersSparseMLP"]}}, 2, False),
+        ("olmoe", {"stage": 3}, 2, False),
+        ("qwen3_moe", {"stage": 3}, 2, False),
     ],
 )
-def test_experts_deepspeed_does_not_know_are_refused_under_zero3(
-    model_type: str, zero: dict[str, Any], refused: bool, tmp_path: Path
+def test_experts_that_are_modules_of_their_own_are_refused_under_zero3(
+    model_type: str, zero: dict[str, Any], processes: int, refused: bool
 ) -> None:
-    args = run_args(tmp_path, deepspeed={"zero_optimization": zero})
-    found = checks._moe_problems(args, model_args(mixture(tmp_path, model_type)))
+    found = checks.expert_problems(mixture(model_type), {"zero_optimization": zero}, processes)
     assert bool(found) == refused
     assert all("wait for each other for ever" in problem.what and "leaf_module" in problem.fix for problem in found)
 
