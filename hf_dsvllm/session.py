@@ -53,7 +53,7 @@ from hf_dsvllm.ranks import Ranks
 from hf_dsvllm.run_folder import leave, occupy, set_aside_earlier_run
 from hf_dsvllm.tasks import load_tasks
 from hf_dsvllm.traps import Fix, fsdp_problems
-from hf_dsvllm.wiring import Wiring
+from hf_dsvllm.wiring import Wiring, check_ranks_agree
 
 __all__ = ["Session", "prepare"]
 
@@ -81,6 +81,8 @@ def prepare(args: Any, model_args: Any, *, trained: bool = True) -> Session:
     problems = adapters.adapter_problems(model_args, preset, stage=stage, training=adapters.training_dtype(args))
     problems += check_before_loading(args, model_args, preset, device, session.tasks, trained=trained)
     problems += fsdp_problems(args.fsdp, os.environ)
+    if trained:  # not where a script loads a model, which it may do on one rank alone
+        check_ranks_agree(args)
     if problems:
         raise ConfigError(problems)
     if preset is not None and preset.offload_param == "nvme":
@@ -201,6 +203,7 @@ class Session:
 
     def attach(self, trainer: Any) -> None:
         """Add the callback to `trainer`; it checks the wiring when training begins and evaluates on the way."""
+        check_ranks_agree(self.args)
         touched = keep_4bit_weights_packed(trainer.model)
         if touched:
             say(f"{touched} 4-bit layers: repacking in evaluation disabled (it corrupts training on AVX512-BF16 CPUs)")

@@ -1,16 +1,22 @@
-"""Whether the live Trainer is what was asked for: engine, ZeRO stage, world size, adapters, read off the objects."""
+"""Whether the live Trainer is what was asked for: engine, ZeRO stage, world size, adapters, read off the objects.
+
+And whether all ranks were asked for the same: `auto` and recompute are planned on each machine, by its own records.
+"""
 
 from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Mapping, Sequence
 from typing import Any
 
-from hf_dsvllm.errors import WiringError
+from hf_dsvllm import ranks
+from hf_dsvllm.ds_config import get_key, zero_stage
+from hf_dsvllm.errors import ConfigError, Problem, WiringError
 from hf_dsvllm.presets import Preset
 from hf_dsvllm.traps import resume_problems
 
-__all__ = ["Wiring", "check_wiring", "read_wiring"]
+__all__ = ["Wiring", "check_ranks_agree", "check_wiring", "read_wiring"]
 
 # What Trainer.model_wrapped is when several processes train one model without a DeepSpeed configuration of ours; its
 # engine is there by accelerate's own file.
@@ -89,3 +95,59 @@ def check_wiring(
         wrong.append(f"preset {preset.name} trains on a 4-bit model, no layer is in 4 bit (pass quantization_config)")
     if wrong:
         raise WiringError("the run is not what was asked for: " + "; ".join(wrong) + ". Nothing was trained.")
+
+
+def check_ranks_agree(args: Any) -> None:
+    """Raise one ConfigError on every rank if they differ in preset, ZeRO, batch or recompute; collective.
+
+    Without a process group nothing is compared.  Ranks that differ would wait for each other, or train another batch.
+    """
+    if ranks.is_distributed() and (problems := differences(ranks.from_all(settings_of(args)))):
+        raise ConfigError(problems)
+
+
+def settings_of(args: Any) -> dict[str, Any]:
+    """What every rank must have alike, by the name it is asked for by."""
+    config = args.deepspeed if isinstance(args.deepspeed, dict) else {}
+    return {
+        "ds_preset": args.ds_preset,
+        "ZeRO stage": zero_stage(config),
+        "offload of the optimizer": get_key(config, "zero_optimization.offload_optimizer.device", "none"),
+        "offload of the weights": get_key(config, "zero_optimization.offload_param.device", "none"),
+        "per_device_train_batch_size": args.per_device_train_batch_size,
+        "gradient_accumulation_steps": args.gradient_accumulation_steps,
+        "gradient_checkpointing": bool(args.gradient_checkpointing),
+    }
+
+
+def differences(settings: Sequence[Mapping[str, Any]]) -> list[Problem]:
+    """One problem that names each setting in which ranks differ, with the ranks of each value; [] if none do."""
+    parts = []
+    for name in settings[0]:
+        by_value: dict[Any, list[int]] = {}
+        for rank, one in enumerate(settings):
+            by_value.setdefault(one[name], []).append(rank)
+        if len(by_value) > 1:
+            said = " and ".join(f"{value} on {spans(found)}" for value, found in by_value.items())
+            parts.append(f"{name} is {said}")
+    if not parts:
+        return []
+    return [
+        Problem(
+            f"the ranks are not set up alike: {'; '.join(parts)}",
+            "the same command on every machine, with --ds_preset NAME instead of auto and --ds_speed "
+            "no_keep_activations; or the same calibration and records on every machine (hf-dsvllm doctor --calibrate)",
+        )
+    ]
+
+
+def spans(found: Sequence[int]) -> str:
+    """`rank 3`, or `ranks 0-7, 9`."""
+    parts: list[list[int]] = []
+    for rank in found:
+        if parts and rank == parts[-1][-1] + 1:
+            parts[-1].append(rank)
+        else:
+            parts.append([rank])
+    text = ", ".join(str(part[0]) if len(part) == 1 else f"{part[0]}-{part[-1]}" for part in parts)
+    return f"rank {text}" if len(found) == 1 else f"ranks {text}"

@@ -87,6 +87,7 @@ class ForArguments:
 
     def _subclass(self, cls: Any, base: Any) -> type:
         from hf_dsvllm.arguments import has_generated_init
+        from hf_dsvllm.wiring import check_ranks_agree
 
         run = self._run
 
@@ -95,8 +96,11 @@ class ForArguments:
                 if name not in args.__dict__:
                     setattr(args, name, run.command.value(name))
             self._refuse_contradictions(args)
+            planned = is_auto(args.ds_preset)
             try:
                 base.__post_init__(args)
+                if planned:  # the next that all ranks do together may be to load shards
+                    check_ranks_agree(args)
             except ConfigError as error:
                 raise run.fail(*error.problems, *self._lines_to_swap(error)) from None
             run.use(args)

@@ -14,7 +14,8 @@ ROOT = Path(__file__).resolve().parents[2]
 # Where a message of a configuration starts its life; each of them must be explained in troubleshooting.md.
 PROBLEM_MODULES = ("arguments", "preflight", "traps", "launch", "adapters", "checks", "memory", "data",
                    "auto", "planner/request", "harness/job", "export/adapter_format", "run_folder", "resume", "disk",
-                   "run/command", "run/parent", "run/state", "run/for_arguments", "run/for_trainers")  # fmt: skip
+                   "run/command", "run/parent", "run/state", "run/for_arguments", "run/for_trainers",
+                   "wiring")  # fmt: skip
 
 
 def as_text(node: ast.expr) -> str:

@@ -13,10 +13,12 @@ import transformers.trainer  # noqa: F401
 from huggingface_hub.utils import filter_repo_objects
 from transformers import Trainer
 
+from hf_dsvllm import ranks
+from hf_dsvllm import wiring as wiring_module
 from hf_dsvllm._compat import keep_out_of_uploads
-from hf_dsvllm.errors import WiringError
+from hf_dsvllm.errors import ConfigError, WiringError
 from hf_dsvllm.presets import get_preset
-from hf_dsvllm.wiring import Wiring, check_wiring, read_wiring
+from hf_dsvllm.wiring import Wiring, check_ranks_agree, check_wiring, read_wiring
 
 KEPT = ("config.json", "model.safetensors", "README.md", "adapter_model.safetensors", "runs/events", "tokenizer.json")
 LEFT_OUT = (
@@ -65,6 +67,52 @@ def test_fsdp_is_refused_by_its_name(engine: str, monkeypatch: pytest.MonkeyPatc
     )
     with pytest.raises(WiringError, match=rf"FSDP shards the model \({engine}\)"):
         check_wiring(wiring, None, None)
+
+
+def planned(**changes: Any) -> SimpleNamespace:
+    config = {"zero_optimization": {"stage": 3, "offload_optimizer": {"device": "cpu"}}}
+    settings = {"ds_preset": "zero3", "deepspeed": config, "per_device_train_batch_size": 8}
+    settings |= {"gradient_accumulation_steps": 1, "gradient_checkpointing": True}
+    return SimpleNamespace(**settings | changes)
+
+
+def on_ranks(monkeypatch: pytest.MonkeyPatch, *others: SimpleNamespace) -> None:
+    """A group of this rank and `others`."""
+    monkeypatch.setattr(ranks, "is_distributed", lambda: True)
+    monkeypatch.setattr(ranks, "from_all", lambda own: [own, *map(wiring_module.settings_of, others)])
+
+
+def test_ranks_that_are_set_up_alike_pass(monkeypatch: pytest.MonkeyPatch) -> None:
+    on_ranks(monkeypatch, planned(), planned())
+    check_ranks_agree(planned())
+
+
+def test_ranks_that_planned_differently_are_named_with_their_values(monkeypatch: pytest.MonkeyPatch) -> None:
+    changed = {"ds_preset": "zero2", "deepspeed": {"zero_optimization": {"stage": 2}}, "gradient_checkpointing": False}
+    on_ranks(monkeypatch, planned(), planned(**changed), planned(**changed), planned())
+    with pytest.raises(ConfigError) as caught:
+        check_ranks_agree(planned())
+    (problem,) = caught.value.problems
+    for part in (
+        "ds_preset is zero3 on ranks 0-1, 4 and zero2 on ranks 2-3",
+        "ZeRO stage is 3 on ranks 0-1, 4 and 2 on ranks 2-3",
+        "offload of the optimizer is cpu on ranks 0-1, 4 and none on ranks 2-3",
+        "gradient_checkpointing is True on ranks 0-1, 4 and False on ranks 2-3",
+    ):
+        assert part in problem.what
+    assert "per_device_train_batch_size" not in problem.what
+    assert "--ds_preset NAME instead of auto" in problem.fix
+
+
+def test_a_micro_batch_of_one_rank_is_told(monkeypatch: pytest.MonkeyPatch) -> None:
+    on_ranks(monkeypatch, planned(per_device_train_batch_size=4, deepspeed=None, ds_preset=None))
+    with pytest.raises(ConfigError, match="per_device_train_batch_size is 8 on rank 0 and 4 on rank 1"):
+        check_ranks_agree(planned(deepspeed=None, ds_preset=None))
+
+
+def test_one_process_asks_nobody(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(ranks, "from_all", lambda _own: pytest.fail("there is no other rank"))
+    check_ranks_agree(planned())
 
 
 class Hub:
