@@ -51,6 +51,7 @@ def write_checkpoint(case: dict[str, Any], out: Path) -> None:
     engine.save_checkpoint(str(checkpoint), tag="global_step1", exclude_frozen_parameters=without_frozen)
     if os.environ["RANK"] == "0":
         describe(engine.module, case, checkpoint)
+        (checkpoint / "trainer_state.json").write_text("{}", encoding="utf-8")  # what the Trainer writes last
         state = get_fp32_state_dict_from_zero_checkpoint(str(checkpoint))
         save_file({name: tensor.clone() for name, tensor in state.items()}, out / "truth.safetensors")
     torch.distributed.barrier()
