@@ -172,29 +172,29 @@ def _export_problems(args: Any) -> list[Problem]:
 def _destination_problems(args: Any) -> list[Problem]:
     """Of the folder of the last weights, else of that for the best, if scores may tell them apart."""
     last, best = export_places(Path(args.output_dir), args.export_to)
-    problems = _place_problems(args, last, f"export_to {last}")
+    problems = _place_problems(args, last, f"{last}")
     if problems or not asks_for_answers(args):
         return problems
-    return _place_problems(args, best, f"export_to {last}: {best}, for the best weights,")
+    return _place_problems(args, best, f"{last}: {best}, for the best weights,")
 
 
 def _place_problems(args: Any, out: Path, named: str) -> list[Problem]:
     run_dir = Path(args.output_dir)
     target, run = behind_links(out), run_dir.resolve()
     if target == run or target in run.parents:
-        what = f"{named} is the run's own folder {run_dir}, or holds it"
+        what = f"export_to {named} is the run's own folder {run_dir}, or holds it"
         return [Problem(what, f"--export_to {run_dir / 'export'}, or another folder of its own")]
     if target.is_mount():
-        return [Problem(f"{named} is the root of a disk, which cannot be renamed to", "a folder in it")]
+        return [Problem(f"export_to {named} is the root of a disk, which cannot be renamed to", "a folder in it")]
     # The usual folder is set aside where a run starts afresh.
     set_aside = not args.export_to and target.is_dir() and not args.resume_from_checkpoint
     if occupied(target) and not set_aside and not (target / REPORT).is_file():
-        return [Problem(f"{named} exists and is no export of hf-dsvllm", f"{ANOTHER_EXPORT}, or remove it")]
+        return [Problem(f"export_to {named} exists and is no export of hf-dsvllm", f"{ANOTHER_EXPORT}, or remove it")]
     existing = next(parent for parent in target.parents if parent.exists())
     if target.parent == run or (existing.is_dir() and os.access(existing, os.W_OK | os.X_OK)):
         return []  # in the run's folder: looked at with that
     why = "cannot be written" if existing.is_dir() else "is a file"
-    return [Problem(f"{named}: {existing} {why}", ANOTHER_EXPORT)]
+    return [Problem(f"export_to {named}: {existing} {why}", ANOTHER_EXPORT)]
 
 
 def _merge_problems(model_args: Any) -> list[Problem]:
