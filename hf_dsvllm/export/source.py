@@ -181,9 +181,7 @@ def _from_hub(name: str, revision: str | None = None, more: Sequence[str] = ()) 
 
     Some hold their weights twice, such as Mistral's consolidated.safetensors and gpt-oss' original/.
     """
-    from huggingface_hub import snapshot_download
-
-    folder = Path(snapshot_download(name, revision=revision, allow_patterns=[*SMALL_FILES]))
+    folder = _in_cache(name, revision, SMALL_FILES)
     index = folder / "model.safetensors.index.json"
     if index.is_file():
         weights = set(json.loads(index.read_text(encoding="utf-8"))["weight_map"].values())
@@ -192,7 +190,21 @@ def _from_hub(name: str, revision: str | None = None, more: Sequence[str] = ()) 
     wanted = [*SMALL_FILES, "adapter_model.safetensors", *sorted(weights), *more]
     # The commit that the small files are of: a branch may move on in between.
     commit = folder.name if re.fullmatch(r"[0-9a-f]{40}", folder.name) else revision
-    return Path(snapshot_download(name, revision=commit, allow_patterns=wanted))
+    return _in_cache(name, commit, wanted)
+
+
+def _in_cache(name: str, revision: str | None, patterns: Sequence[str]) -> Path:
+    """The folder of a repository in the cache, its files brought there if the hub can be reached."""
+    from huggingface_hub import snapshot_download
+
+    what: Any = {"revision": revision, "allow_patterns": [*patterns]}
+    try:
+        return Path(snapshot_download(name, **what))
+    except Exception:
+        # huggingface_hub 1.x asks the network for the files of a commit, whatever is in the cache.
+        with contextlib.suppress(Exception):
+            return Path(snapshot_download(name, **what, local_files_only=True))
+        raise
 
 
 def find_tokenizer(source: Source, base: Path | None) -> Path | None:
