@@ -201,9 +201,7 @@ def trainer_logprobs(model: Any, prompts: Sequence[TokenIds], *, deepspeed_engin
     with _as_in_evaluation(model, device), torch.no_grad():
         logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
         found = [_of_row(logits[row], ids[row], len(tokens)) for row, tokens in enumerate(prompts)]
-    release = getattr(getattr(deepspeed_engine, "optimizer", None), "empty_partition_cache", None)
-    if release is not None:
-        release()
+    _forget_forward(deepspeed_engine)
     return tuple(found)
 
 
@@ -268,6 +266,23 @@ def _moved(ours: LogProbs, previous: LogProbs | None) -> list[float] | None:
         return None
     moved = [old - new for rows in zip(previous, ours, strict=True) for old, new in zip(*rows, strict=True)]
     return moved if any(moved) else None
+
+
+def _forget_forward(deepspeed_engine: Any) -> None:
+    """Let ZeRO-3 put away what it fetched ahead, and the order of modules if this forward was the first it saw.
+
+    It fetches ahead in the order that it recorded, and training may take another: TRL's loss reads the output head's
+    weight without calling the head.  With an order recorded here the first backward pass of a model of more than
+    `stage3_max_live_parameters` met a released weight (8B on an H200; DeepSpeed 0.19.8, partitioned_param_coordinator.py).
+    """
+    optimizer = getattr(deepspeed_engine, "optimizer", None)
+    offload = getattr(optimizer, "parameter_offload", None)
+    if offload is None:
+        return
+    optimizer.empty_partition_cache()
+    coordinator = offload.get_param_coordinator()
+    if coordinator.is_record_trace():
+        coordinator._invalidate_trace()  # as TRL does after its own generation: there is no public way
 
 
 def _of_row(logits: Any, ids: Any, length: int) -> tuple[float, ...]:

@@ -8,7 +8,8 @@ what the libraries keep in process-wide state is reset between them.  SPEC is {"
 (a checkpoint), `weights` (save the gathered parameters), `stream` and `sends` (see `streams.py`), `model` (another
 folder), `few` (train on the first global batch alone, so that the loss falls), `fall_back` (lose DeepSpeed on the way),
 `restore` (a snapshot to load at the end), `canary` (ask the live model for log-probabilities after every step; see
-canaries.py).  ZeRO-3 runs come first: their arguments are refused once an unsharded model has been loaded in the
+canaries.py), `trl` (its SFTTrainer, whose loss never calls the output head), `large` (ZeRO-3 lets next to nothing stay
+gathered, as where the model is larger than `stage3_max_live_parameters`).  ZeRO-3 runs come first: their arguments are refused once an unsharded model has been loaded in the
 process.
 
 OUT/<name>.json holds what came of it: losses by step, the live wiring, hashes of the 4-bit weights before and after,
@@ -87,23 +88,30 @@ def train(run: dict[str, Any], model: Path, out: Path) -> dict[str, Any]:
     from transformers import Trainer, default_data_collator
     from trl import ModelConfig
 
-    from hf_dsvllm import DsvllmTrainingArguments, prepare
+    from hf_dsvllm import DsvllmSFTConfig, DsvllmTrainingArguments, prepare
     from hf_dsvllm.live.restore import restore
     from hf_dsvllm.wiring import read_wiring
 
     processes = int(os.environ["WORLD_SIZE"])
     given = {"per_device_train_batch_size": GLOBAL_BATCH // processes} | ARGUMENTS | run.get("args", {})
-    args = DsvllmTrainingArguments(output_dir=str(out / run["name"]), ds_preset=run["preset"], **given)
+    kind = DsvllmSFTConfig if run.get("trl") else DsvllmTrainingArguments
+    args = kind(output_dir=str(out / run["name"]), ds_preset=run["preset"], **given)
     model_args = ModelConfig(
         **{"model_name_or_path": str(model), "lora_r": 4, "lora_dropout": 0.0} | run.get("model_args", {})
     )
     session = prepare(args, model_args)
+    if run.get("large"):
+        few = dict.fromkeys(("stage3_max_live_parameters", "stage3_max_reuse_distance"), 1000)
+        args.hf_deepspeed_config.config["zero_optimization"].update(few)
     loaded = session.load_model()
     data = rows(run.get("few", False))
     if run.get("fall_back"):
         args.deepspeed_plugin = None
         os.environ["ACCELERATE_USE_DEEPSPEED"] = "false"
-    trainer = Trainer(model=loaded, args=args, train_dataset=data, data_collator=default_data_collator)
+    if run.get("trl"):
+        trainer = sft_trainer(loaded, args, data, model)
+    else:
+        trainer = Trainer(model=loaded, args=args, train_dataset=data, data_collator=default_data_collator)
     session.attach(trainer)
     if "canary" in run:
         from tests.scripts.canaries import AfterEachStep
@@ -132,6 +140,17 @@ def train(run: dict[str, Any], model: Path, out: Path) -> dict[str, Any]:
         "four_bit_after": four_bit_hashes(trainer.model),
         "quant_storage": model_args.bnb_4bit_quant_storage,
     }
+
+
+def sft_trainer(model: Any, args: Any, data: list[dict[str, list[int]]], folder: Path) -> Any:
+    """TRL's, on sequences that are tokenised already."""
+    from datasets import Dataset
+    from transformers import AutoTokenizer
+    from trl import SFTTrainer
+
+    args.dataset_kwargs = {"skip_prepare_dataset": True}
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    return SFTTrainer(model=model, args=args, train_dataset=Dataset.from_list(data), processing_class=tokenizer)
 
 
 def optimizer_name(trainer: Any) -> str:
