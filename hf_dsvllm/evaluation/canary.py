@@ -273,7 +273,7 @@ def _forget_forward(deepspeed_engine: Any) -> None:
 
     It fetches ahead in the order that it recorded, and training may take another: TRL's loss reads the output head's
     weight without calling the head.  With an order recorded here the first backward pass of a model of more than
-    `stage3_max_live_parameters` met a released weight (8B on an H200; DeepSpeed 0.19.8, partitioned_param_coordinator.py).
+    `stage3_max_live_parameters` met a released weight (8B on an H200; DeepSpeed 0.19.8).
     """
     optimizer = getattr(deepspeed_engine, "optimizer", None)
     offload = getattr(optimizer, "parameter_offload", None)
