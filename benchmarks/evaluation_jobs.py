@@ -79,6 +79,8 @@ def one_gpu() -> list[Job]:
         ask("alone-eager", "alone"),
         ask("alone-compiled", "alone", "--compiled", needs_s=200),
         ask("engine-wide", "engine", "--wide"),
+        ask("engine-wide-compiled", "engine", "--wide", "--compiled", needs_s=200),
+        ask("start-eager-cold-fork", "engine", "--fork"),
     ]
 
 
@@ -124,12 +126,12 @@ def four_gpus() -> list[Job]:
         in_copies[1],
         *pair("zero3", "8b", 3),
         *pair("zero2", "8b", 3),
-        *pair("zero3", "14b", 3, 90),
+        pair("zero3", "14b", 3, 90)[0],
         Job(name="32b-lora-4-tp4", flags=tuple(wide.split()), **how),
         sharded(3),
         sharded(2),
         in_copies[0],
-        *pair("zero2", "14b", 3, 115),
+        pair("zero2", "14b", 3, 115)[0],
     ]
 
 

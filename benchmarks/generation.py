@@ -1,7 +1,7 @@
 """Answers to the same prompts in five ways, and how long a vLLM takes to start: one way a call, a row a call.
 
     python benchmarks/generation.py write   --shape 8b --work WORK      # the random model, once
-    python benchmarks/generation.py engine  --shape 8b --work WORK --out OUT [--compiled] [--name second]
+    python benchmarks/generation.py engine  --shape 8b --work WORK --out OUT [--compiled] [--wide] [--fork]
     python benchmarks/generation.py alone   --shape 8b --work WORK --out OUT [--compiled]
     python benchmarks/generation.py hf      --shape 8b --work WORK --out OUT --batch 64 128 256
     torchrun --nproc_per_node 2 benchmarks/generation.py sharded --shape 8b --work WORK --out OUT --zero 3
@@ -52,6 +52,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[64])
     parser.add_argument("--most_s", type=float, default=600.0, help="of transformers: no batch is begun after so long")
     parser.add_argument("--wide", action="store_true", help="the engine with all the cache the GPU has room for")
+    parser.add_argument("--fork", action="store_true", help="the engine's process is forked, not started anew")
     parser.add_argument("--compiled", action="store_true", help="compiled code and CUDA graphs instead of eager")
     parser.add_argument("--zero", type=int, default=3, choices=[2, 3])
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
@@ -94,7 +95,7 @@ def keep(args: argparse.Namespace, row: dict[str, Any]) -> None:
         "shape": args.shape,
         "prompts": args.prompts,
         "new_tokens": args.new_tokens,
-        "command": shlex.join(sys.argv),
+        "command": shlex.join(["benchmarks/generation.py", *sys.argv[1:]]),
     }
     now = datetime.datetime.now(datetime.UTC).isoformat(timespec="seconds")
     row = row | given | {"card": card, "versions": versions, "date": now}
@@ -118,6 +119,8 @@ def by_engine(args: argparse.Namespace) -> dict[str, Any]:
     from hf_dsvllm.engine import EngineClient, EngineServer, EngineSpec, WeightSync
     from hf_dsvllm.engine_size import CONCURRENT_SEQUENCES
 
+    if args.fork:
+        os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"
     spec = EngineSpec(
         model=model_folder(args),
         python=Path(sys.executable),

@@ -129,7 +129,7 @@ def job_of(
         device="cuda" if device == "cuda" else "cpu",
         processes=world,
         local_processes=local,
-        streams=args.gen_eval_weights == "stream",
+        streams=args.gen_eval_weights != "disk",
     )
 
 

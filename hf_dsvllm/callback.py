@@ -295,12 +295,12 @@ class SessionCallback(TrainerCallback):
                 self._keep(done)
 
     def _publish_a_best(self, done: Round) -> None:
-        """A snapshot of streamed weights, if their score, the best so far, may choose the run's weights; collective.
+        """A snapshot of streamed weights whose score is the best so far; collective.
 
-        Scores that steer a streaming run are never late (see placement), so the weights are still the model's.
+        Late ones are none: the model's weights have moved on (and where scores steer, nothing is streamed late).
         """
         args, run_dir = self.trainer.args, self.session.run_dir
-        if not steers(args) or done.step != self.trainer.state.global_step or not done.step:
+        if self.late or done.step != self.trainer.state.global_step or not done.step:
             return
         wanted = is_main_process() and not (run_dir / "snapshots" / f"step-{done.step}").is_dir()
         if self.session.ranks.broadcast(wanted and is_best(run_dir, args, done)):
@@ -316,7 +316,7 @@ class SessionCallback(TrainerCallback):
         say(done.result.line() + ("" if done.step == now else f", known at step {now}"))
         run_dir, name = self.session.run_dir, f"step-{done.step}"
         log_samples(self.trainer.args, run_dir, done.step)
-        kept = steers(self.trainer.args) or not self.streams  # a stream that went by disk once is no best
+        kept = not (self.streams and self.late)  # one of those that went by disk once is no best
         if kept:
             self._say_undecided(done)
         if kept and (run_dir / "snapshots" / name).is_dir():  # neither the untrained model nor streamed away

@@ -12,7 +12,7 @@ from hf_dsvllm.adapters import why_merge_for_engine
 from hf_dsvllm.ds_config import get_key, zero_stage
 from hf_dsvllm.ending import export_places
 from hf_dsvllm.errors import Problem
-from hf_dsvllm.fields import asks_for_answers, steers
+from hf_dsvllm.fields import asks_for_answers
 from hf_dsvllm.launch import read_launch
 from hf_dsvllm.model_shape import ModelShape
 from hf_dsvllm.placement import Place, choose_place, visible_gpus
@@ -94,14 +94,14 @@ def _snapshots(
 ) -> tuple[list[Part], list[Part]]:
     """Snapshots on the disk at once: while training the latest, the best and a new one, then the last and the best.
 
-    Never more than are published.  Streamed weights are written only where a score chooses them.  A resumed run has
-    some of them already.
+    Never more than are published.  Of streamed weights only the best are written, and none where scores come late.  A
+    resumed run has some of them already.
     """
     if model_args.use_peft:
         return [], []
     while_training, at_end = (0, 1) if place is None else (3, 2)
     if place is not None and place.stream:
-        while_training, at_end = (2, 2) if steers(args) else (0, 1)
+        while_training, at_end = (0, 1) if place.late else (2, 2)
     published = _publishing(args)
     while_training, at_end = min(while_training, published), min(at_end, published)
     if args.load_best_model_at_end:  # the last are the best
@@ -128,7 +128,7 @@ def _engine(run_dir: Path, place: Place | None, model_args: Any, shape: ModelSha
 def _exports(args: Any, shape: ModelShape, place: Place | None) -> list[Part]:
     if args.export_to == "none":
         return []
-    has_best = place is not None and (steers(args) or not place.stream)
+    has_best = place is not None and not (place.stream and place.late)
     another = has_best and _publishing(args) > 1 and not args.load_best_model_at_end
     return _several("export", 2 if another else 1, WEIGHTS_BYTES_PER_PARAMETER * shape.parameters)
 

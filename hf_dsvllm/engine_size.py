@@ -8,6 +8,7 @@ from collections.abc import Sequence
 from typing import Any
 
 from hf_dsvllm.adapters import why_merge_for_engine
+from hf_dsvllm.engine.client import PROMPTS_IN_FLIGHT
 from hf_dsvllm.errors import ConfigError, Problem
 from hf_dsvllm.fields import trusts_remote_code
 from hf_dsvllm.placement import Place
@@ -20,13 +21,19 @@ __all__ = [
     "gpus_needed",
     "kv_bytes_per_token",
     "largest_parameter",
+    "own_room",
     "size_engine",
 ]
 
 GIB = 1 << 30
-# Sequences the cache should hold at once: enough to keep a GPU busy, small beside a trainer.
+# Sequences the cache should hold at once beside a trainer: enough to keep a GPU busy, and small.
 CONCURRENT_SEQUENCES = 64
 MAX_KV_CACHE_BYTES = 8 * GIB
+# On a GPU of its own it holds all that is asked at a time, within this share of the GPU less weights and workspace.
+# With 112 GiB instead of 8, 512 prompts of 8B went at 8,762 tok/s instead of 4,642 (eager, H200, vLLM 0.26); 1.7 GiB of
+# activations and 0.2 of libraries were seen there; logits of a thousand sequences and NCCL's buckets come on top.
+OWN_GPU_SHARE = 0.9
+WORKSPACE_BYTES = 4 * GIB
 # The chat template may still change between the check and the run (TRL can clone one): room for its extra tokens.
 TEMPLATE_SLACK_TOKENS = 64
 FOREIGN_PROMPT_TOKENS = 4096  # prompts that are not ours: few-shot tasks of lm-eval, a chat
@@ -38,11 +45,11 @@ LENGTH_KEYS = ("max_position_embeddings", "n_positions", "max_seq_len", "seq_len
 SCALED_ALREADY = ("su", "longrope", "llama3", "yarn", "deepseek_yarn", "deepseek_llama_scaling")
 # Of a GPU's memory, what the weights may take: all but cache and workspace on its own, less beside a trainer.
 WEIGHTS_SHARE = {"spare": 0.8, "shared": 0.4}
-# An engine with compiled code is ready later: 8B on one H200, cold, 132 s instead of 67 s (vLLM 0.26).
-COMPILE_S = 65.0
-# Launching a layer's kernels in a decode step, which a compiled engine's graphs save: without them 28 layers took 33 ms
-# a step (Qwen3-1.7B shape, 128 sequences, one H200, vLLM 0.26), where reading their weights takes 1 ms.
-LAUNCH_S = 1.1e-3
+# An engine with compiled code is ready later, and saves the launching of a layer's kernels in every decoding step: 8B
+# on an H200 with 16 CPUs (vLLM 0.26, 2026-11-27) 86 s instead of 73 cold, 54 instead of 40 with filled caches, and
+# 6.3 ms a step instead of 20.6 for 64 sequences.  Another host of 2026-11-22: 132 s instead of 67, and 1.1 ms a layer.
+COMPILE_S = 13.0
+LAUNCH_S = 4.0e-4
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -60,18 +67,36 @@ class EngineSize:
     reason: str
 
 
-def size_engine(place: Place, args: Any, model_args: Any, tasks: Sequence[EvalTask], tokenizer: Any) -> EngineSize:
-    """Length and cache for the longest prompt and answer of `tasks`."""
+def size_engine(
+    place: Place,
+    args: Any,
+    model_args: Any,
+    tasks: Sequence[EvalTask],
+    tokenizer: Any,
+    *,
+    gpus: int = 1,
+    room_bytes: int | None = None,
+) -> EngineSize:
+    """Length and cache for the longest prompt and answer of `tasks`.
+
+    `gpus`: those of one engine, over which its cache is spread; `room_bytes`: what each has for the cache where they
+    are its own (`own_room`), None beside a trainer and on CPUs.
+    """
     config = load_config(args, model_args)
     length = context_tokens(args, config, tasks, tokenizer)
     per_token = kv_bytes_per_token(config, element_bytes=4 if place.device == "cpu" else 2)
     cache = min(max(CONCURRENT_SEQUENCES * length * per_token, GIB), MAX_KV_CACHE_BYTES)
+    at_once = CONCURRENT_SEQUENCES
+    if room_bytes is not None:
+        per_sequence = -(-length * per_token // gpus)
+        cache = max(min(cache, room_bytes), min(asked_at_once(args, tasks) * per_sequence, room_bytes))
+        at_once = max(at_once, cache // per_sequence)
     merging = None
     if model_args.use_peft:
         streamed = "they are merged on their way from GPU to GPU" if place.stream else None
         merging = why_merge_for_engine(model_args, place.device) or streamed
     copied = f"; adapters are merged into a copy for it ({merging})" if merging else ""
-    steps = decode_steps(args, tasks)
+    steps = decode_steps(args, tasks, at_once)
     saved = steps * config.get_text_config().num_hidden_layers * LAUNCH_S
     # On a shared GPU its graphs would hold memory that training wants; on CPUs a C++ compiler would have to be there.
     compiled = place.kind == "spare" and saved > COMPILE_S
@@ -88,10 +113,29 @@ def size_engine(place: Place, args: Any, model_args: Any, tasks: Sequence[EvalTa
     )
 
 
-def decode_steps(args: Any, tasks: Sequence[EvalTask]) -> int:
-    """The most decoding steps the evaluations of a run take, CONCURRENT_SEQUENCES answers at a time.
+def own_room(weights_bytes: int, gpu_bytes: int, gpus: int) -> int | None:
+    """Bytes for the cache on each of an engine's own `gpus`; None where that is little: then as beside a trainer."""
+    room = int(OWN_GPU_SHARE * gpu_bytes) - weights_bytes // gpus - WORKSPACE_BYTES
+    return room if room >= MAX_KV_CACHE_BYTES else None
 
-    steps = evaluations * sum over tasks of ceil(prompts * answers / CONCURRENT_SEQUENCES) * max_new_tokens
+
+def asked_at_once(args: Any, tasks: Sequence[EvalTask]) -> int:
+    """Answers that the largest of `tasks` asks for at a time; a client of others may ask for as many as fit."""
+    if args.gen_eval_lm_eval or args.gen_eval_expose is not None:
+        return PROMPTS_IN_FLIGHT
+    most = max((len(task.samples) * answers_of(args, task) for task in tasks), default=0)
+    return min(most, PROMPTS_IN_FLIGHT)
+
+
+def answers_of(args: Any, task: EvalTask) -> int:
+    """Answers to each prompt."""
+    return int(task.settings.samples or args.gen_eval_samples)
+
+
+def decode_steps(args: Any, tasks: Sequence[EvalTask], at_once: int = CONCURRENT_SEQUENCES) -> int:
+    """The most decoding steps the evaluations of a run take, `at_once` answers at a time.
+
+    steps = evaluations * sum over tasks of ceil(prompts * answers / at_once) * max_new_tokens
 
     `evaluations` from max_steps; a run that counts epochs is taken to be evaluated at its start, its end and after each
     epoch, for its steps are not known before its data is.
@@ -106,9 +150,9 @@ def decode_steps(args: Any, tasks: Sequence[EvalTask]) -> int:
     evaluations = between + 1 + int(args.gen_eval_on_start)
     one = 0
     for task in tasks:
-        answers = len(task.samples) * (task.settings.samples or args.gen_eval_samples)
+        answers = len(task.samples) * answers_of(args, task)
         tokens = task.settings.max_new_tokens or args.gen_eval_max_new_tokens
-        one += math.ceil(answers / CONCURRENT_SEQUENCES) * tokens
+        one += math.ceil(answers / at_once) * tokens
     return evaluations * one
 
 

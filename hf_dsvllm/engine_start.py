@@ -17,7 +17,7 @@ from hf_dsvllm.engine.capabilities import why_no_transfer
 from hf_dsvllm.engine.folder import writing_for_engine
 from hf_dsvllm.engine.remote import RemoteServer
 from hf_dsvllm.engine.server import EngineServer, EngineSpec, find_vllm
-from hf_dsvllm.engine_size import EngineSize, copies, gpus_needed, load_config, size_engine
+from hf_dsvllm.engine_size import EngineSize, copies, gpus_needed, load_config, own_room, size_engine
 from hf_dsvllm.errors import DsvllmError
 from hf_dsvllm.export.adapter_format import why_merge_live
 from hf_dsvllm.export.source import local_base
@@ -39,7 +39,8 @@ def start_engine(
     `quantization`: the trainer's BitsAndBytesConfig or None.
     """
     run_dir = Path(args.output_dir)
-    size = size_engine(place, args, model_args, tasks, tokenizer)
+    gpus, room = own_gpus(place, args, model_args)
+    size = size_engine(place, args, model_args, tasks, tokenizer, gpus=gpus, room_bytes=room)
     say(f"vLLM evaluates on {place.reason}; {size.reason}")
     model: Path | str = model_args.model_name_or_path
     if place.url is not None:
@@ -108,17 +109,30 @@ def transfer_backend(place: Place, python: Path) -> TransferBackend | None:
     return None
 
 
+def own_gpus(place: Place, args: Any, model_args: Any) -> tuple[int, int | None]:
+    """GPUs of one engine that trains nobody, and the bytes each has for its cache; (1, None) anywhere else."""
+    weights = weights_bytes(model_args)
+    if place.kind != "spare" or weights is None:
+        return 1, None
+    gpus = tensor_parallel_size(place, args, model_args)
+    return gpus, own_room(weights, torch.cuda.get_device_properties(0).total_memory, gpus)
+
+
 def tensor_parallel_size(place: Place, args: Any, model_args: Any) -> int:
     """GPUs of one engine, from the size of the model and of the GPU; on CPUs its processes, one unless asked."""
     if place.device == "cpu":
         return args.gen_eval_tensor_parallel or 1
-    try:
-        shape = load_shape(model_args.model_name_or_path, revision=model_args.model_revision)
-        weights_bytes = 2 * shape.parameters
-    except DsvllmError:
-        weights_bytes = None
     gpu_bytes = torch.cuda.get_device_properties(0).total_memory
-    return gpus_needed(place, args.gen_eval_tensor_parallel, weights_bytes, gpu_bytes, load_config(args, model_args))
+    config = load_config(args, model_args)
+    return gpus_needed(place, args.gen_eval_tensor_parallel, weights_bytes(model_args), gpu_bytes, config)
+
+
+def weights_bytes(model_args: Any) -> int | None:
+    """Of the model in 16 bit; None for an architecture that is not known."""
+    try:
+        return 2 * load_shape(model_args.model_name_or_path, revision=model_args.model_revision).parameters
+    except DsvllmError:
+        return None
 
 
 def as_the_trainer_holds_it(model_args: Any, quantization: Any, run_dir: Path) -> Path:

@@ -105,10 +105,11 @@ class PresetFields:
                   "Default: as many as the GPUs hold that the trainer does not use, else one."},
     )  # fmt: skip
     gen_eval_weights: str = dataclasses.field(
-        default="disk",
-        metadata={"help": "How weights reach vLLM: disk (a snapshot it reads; works everywhere) or stream (GPU to GPU: "
+        default="auto",
+        metadata={"help": "How weights reach vLLM: disk (a snapshot it reads; works everywhere), stream (GPU to GPU: "
                   "by CUDA IPC on a shared GPU, where vLLM then sleeps between evaluations, by NCCL to a spare one; "
-                  "disk if that fails)."},
+                  "disk if that fails) or auto: stream where both are on GPUs of this host, but adapters by disk to a "
+                  "spare GPU."},
     )  # fmt: skip
     vllm_python: str | None = dataclasses.field(
         default=None,

@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import math
+import os
 import resource
 import statistics
 import time
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from typing import Any
 
 import torch
@@ -174,12 +176,44 @@ class RunMeasure:
         return max((self.phases[phase][name] for phase in TRAINING if phase in self.phases), default=0.0)
 
 
-def gib_of_others() -> float | None:
-    """Memory of this GPU that PyTorch here does not hold, in GiB: other processes', and our own CUDA context.
+def gib_of_others(processes: Collection[int] = ()) -> float | None:
+    """Memory of this GPU that `processes` and their children hold, in GiB, by the driver; None without a GPU in use.
 
-    None without a GPU in use.
+    Where the driver counts processes by other numbers (a container without the host's) it is all that PyTorch here does
+    not hold: other processes', and our own CUDA context.
     """
     if not torch.cuda.is_available() or not torch.cuda.is_initialized():
         return None
+    try:
+        held = memory_by_process()
+    except Exception:  # NVML's own errors, of which there are many, and a package that is not there
+        held = {}
+    if os.getpid() in held:
+        return round(sum(held.get(process, 0) for process in with_children(processes)) / GIB, 3)
     free, total = torch.cuda.mem_get_info()
     return round((total - free - torch.cuda.memory_reserved()) / GIB, 3)
+
+
+def memory_by_process() -> dict[int, int]:
+    """Bytes of this GPU by process number, as NVML knows them."""
+    import pynvml
+
+    pynvml.nvmlInit()
+    try:
+        uuid = str(torch.cuda.get_device_properties(torch.cuda.current_device()).uuid)
+        handle = pynvml.nvmlDeviceGetHandleByUUID(uuid if uuid.startswith(("GPU-", "MIG-")) else f"GPU-{uuid}")
+        found = pynvml.nvmlDeviceGetComputeRunningProcesses(handle)
+    finally:
+        pynvml.nvmlShutdown()
+    return {process.pid: process.usedGpuMemory for process in found if process.usedGpuMemory is not None}
+
+
+def with_children(processes: Collection[int]) -> set[int]:
+    """The numbers of `processes` and of all below them that still run."""
+    import psutil
+
+    found = set(processes)
+    for process in processes:
+        with contextlib.suppress(psutil.Error):
+            found |= {child.pid for child in psutil.Process(process).children(recursive=True)}
+    return found

@@ -13,6 +13,7 @@ from hf_dsvllm.errors import Problem
 from hf_dsvllm.fields import steers
 from hf_dsvllm.hardware import detect
 from hf_dsvllm.launch import Launch
+from hf_dsvllm.presets import get_preset
 
 __all__ = ["Place", "choose_place", "place_problems", "visible_gpus"]
 
@@ -57,22 +58,34 @@ def choose_place(args: Any, device: str, launch: Launch, visible: Sequence[str])
         named = f"GPU {free[0]}" if len(free) == 1 else f"GPUs {', '.join(free)}"
         why = f"{named}, which the trainer does not use, {meanwhile}"
         # A late score may be the best of a run whose weights have moved on: then a snapshot of them must exist.
-        stream = wants_stream(args) and not (late and steers(args))
+        stream = wants_stream(args, kind) and not (late and steers(args))
         return Place(kind=kind, gpus=free, late=late, stream=stream, reason=why)
     if kind == "shared":
         mine = visible[launch.local_rank % len(visible)]  # a launcher may show each process its own GPU only
         others = tuple(gpu for gpu in visible[: launch.local_world_size] if gpu != mine)
         why = f"GPU {mine}, shared with the trainer's main process, {meanwhile}"
-        return Place(kind=kind, gpus=(mine, *others), late=late, stream=wants_stream(args), reason=why)
+        return Place(kind=kind, gpus=(mine, *others), late=late, stream=wants_stream(args, kind), reason=why)
     threads = os.cpu_count() or 1
     if late and device == "cpu":
         threads = max(1, threads - launch.local_world_size)
     return Place(kind=kind, cpu_threads=threads, late=late, reason=f"the CPU with {threads} threads {meanwhile}")
 
 
-def wants_stream(args: Any) -> bool:
-    """Whether weights shall go to the engine without a folder."""
-    return bool(args.gen_eval_weights == "stream")
+def wants_stream(args: Any, kind: Kind) -> bool:
+    """Whether weights shall go from GPU to GPU, without a folder.
+
+    By default they do wherever both ends are GPUs of this host, but for adapters on their way to a spare GPU: a folder
+    of megabytes holds training up least, and nothing there has to sleep.
+    """
+    if args.gen_eval_weights != AUTO:
+        return bool(args.gen_eval_weights == "stream")
+    return kind == "shared" or (kind == "spare" and not trains_adapters(args))
+
+
+def trains_adapters(args: Any) -> bool:
+    """Whether the run's preset trains adapters."""
+    preset = getattr(args, "ds_preset", None)
+    return preset is not None and get_preset(preset).adapter is not None
 
 
 def choose_kind(args: Any, device: str, launch: Launch, visible: Sequence[str]) -> Kind:
@@ -112,11 +125,11 @@ def place_problems(args: Any, device: str, launch: Launch, visible: Sequence[str
     if asked not in kinds:
         return [Problem(f"gen_eval_placement={asked!r} is none of {', '.join(kinds)}", "--gen_eval_placement auto")]
     problems = []
-    if args.gen_eval_weights not in ("disk", "stream"):
-        problems.append(
-            Problem(f"gen_eval_weights={args.gen_eval_weights!r} is neither disk nor stream", "one of them")
-        )
-    if wants_stream(args) and (device == "cpu" or asked in ("cpu", "remote") or server):
+    ways = (AUTO, "disk", "stream")
+    if args.gen_eval_weights not in ways:
+        what = f"gen_eval_weights={args.gen_eval_weights!r} is none of {', '.join(ways)}"
+        problems.append(Problem(what, "--gen_eval_weights auto"))
+    if args.gen_eval_weights == "stream" and (device == "cpu" or asked in ("cpu", "remote") or server):
         what = "gen_eval_weights=stream goes from GPU to GPU of one host"
         problems.append(Problem(what, "--gen_eval_weights disk, or a placement spare or shared"))
     if asked == "remote" and not server:

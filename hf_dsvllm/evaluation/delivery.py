@@ -142,6 +142,12 @@ class Delivery:
         """Whether the engine was started to sleep between evaluations."""
         return not isinstance(self.server, RemoteServer) and self.server.spec.sleep_mode
 
+    @property
+    def processes(self) -> tuple[int, ...]:
+        """The process numbers of an engine of ours that runs; its workers are below them."""
+        pid = None if isinstance(self.server, RemoteServer) else self.server.pid
+        return () if pid is None else (pid,)
+
     def rest(self) -> None:
         """After an evaluation, whatever came of it: the GPU's memory back to training, if the engine was started so.
 

@@ -156,7 +156,8 @@ class Evaluator:
         slept = self.delivery.sleep_seconds
         if slept is None:
             return result
-        return dataclasses.replace(result, phases={**result.phases, "sleep": slept}, asleep_gib=gib_of_others())
+        asleep = gib_of_others(self.delivery.processes)
+        return dataclasses.replace(result, phases={**result.phases, "sleep": slept}, asleep_gib=asleep)
 
     def rest(self) -> None:
         """Give training its memory back, where the engine sleeps between evaluations."""

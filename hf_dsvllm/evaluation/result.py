@@ -57,8 +57,8 @@ class EvalResult:
     `higher_is_better`: by metric key, where it is known.
 
     `phases`: seconds of the parts that the sums above hide, `task_seconds` of answering each task.  `asked_at` and
-    `answered_at`: the first question and the last answer, by time.time().  `asleep_gib`: of the GPU's memory what
-    PyTorch here does not hold, once the engine sleeps; the CUDA context of the trainer is in it.
+    `answered_at`: the first question and the last answer, by time.time().  `asleep_gib`: what the engine holds of the
+    GPU's memory while it sleeps (`measure.gib_of_others`).
     """
 
     step: int

@@ -111,7 +111,8 @@ def test_weights_of_a_step_whose_writing_failed_are_written_again_by_all(tmp_pat
 
 
 def streamed(step: int, score: float) -> Round:
-    return Round(step=step, scores={KEY: score}, result=SimpleNamespace(line=lambda: f"step {step}"))
+    told = SimpleNamespace(line=lambda: f"step {step}", higher_is_better={KEY: True})
+    return Round(step=step, scores={KEY: score}, result=told)
 
 
 def full(*_: Any, **__: Any) -> Snapshot:
@@ -129,19 +130,19 @@ def test_a_full_disk_costs_a_streaming_run_the_best_snapshot_and_not_the_trainin
     assert not (tmp_path / "snapshots").exists()
 
 
-@pytest.mark.parametrize(("metric", "written"), [(KEY, [4]), (None, [])])
-def test_a_stream_writes_the_best_weights_only_where_a_score_chooses_them(
-    metric: str | None, written: list[int], tmp_path: Path, published: list[int]
+@pytest.mark.parametrize(("metric", "late", "written"), [(KEY, False, [4]), (None, False, [4]), (None, True, [])])
+def test_a_stream_writes_the_best_weights_while_the_model_still_has_them(
+    metric: str | None, late: bool, written: list[int], tmp_path: Path, published: list[int]
 ) -> None:
-    callback = made(tmp_path, streams=True)
+    callback = made(tmp_path, streams=True, late=late)
     callback.trainer.args.metric_for_best_model = metric
     callback._take([streamed(4, 0.5)])
     assert published == written
     assert (tmp_path / "snapshots" / "best.json").exists() == bool(written)
 
 
-def test_a_stream_that_went_by_disk_once_does_not_make_that_step_the_best(tmp_path: Path) -> None:
-    callback = made(tmp_path, streams=True)
+def test_a_late_stream_that_went_by_disk_once_does_not_make_that_step_the_best(tmp_path: Path) -> None:
+    callback = made(tmp_path, streams=True, late=True)
     callback.trainer.args.metric_for_best_model = None
     (tmp_path / "snapshots" / "step-4").mkdir(parents=True)
     callback._take([streamed(4, 0.5)])

@@ -124,16 +124,15 @@ def test_only_the_rank_that_writes_looks_at_the_disk(rank: str, asked: int, monk
     assert len(looked) == asked
 
 
-def test_streamed_weights_are_on_the_disk_only_where_a_score_chooses_them(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("late", "counted"), [(True, "(one snapshot 2.0, one export 2.0)"), (False, "(2 snapshots 4.0, 2 exports 4.0)")]
+)
+def test_of_streamed_weights_the_best_are_on_the_disk_where_scores_are_not_late(
+    late: bool, counted: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    place = Place(kind="spare", gpus=("1",), stream=True, reason="a test")
-    args = run_args(tmp_path, save_strategy="no")
-    (problem,) = problems(monkeypatch, args, place=place)
-    assert "(one snapshot 2.0, one export 2.0)" in problem.what
-    args.metric_for_best_model = "gen_orders_exact_match"
-    (problem,) = problems(monkeypatch, args, place=place)
-    assert "(2 snapshots 4.0, 2 exports 4.0)" in problem.what
+    place = Place(kind="spare", gpus=("1",), stream=True, late=late, reason="a test")
+    (problem,) = problems(monkeypatch, run_args(tmp_path, save_strategy="no"), place=place)
+    assert counted in problem.what
 
 
 def test_vllms_copies_of_a_qlora_run_are_counted_until_the_export(

@@ -12,7 +12,16 @@ import pytest
 from transformers import Gemma3TextConfig, GPT2Config, LlamaConfig, MambaConfig, Qwen3Config
 
 from hf_dsvllm import engine_size, engine_start
-from hf_dsvllm.engine_size import copies, decode_steps, gpus_needed, kv_bytes_per_token, model_length, size_engine
+from hf_dsvllm.engine.client import PROMPTS_IN_FLIGHT
+from hf_dsvllm.engine_size import (
+    copies,
+    decode_steps,
+    gpus_needed,
+    kv_bytes_per_token,
+    model_length,
+    own_room,
+    size_engine,
+)
 from hf_dsvllm.engine_start import engine_spec, transfer_backend
 from hf_dsvllm.errors import ConfigError
 from hf_dsvllm.placement import Place
@@ -144,6 +153,40 @@ def test_the_cache_of_a_large_model_is_bounded(
     assert size.kv_cache_bytes == engine_size.MAX_KV_CACHE_BYTES
 
 
+SPARE = Place(kind="spare", gpus=("1",), reason="")
+
+
+def test_an_engines_own_gpu_holds_all_that_is_asked_at_a_time(
+    case: tuple[Any, Any, Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """300 prompts, or as many of them as its room takes; on two GPUs half of each."""
+    monkeypatch.setattr(engine_size, "kv_bytes_per_token", lambda config, element_bytes: GIB // 1024)
+    many = dataclasses.replace(case[2], samples=case[2].samples * 150)
+    size = size_engine(SPARE, case[0], case[1], [many], case[3], room_bytes=200 * GIB)
+    assert size.kv_cache_bytes == 300 * size.max_model_len * GIB // 1024
+    halves = size_engine(SPARE, case[0], case[1], [many], case[3], gpus=2, room_bytes=200 * GIB)
+    assert halves.kv_cache_bytes == 300 * -(-size.max_model_len * GIB // 1024 // 2)
+    assert size_engine(SPARE, case[0], case[1], [many], case[3], room_bytes=9 * GIB).kv_cache_bytes == 9 * GIB
+    one = size_engine(SPARE, case[0], case[1], [case[2]], case[3], room_bytes=200 * GIB)
+    beside = size_engine(SPARE, case[0], case[1], [case[2]], case[3])
+    assert one.kv_cache_bytes == beside.kv_cache_bytes, "little is asked: as beside a trainer"
+
+
+def test_clients_of_others_may_ask_as_many_as_are_ever_in_flight(
+    case: tuple[Any, Any, Any, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_size, "kv_bytes_per_token", lambda config, element_bytes: 1024)
+    case[0].gen_eval_expose = 8100
+    size = size_engine(SPARE, case[0], case[1], [case[2]], case[3], room_bytes=10**15)
+    assert size.kv_cache_bytes == PROMPTS_IN_FLIGHT * size.max_model_len * 1024
+
+
+@pytest.mark.parametrize(("weights", "gpus", "room"), [(16, 1, 52.0), (64, 2, 36.0), (62, 1, None)])
+def test_the_cache_has_what_weights_and_workspace_leave_of_a_gpu(weights: int, gpus: int, room: float | None) -> None:
+    found = own_room(weights * GIB, 80 * GIB, gpus)
+    assert found == (None if room is None else room * GIB)
+
+
 @pytest.mark.parametrize(
     ("more", "evaluations"),
     [
@@ -160,6 +203,7 @@ def test_the_decoding_steps_of_a_run_are_counted(
     args = SimpleNamespace(**vars(case[0]) | more)
     many = dataclasses.replace(case[2], samples=case[2].samples * 65, settings=TaskSettings(max_new_tokens=7))
     assert decode_steps(args, [case[2], many]) == evaluations * (50 + 3 * 7)  # 130 answers, 64 at a time
+    assert decode_steps(args, [case[2], many], 130) == evaluations * (50 + 7)
 
 
 @pytest.mark.parametrize(

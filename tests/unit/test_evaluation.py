@@ -76,7 +76,7 @@ def task(**settings: Any) -> EvalTask:
 def evaluator(run: Path, engine: Engine, **more: Any) -> Evaluator:
     spec = SimpleNamespace(served_name="base", tokenizer=None, model="model", max_model_len=64, sleep_mode=False)
     server: Any = SimpleNamespace(
-        uds=run / "socket", alive=True, spec=spec, wait_ready=lambda _: None, close=lambda: None
+        uds=run / "socket", alive=True, pid=None, spec=spec, wait_ready=lambda _: None, close=lambda: None
     )
     sampling = Sampling(max_new_tokens=9, temperature=0.0, seed=5, timeout_s=60.0, stop_token_ids=(2,))
     made = Evaluator(

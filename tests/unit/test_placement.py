@@ -21,7 +21,8 @@ def asked(**given: Any) -> Any:
         "gen_eval_placement": "auto",
         "gen_eval_server": None,
         "gen_eval_late": None,
-        "gen_eval_weights": "disk",
+        "gen_eval_weights": "auto",
+        "ds_preset": "zero2",
         "gen_eval_tensor_parallel": None,
         "gen_eval_data_parallel": None,
         "metric_for_best_model": None,
@@ -99,7 +100,27 @@ def test_weights_are_streamed_where_a_snapshot_of_the_best_is_not_missed() -> No
     assert choose_place(asked(**stream), "cuda", launch(1), ["0", "1"]).stream
     late_best = stream | {"metric_for_best_model": "gen_a_b"}
     assert not choose_place(asked(**late_best), "cuda", launch(1), ["0", "1"]).stream
-    assert not choose_place(asked(), "cuda", launch(1), ["0"]).stream
+    assert not choose_place(asked(gen_eval_weights="disk"), "cuda", launch(1), ["0"]).stream
+
+
+@pytest.mark.parametrize(
+    ("given", "visible", "streams"),
+    [
+        ({}, ["0"], True),
+        ({}, ["0", "1"], True),
+        ({"ds_preset": None}, ["0", "1"], True),
+        ({"ds_preset": "qlora"}, ["0"], True),
+        ({"ds_preset": "zero3+lora"}, ["0", "1"], False),
+        ({"gen_eval_placement": "cpu"}, ["0"], False),
+        ({"gen_eval_server": "http://node7:8000"}, ["0"], False),
+        ({"metric_for_best_model": "gen_a_b"}, ["0"], True),
+        ({"metric_for_best_model": "gen_a_b"}, ["0", "1"], False),
+    ],
+)
+def test_weights_go_from_gpu_to_gpu_by_default_where_they_can_and_it_pays(
+    given: dict[str, Any], visible: list[str], streams: bool
+) -> None:
+    assert choose_place(asked(**given), "cuda", launch(1), visible).stream == streams
 
 
 @pytest.mark.parametrize(
@@ -114,7 +135,7 @@ def test_weights_are_streamed_where_a_snapshot_of_the_best_is_not_missed() -> No
         ({"gen_eval_placement": "spare"}, "cpu", 1, [], "trains on CPUs"),
         ({"gen_eval_placement": "spare"}, "cuda", 2, ["0", "1"], "uses all 2 visible GPUs"),
         ({"gen_eval_late": True}, "cuda", 1, ["0"], "both would need its memory"),
-        ({"gen_eval_weights": "ipc"}, "cuda", 1, ["0"], "neither disk nor stream"),
+        ({"gen_eval_weights": "ipc"}, "cuda", 1, ["0"], "none of auto, disk, stream"),
         ({"gen_eval_weights": "stream"}, "cpu", 1, [], "from GPU to GPU"),
         ({"gen_eval_weights": "stream", "gen_eval_server": "http://a:1"}, "cuda", 1, ["0"], "from GPU to GPU"),
         (

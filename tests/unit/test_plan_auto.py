@@ -48,7 +48,7 @@ def arguments(**fields: Any) -> Any:
         gen_eval_file = None
         gen_eval_lm_eval = None
         gen_eval_max_new_tokens = 256
-        gen_eval_weights = "disk"
+        gen_eval_weights = "auto"
 
     for name, value in fields.items():
         setattr(Fields, name, value)
@@ -77,7 +77,7 @@ def test_auto_writes_its_choice_into_the_arguments_and_keeps_the_batch(eight_bil
     assert str(choice.fixes[0]).startswith("ds_preset")
 
 
-@pytest.mark.parametrize(("weights", "asleep"), [("disk", False), ("stream", True)])
+@pytest.mark.parametrize(("weights", "asleep"), [("disk", False), ("stream", True), ("auto", True)])
 def test_auto_counts_vllm_asleep_only_where_the_run_lets_it_sleep(
     eight_billion: str, weights: str, asleep: bool
 ) -> None:
