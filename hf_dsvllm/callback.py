@@ -185,7 +185,7 @@ class SessionCallback(TrainerCallback):
         phases: dict[str, float] = {}
         snapshot: Snapshot | None = None
         ours: LogProbs | None = None
-        sent, error = self._together(lambda: self._send(step) if publish_first and self.streams else None)
+        sent, error = self._together(lambda: self._send(step, wait) if publish_first and self.streams else None)
         if sent is not None:
             phases["stream"] = time.monotonic() - started
         if error is None and publish_first and not self.session.ranks.broadcast(sent is not None):
@@ -238,9 +238,15 @@ class SessionCallback(TrainerCallback):
             error = f"{type(problem).__name__}: {problem}"
         return found, self.session.ranks.broadcast(error)
 
-    def _send(self, step: int) -> SyncResult | None:
-        """The live weights from GPU to GPU into the engine, collective; None, and said why, if they must go by disk."""
-        self._take(self._rounds.collect(leave=0))  # the engine must not be answering
+    def _send(self, step: int, wait: bool) -> SyncResult | None:
+        """The live weights from GPU to GPU into the engine, collective; None, and said why, if they must go by disk.
+
+        An engine that starts or answers takes none: where scores are late, and nothing has to `wait`, a folder does.
+        """
+        self._take(self._rounds.collect(leave=None if self.late and not wait else 0))
+        if self._rounds.pending:
+            say(f"step {step}: the weights go to vLLM by disk: it is still busy with step {self._rounds.pending[0]}")
+            return None
         sync: WeightSync | None = None
         error: str | None = None
         if is_main_process():

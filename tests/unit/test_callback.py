@@ -246,6 +246,33 @@ def test_last_weights_that_cannot_be_written_end_the_run_on_every_rank_with_the_
         callback.on_train_end(callback.trainer.args, callback.trainer.state, TrainerControl())
 
 
+@pytest.mark.parametrize(("late", "wait", "waited"), [(True, False, False), (True, True, True), (False, False, True)])
+def test_training_does_not_wait_for_an_engine_that_is_busy_with_a_late_score(
+    late: bool, wait: bool, waited: bool, tmp_path: Path, published: list[int], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The weights of step 4 wait in a folder; where the score has to be waited for, or is not late, they are sent."""
+    callback = made(tmp_path, streams=True, late=late)
+    callback.session.evaluator.delivery = SimpleNamespace(wait_ready=lambda: None, sync=None)  # type: ignore[attr-defined]
+    callback.session.evaluator.shut_door = lambda step: None  # type: ignore[method-assign]
+    left: list[int | None] = []
+    rounds = callback._rounds
+    rounds.pending = [0]
+
+    def collect(*, leave: int | None = None) -> list[Round]:
+        left.append(leave)
+        rounds.pending = [0] if leave is None else []
+        return []
+
+    rounds.collect = collect  # type: ignore[method-assign, assignment]
+    sent: list[int] = []
+    with pytest.MonkeyPatch.context() as patched:
+        patched.setattr(callback_module, "send", lambda *_, step, **__: sent.append(step))
+        callback._send(4, wait)
+    assert left == [0 if waited else None]
+    assert sent == ([4] if waited else [])
+    assert ("still busy with step 0" in capsys.readouterr().err) == (not waited)
+
+
 def test_every_rank_streams_or_not_as_the_main_process_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """Rank 0's vLLM may be one that takes no stream, which the others cannot see."""
     monkeypatch.setattr(callback_module, "read_wiring", lambda _: SimpleNamespace(line=lambda: "", zero_stage=None))
@@ -320,7 +347,7 @@ def test_weights_that_were_sent_and_not_asked_about_put_the_engine_to_sleep_agai
 
     callback = made(tmp_path, streams=True, canary=Fails())
     callback.session.evaluator.rest = lambda: rested.append(1)  # type: ignore[method-assign]
-    callback._send = lambda step: SimpleNamespace()  # type: ignore[method-assign, assignment, return-value]
+    callback._send = lambda step, wait: SimpleNamespace()  # type: ignore[method-assign, assignment, return-value]
     callback._evaluate()
     assert rested == [1]
     assert callback._failures == 1
