@@ -132,6 +132,8 @@ def four_gpus() -> list[Job]:
         sharded(2),
         in_copies[0],
         pair("zero2", "14b", 3, 115)[0],
+        pair("zero3", "14b", 3, 90)[1],
+        pair("zero2", "14b", 3, 115)[1],
     ]
 
 
