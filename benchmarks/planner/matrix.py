@@ -4,15 +4,18 @@ Order matters: a measurement may be cut off at any moment, so what tells most co
 alternatives for the same work (model, method, cards, length, tokens in a step): what `make_plan` chooses for it is
 compared with the fastest of them (`choices.py`), and they must be timed on one host for that.
 
-`NEXT` is what has not been measured: choices of the planner that the first cells (`FIRST`) leave out, each with its
-nearest rivals to be timed again beside it; cells within 8 % of where the planner says that memory ends, on both sides;
-adapters, ZeRO-1 and offload on several GPUs.  Choices come first, those of one GPU before those of several: as many
-cells run at a time as there are GPUs, and those that need more are left for another host.  Each host's cells go into
-a folder of their own (rates are those of one host), and cells of one case count only beside each other:
+`FIRST` was measured on the first host as far as its time went.  `SECOND` are the choices of the planner that those
+cells left out, each with its nearest rivals timed again beside it: measured on four GPUs of another host
+(results/4xH200-2), which made the planner's micro-batches, ZeRO-1, adapters under ZeRO-3 and several processes without
+DeepSpeed something that was seen.  `NEXT` is what has not been measured: ZeRO-1 with several micro-batches, which it
+adds in bf16 and reduces once; ZeRO-3 on one GPU, where the cells of two hosts disagree; cells within 8 % of where the
+planner says that memory ends, on both sides; offload on several GPUs.  As many cells run at a time as there are GPUs.
+Each host's cells go into a folder of their own (rates are those of one host), and cells of one case count only beside
+each other:
 
-    python benchmarks/planner/measure.py --out runs/planner/2 --gpus 2 --budget_s 560 --note "2 x H200, second host"
-    mkdir -p benchmarks/planner/results/2xH200-2
-    cp runs/planner/2/*.json benchmarks/planner/results/2xH200-2/
+    python benchmarks/planner/measure.py --out runs/planner/3 --gpus 2 --budget_s 560 --note "2 x H200, third host"
+    mkdir -p benchmarks/planner/results/2xH200-3
+    cp runs/planner/3/*.json benchmarks/planner/results/2xH200-3/
     python benchmarks/planner/report.py
 
 `python benchmarks/planner/matrix.py` lists the cells with what is predicted of each, and which are held out.
@@ -100,17 +103,10 @@ def make(line: str) -> Iterator[Cell]:
 
 # `edge` cells are within 8 % of the end of memory.
 NEXT = """
-A 1.7b 1 2048  | none 4 no; zero2 4 no; zero1 4 no
-B 4b 1 4096    | none 1x2 no; none 2 no; zero2 2 no; zero2 1x2 no
-C 8b 1 4096    | lora_zero2 2x2 no; lora 2x2 no; lora 4 rc
-I 14b 1 4096   | lora_zero2 1x2 no; lora 1x2 no; qlora 2 no; qlora 1x2 no
-G 8b 2 4096    | zero1 2 no; zero2 2 rc; zero3 2 rc; zero2 1x2 rc
-N 1.7b 2 1024  | ddp 8 no; zero2 8 no; zero1 8 no; zero3 8 no
-P 14b 2 4096   | qlora 2 no; qlora_zero2 2 no; qlora_zero2 1x2 no; qlora_zero2 2 rc
-H 4b 2 8192    | zero2 1 no; ddp 1 no
-L 4b 4 16384   | zero2 1 no; zero3 1 no; zero2 1 rc
-M 8b 4 4096    | lora_zero2 2 no; lora 2 no; zero3+lora 2 no; lora_zero2 2 rc
-J 1.7b 4 8192  | zero2 2 no; zero1 2 no; zero2 1x2 no; zero3 2 no
+A 1.7b 1 2048  | zero3 4 no; zero1 2x2 no
+G 8b 2 4096    | zero1 1x2 no; zero2 1x2 no
+J 1.7b 4 8192  | zero1 1x2 no
+E 8b 4 4096    | zero1 2 no; zero1 1x2 no
 edge 32b 4 2048 | zero3 1 rc; zero3 2 rc; qlora_zero2 2 no; zero3+lora 2 no
 edge 14b 2 4096 | zero3+lora 2 no; lora_zero2 2 no; zero3 2 rc; zero3 4 rc
 edge 8b 2 8192 | zero3 1 no; zero2 1 no; zero1 1 no
@@ -122,6 +118,20 @@ edge 14b 1 4096 | lora 2 no; lora_zero2 2 no
 edge 1.7b 1 4096 | zero2 8 no; none 8 no; zero3 8 no; zero1 8 no
 edge 32b 1 2048 | qlora_zero2 2 no; qlora 2 no
 edge 0.6b 1 8192 | zero2 8 no; qlora 8 no
+"""
+# Measured on 2026-11-27, results/4xH200-2.
+SECOND = """
+A 1.7b 1 2048  | none 4 no; zero2 4 no; zero1 4 no
+B 4b 1 4096    | none 1x2 no; none 2 no; zero2 2 no; zero2 1x2 no
+C 8b 1 4096    | lora_zero2 2x2 no; lora 2x2 no; lora 4 rc
+I 14b 1 4096   | lora_zero2 1x2 no; lora 1x2 no; qlora 2 no; qlora 1x2 no
+G 8b 2 4096    | zero1 2 no; zero2 2 rc; zero3 2 rc; zero2 1x2 rc
+N 1.7b 2 1024  | ddp 8 no; zero2 8 no; zero1 8 no; zero3 8 no
+P 14b 2 4096   | qlora 2 no; qlora_zero2 2 no; qlora_zero2 1x2 no; qlora_zero2 2 rc
+H 4b 2 8192    | zero2 1 no; ddp 1 no
+L 4b 4 16384   | zero2 1 no; zero3 1 no; zero2 1 rc
+M 8b 4 4096    | lora_zero2 2 no; lora 2 no; zero3+lora 2 no; lora_zero2 2 rc
+J 1.7b 4 8192  | zero2 2 no; zero1 2 no; zero2 1x2 no; zero3 2 no
 """
 # One GPU first: four of them run at a time.  Cases A to K each do the same work in several ways.
 FIRST = """
@@ -157,7 +167,7 @@ K 1.7b 2 1024 | zero2 8 no; zero2 8 rc; zero3 8 no; zero1 8 no
 
 def cells() -> tuple[Cell, ...]:
     """All of them, most informative first; each once."""
-    lines = (*NEXT.strip().splitlines(), *FIRST.strip().splitlines())
+    lines = (line for grid in (NEXT, SECOND, FIRST) for line in grid.strip().splitlines())
     every: dict[str, Cell] = {}
     for line in lines:
         for cell in make(line):

@@ -194,7 +194,7 @@ def errors(rows: Sequence[Row], predicted: str) -> list[float]:
     for row in rows:
         pairs = {
             "allocated": (row.footprint.peak, row.allocated),
-            "reserved": (reserved_bytes(row.setup, row.footprint), row.reserved),
+            "reserved": (reserved_bytes(row.setup, row.footprint, CARD_BYTES), row.reserved),
             "host": (row.host_footprint.measured_peak, row.host),
             "seconds": (row.step.seconds, row.seconds),
         }
@@ -259,7 +259,7 @@ def table(rows: Sequence[Row]) -> str:
         lines.append(
             f"| {name} | {'yes' if row.held_out else ''} | {result} | {size(row.allocated)} | "
             f"{size(row.footprint.peak)} | {off(row.footprint.peak, row.allocated)} | {size(row.reserved)} | "
-            f"{size(reserved_bytes(row.setup, row.footprint))} | {size(row.host)} | {size(host)} | "
+            f"{size(reserved_bytes(row.setup, row.footprint, CARD_BYTES))} | {size(row.host)} | {size(host)} | "
             f"{f'{row.seconds:.3f}' if row.seconds else '–'} | {row.step.seconds:.3f} | "
             f"{off(row.step.seconds, row.seconds)} | "
             f"{size(found)} | {size(accelerate_estimate(row.setup))} |"

@@ -12,7 +12,7 @@ from typing import Literal
 
 from hf_dsvllm.model_shape import ModelShape
 
-__all__ = ["Numerics", "Traced", "checkpoint_bytes", "layer_bytes", "working_bytes"]
+__all__ = ["Numerics", "Traced", "checkpoint_bytes", "frozen_input_bytes", "layer_bytes", "working_bytes"]
 
 Method = Literal["full", "lora", "qlora"]
 
@@ -22,7 +22,8 @@ class Numerics:
     """How a run computes.
 
     `weight_bytes` of the model as loaded (2 or 4); `autocast` where the Trainer wraps the forward pass (no DeepSpeed);
-    `lora_r` and `dropout` of the adapters, 0 without; `adapter_bytes` 4 where they are kept in fp32.
+    `lora_r` and `dropout` of the adapters, 0 without; `adapter_bytes` 4 where they are kept in fp32; `keeps_inputs`
+    where frozen linear layers save their inputs (ZeRO-3).
     """
 
     method: Method
@@ -31,6 +32,7 @@ class Numerics:
     lora_r: int = 0
     dropout: bool = False
     adapter_bytes: int = 2
+    keeps_inputs: bool = False
 
     @property
     def mixed(self) -> bool:
@@ -80,7 +82,7 @@ def layer_bytes(shape: ModelShape, numerics: Numerics) -> int:
     saved += linear_inputs(shape, numerics, readers=("o_proj",), width=q, stream=e, e=e, kept=True)
     saved += linear_inputs(shape, numerics, readers=("gate_proj", "up_proj"), width=h, stream=wide, e=e)
     saved += feed_forward_bytes(shape, numerics, e)
-    return saved
+    return saved + frozen_input_bytes(shape, numerics)
 
 
 def norm_bytes(width: int, trained: bool, e: int, rows: int = 1) -> int:
@@ -115,6 +117,20 @@ def linear_inputs(
     if numerics.adapter_bytes != e:
         return len(readers) * e * width + rank
     return rank + (0 if kept else e * width)
+
+
+def frozen_input_bytes(shape: ModelShape, numerics: Numerics) -> int:
+    """Inputs of frozen linear layers that are saved although no gradient needs them: e (2h + i), under ZeRO-3.
+
+    DeepSpeed puts its own function in the place of torch.nn.functional.linear (zero/linear.py,
+    LinearFunctionForZeroStage3), which saves input and weight of every layer; PyTorch's saves a frozen layer's weight
+    alone.  q, k and v read one tensor, gate and up another, down a third; o's is saved by attention anyway.  Without
+    dropout the adapter saves the same tensor.  Weights saved that way hold no memory: released, they are empty.
+    """
+    if not numerics.keeps_inputs or not numerics.dropout:
+        return 0
+    e = 4 if numerics.pure_fp32 else 2
+    return e * (2 * shape.hidden + (0 if shape.experts else shape.intermediate))
 
 
 def feed_forward_bytes(shape: ModelShape, numerics: Numerics, e: int) -> int:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 from hf_dsvllm.planner.footprint import Footprint, Setup
 
-__all__ = ["outside_bytes", "reserved_bytes"]
+__all__ = ["held_bytes", "outside_bytes", "reserved_bytes"]
 
 GIB = 2**30
 # H200, driver 580: the driver keeps 0.6 GiB of what NVML reports; context and cuBLAS take 0.75 GiB, NCCL 1.3 more.
@@ -29,8 +29,18 @@ def outside_bytes(setup: Setup) -> int:
     return OUTSIDE_GROUP if setup.world > 1 or setup.preset.uses_deepspeed else OUTSIDE_ALONE
 
 
-def reserved_bytes(setup: Setup, found: Footprint) -> int:
-    """Peak of the memory the allocator holds.
+def reserved_bytes(setup: Setup, found: Footprint, card_bytes: int | None = None) -> int:
+    """Peak of the memory the allocator holds: `held_bytes`, but no more than the card has.
+
+    Where the card ends the allocator gives cached blocks back before it fails (c10/cuda/CUDACachingAllocator.cpp,
+    release_cached_blocks), so that what it would like to hold is no reason to run out of memory.
+    """
+    held = held_bytes(setup, found)
+    return held if card_bytes is None else min(held, max(found.peak, card_bytes - outside_bytes(setup)))
+
+
+def held_bytes(setup: Setup, found: Footprint) -> int:
+    """What the allocator holds if it never has to give anything back.
 
     Adapters: little more than the tensors.  ZeRO-2: states + the larger of transients and gradients or twice the
     gradients (a split buffer beside its successor) + the optimizer's own blocks.  ZeRO-3: states + transients + the

@@ -50,7 +50,7 @@ def gpu_footprint(setup: Setup) -> Footprint:
     """
     states = States.of(setup)
     live = activation_parts(setup)
-    earlier = states.gradients if setup.accumulation > 1 else {}
+    earlier = states.earlier if setup.accumulation > 1 else {}
     parts: dict[str, dict[str, float]] = {
         "load": {"weights": states.loaded},
         "init": dict(states.init),
@@ -58,8 +58,8 @@ def gpu_footprint(setup: Setup) -> Footprint:
         "backward": highest(
             {**states.resident, **earlier, **live.head},
             {**states.resident, **earlier, **states.buckets, **states.waiting, **live.layer},
-            {**states.resident, **states.at_reduction, **states.buckets, **live.reduction},
-            {**states.resident, **states.buffer, **states.buckets, **states.waiting, **live.reduced},
+            {**states.resident, **earlier, **states.at_reduction, **states.buckets, **live.reduction},
+            {**states.resident, **earlier, **states.buffer, **states.buckets, **states.waiting, **live.reduced},
             {**states.resident, **states.gradients, **states.buckets, **live.last},
             {**states.resident, **states.gradients, **states.buckets, **states.tail},
         ),

@@ -15,6 +15,9 @@ GIB = 2**30
 PLAIN_BYTES = int(1.44 * GIB)
 DEEPSPEED_BYTES = int(1.86 * GIB)
 TRL_BYTES = int(0.12 * GIB)
+# An NCCL communicator, probably its library and host buffers: ddp and qlora on two H200s took 0.33 and 0.40 GiB a
+# process more than on one.  DeepSpeed makes one for a single process too.
+GROUP_BYTES = int(0.36 * GIB)
 STARTED_BYTES = int(1.2 * GIB)
 STARTED_DEEPSPEED_BYTES = int(1.4 * GIB)  # the same while a recipe loads; benchmarks/results, main-job on H200s
 CPU_BYTES = int(0.75 * GIB)
@@ -58,12 +61,15 @@ def host_footprint(setup: Setup) -> HostFootprint:
 
     Weights in the dtype of their file are views of it (transformers 5.19: 540 MB of model are 2 MB of private memory)
     until they are on the GPU, 4-bit ones are made of such views; where fp32 is trained each process holds 4P.  ZeRO-3
-    passes each rank's weights through host memory once: 2P/N at engine init.  Saving clones the whole state dict to
+    passes what each rank trains through host memory once: 2P/N at engine init (stage3.py, create_fp16_partitions over
+    the trainable groups alone; frozen weights stay where they were loaded).  Saving clones the whole state dict to
     every rank's host memory (accelerate, get_state_dict); ZeRO-3 gathers it on rank 0 only.
     """
     shape, preset, world = setup.shape, setup.preset, setup.world
     e = setup.numerics.weight_bytes
     process = CPU_BYTES if setup.device == "cpu" else DEEPSPEED_BYTES if preset.uses_deepspeed else PLAIN_BYTES
+    if setup.world > 1 and setup.device == "cuda" and not preset.uses_deepspeed:
+        process += GROUP_BYTES
     process += TRL_BYTES if setup.loss == "trl" and setup.device == "cuda" else 0
     processes = world * process
     pinned, ordinary, nvme = offloaded(setup)
@@ -71,7 +77,7 @@ def host_footprint(setup: Setup) -> HostFootprint:
     saved = weights if setup.method == "full" else e * setup.trainable
     copies = world if preset.zero_stage in (0, 1, 2) else 1
     train = processes + world * (pinned + ordinary)
-    passing = weights if preset.zero_stage == 3 and setup.device == "cuda" else 0
+    passing = e * setup.trainable if preset.zero_stage == 3 and setup.device == "cuda" else 0
     started = world * min(STARTED_BYTES, process)
     loading = world * min(STARTED_DEEPSPEED_BYTES, process) if preset.uses_deepspeed else started
     on_gpu = setup.device == "cuda"

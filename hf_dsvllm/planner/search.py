@@ -8,7 +8,7 @@ from typing import Literal
 
 from hf_dsvllm.hardware import Gpu, Machine
 from hf_dsvllm.model_shape import ModelShape
-from hf_dsvllm.planner.allocator import outside_bytes, reserved_bytes
+from hf_dsvllm.planner.allocator import held_bytes, outside_bytes, reserved_bytes
 from hf_dsvllm.planner.cards import Rates
 from hf_dsvllm.planner.engine import Engine, EnginePlace, engine_footprint, places, settled_place
 from hf_dsvllm.planner.footprint import Footprint, Loss, Setup, Traced, gpu_footprint
@@ -23,7 +23,7 @@ GIB = 2**30
 # Safety: share of the card that a plan leaves free for what formulas miss and for fragmentation.
 MARGIN = 0.05
 HOST_MARGIN = 0.05
-TIE = 0.02  # half of the speed model's mean error (benchmarks/planner/results)
+TIE = 0.02  # two thirds of the speed model's mean error (benchmarks/planner/results)
 # Listing order decides between equals: what is simpler, or known better, stands first.
 PRESETS: dict[str, tuple[str, ...]] = {
     "full": (
@@ -76,11 +76,15 @@ class Job:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Candidate:
-    """One way to run the job, with what it takes; `lacking` says why it does not fit, () if it does."""
+    """One way to run the job, with what it takes; `lacking` says why it does not fit, () if it does.
+
+    `roomy`: the allocator can keep every block it would like to, so that it never stops to give some back.
+    """
 
     setup: Setup
     footprint: Footprint
     reserved_bytes: int
+    roomy: bool
     host: HostFootprint
     disk_bytes: int
     step: StepTime
@@ -130,7 +134,7 @@ class Candidate:
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Plan:
-    """All candidates, best first, and the choice: None if nothing fits."""
+    """All candidates, the choice first, then by speed; `chosen` is None if nothing fits."""
 
     job: Job
     candidates: tuple[Candidate, ...]
@@ -140,11 +144,15 @@ class Plan:
 def make_plan(job: Job, *, presets: Sequence[str] | None = None) -> Plan:
     """Try every preset, micro-batch, recompute choice and place for the evaluation that keeps the global batch."""
     found = sorted(every_candidate(job, presets), key=lambda candidate: rank(job, candidate))
-    return Plan(job=job, candidates=tuple(found), chosen=choose(job, found))
+    chosen = choose(job, found)
+    if chosen is not None:
+        found.remove(chosen)
+        found.insert(0, chosen)
+    return Plan(job=job, candidates=tuple(found), chosen=chosen)
 
 
 def choose(job: Job, ranked: Sequence[Candidate]) -> Candidate | None:
-    """The first that fits; of those as fast within `TIE`, where the model cannot tell, the simplest preset."""
+    """The first that fits; of those as fast within `TIE`, where the model cannot tell, the best by `plainness`."""
     first = next((candidate for candidate in ranked if candidate.fits), None)
     if first is None:
         return None
@@ -155,7 +163,20 @@ def choose(job: Job, ranked: Sequence[Candidate]) -> Candidate | None:
         and rank(job, candidate)[1] == rank(job, first)[1]
         and candidate.step.tokens_per_second >= (1 - TIE) * first.step.tokens_per_second
     ]
-    return min(close, key=lambda candidate: (simplicity(candidate.setup.preset), rank(job, candidate)))
+    return min(close, key=lambda candidate: (plainness(candidate), rank(job, candidate)))
+
+
+def plainness(candidate: Candidate) -> tuple[bool, bool, bool, int, bool, int]:
+    """What decides between equals: no engine that sleeps needlessly, room to spare, gradients of several micro-batches
+    added in fp32, the simplest preset, no layer computed twice, the fewest passes.
+
+    Each pass reads weights and moves gradients anew, and short ones reach less of the card; memory that is left over
+    earns nothing.
+    """
+    setup, roomy = candidate.setup, candidate.roomy
+    coarse = setup.accumulation > 1 and setup.method == "full" and setup.preset.zero_stage in (1, 3)
+    passes = setup.accumulation if roomy else 0
+    return (candidate.place.sleeps, not roomy, coarse, simplicity(setup.preset), setup.recompute, passes)
 
 
 def simplicity(preset: Preset) -> int:
@@ -223,6 +244,8 @@ def wanted_presets(job: Job, names: Sequence[str] | None, world: int) -> Iterato
             continue
         if preset.name == "ddp" and world == 1:
             continue
+        if preset.name == "zero3+lora" and world == 1 and not names:
+            continue  # nothing to shard: lora_zero2 without its hooks on every module of every adapter
         if preset.needs_nvme and not job.nvme_bytes:
             continue
         yield preset
@@ -252,10 +275,13 @@ def judge(job: Job, preset: Preset, world: int, micro: int, recompute: bool, pla
     engine = None
     if job.evaluation is not None and place.kind != "none":
         engine = engine_footprint(job.shape, place, length=job.evaluation[1], card_bytes=job.gpu.memory_bytes)
+    held = held_bytes(setup, footprint)
+    room = job.gpu.memory_bytes - outside_bytes(setup) if job.device == "cuda" else held
     candidate = Candidate(
         setup=setup,
         footprint=footprint,
-        reserved_bytes=reserved_bytes(setup, footprint),
+        reserved_bytes=reserved_bytes(setup, footprint, job.gpu.memory_bytes if job.device == "cuda" else None),
+        roomy=False,
         host=host,
         disk_bytes=disk_bytes(setup),
         step=step_time(setup, job.rates),
@@ -263,7 +289,8 @@ def judge(job: Job, preset: Preset, world: int, micro: int, recompute: bool, pla
         engine=engine,
         lacking=(),
     )
-    return dataclasses.replace(candidate, lacking=tuple(shortfalls(job, candidate)))
+    beside = candidate.gpu_bytes - footprint.peak
+    return dataclasses.replace(candidate, roomy=held + beside <= room, lacking=tuple(shortfalls(job, candidate)))
 
 
 def usable_bytes(card_bytes: int, setup: Setup) -> int:

@@ -6,7 +6,7 @@ import dataclasses
 from typing import Literal
 
 from hf_dsvllm.model_shape import ModelShape
-from hf_dsvllm.planner.activations import Method, Numerics, Traced, layer_bytes
+from hf_dsvllm.planner.activations import Method, Numerics, Traced, frozen_input_bytes, layer_bytes
 from hf_dsvllm.presets import Preset
 
 __all__ = ["NODE_GPUS", "Loss", "Setup"]
@@ -35,7 +35,9 @@ class Setup:
     @property
     def layer_bytes(self) -> int:
         """Bytes one layer saves for a token: counted where the model was traced, else computed."""
-        return self.traced.of(self.numerics) if self.traced else layer_bytes(self.shape, self.numerics)
+        if self.traced:
+            return self.traced.of(self.numerics) + frozen_input_bytes(self.shape, self.numerics)
+        return layer_bytes(self.shape, self.numerics)
 
     @property
     def tokens(self) -> int:
@@ -61,6 +63,7 @@ class Setup:
     def numerics(self) -> Numerics:
         """How `hf_dsvllm.adapters` and the Trainer set this preset up."""
         adapted = self.method != "full"
+        keeps_inputs = self.method == "lora" and self.preset.zero_stage == 3
         if self.device == "cpu":
             return Numerics(
                 method=self.method,
@@ -68,6 +71,7 @@ class Setup:
                 lora_r=self.lora_r if adapted else 0,
                 dropout=adapted and self.lora_dropout,
                 adapter_bytes=4,
+                keeps_inputs=keeps_inputs,
             )
         plain = not self.preset.uses_deepspeed
         return Numerics(
@@ -77,4 +81,5 @@ class Setup:
             lora_r=self.lora_r if adapted else 0,
             dropout=adapted and self.lora_dropout,
             adapter_bytes=4 if plain and self.method == "lora" else 2,
+            keeps_inputs=keeps_inputs,
         )

@@ -1,6 +1,6 @@
 """Seconds of one optimizer step from the rates of a card; arithmetic only.
 
-seconds = accumulation * (forward + backward [+ the forward pass again] + loss) + communication + optimizer.
+seconds = accumulation * (forward + backward [+ the forward pass again] + loss + gradients) + communication + optimizer.
 
 Each pass is the larger of what the GPU needs (products, attention, memory traffic of everything in between) and what
 Python needs to start the kernels.  Notation: t tokens of a micro-batch, h hidden, V vocabulary, P trainable
@@ -21,30 +21,43 @@ __all__ = ["OVERHEADS", "Overheads", "StepTime", "step_time"]
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Overheads:
-    """What formulas cannot know; fitted to the cells of benchmarks/planner that are not held out.
+    """What formulas cannot know; fitted to the cells of benchmarks/planner that are not held out, of hosts whose
+    launches were measured (cases A to D of the first cells were timed elsewhere).
 
-    `narrow`: inputs + outputs at which a product reaches half of the best rate.  `traffic` multiplies the bytes counted
-    for operations between products.  Launches (each of `Rates.launch_s`) that Python makes: for a decoder layer, for an
-    adapter, for ZeRO-3's hooks around a layer, for one gradient under DeepSpeed.  `hidden`: share of communication
-    behind the backward pass.  Bytes an optimizer moves per parameter: PyTorch's fused AdamW on its own, and under
-    DeepSpeed with the norm, the copies and the flat buffers.
+    `narrow`: inputs + outputs at which a product reaches half of the best rate; `short`: tokens at which it does.
+    `traffic` multiplies the bytes counted for operations between products.  Launches (each of `Rates.launch_s`) that
+    Python makes: for a decoder layer, for an adapter.  Python that starts no kernels is in seconds: it took the same on
+    hosts whose launches take 7 and 17 microseconds.  `hook`: ZeRO-3's around one module, measured on a CPU (AMD EPYC,
+    DeepSpeed 0.19.8, one process, a tiny Qwen3 of 12 layers with and without: 0.218 ms a module for all weights, 0.213
+    with adapters; backward 0.13, solved from both with reductions counted apart, so less sure); `gather`: one
+    matrix between several processes; `reduce`: its gradient; `norm`: of one gradient.
+    `hidden`: share of the gradients' reduction that goes on behind the backward pass, `gather_hidden` of ZeRO-3's
+    gathers.  Bytes an optimizer moves per parameter: PyTorch's fused AdamW and clipping, and DeepSpeed's, by its code
+    70 (norm 20, clipping 8, Adam 28, back to bf16 10, zeroing 4).
     """
 
-    narrow: float = 3000.0
-    traffic: float = 1.25
+    narrow: float = 1750.0
+    short: float = 520.0
+    traffic: float = 1.165
     forward_launches: float = 108.0
     backward_launches: float = 231.0
     adapter_launches: float = 28.0
-    zero3_forward_launches: float = 428.0
-    zero3_backward_launches: float = 686.0
-    gradient_launches: float = 3.7
-    hidden: float = 0.31
-    step_s: float = 0.03
-    optimizer_bytes: float = 45.0
-    deepspeed_bytes: float = 83.0
+    hook_forward_s: float = 2.15e-4
+    hook_backward_s: float = 1.3e-4
+    gather_s: float = 7.7e-4
+    reduce_s: float = 6.3e-4
+    norm_s: float = 1.25e-4
+    hidden: float = 0.5
+    gather_hidden: float = 0.2
+    step_s: float = 0.031
+    optimizer_bytes: float = 46.0
+    deepspeed_bytes: float = 68.0
 
 
 OVERHEADS = Overheads()
+TILE_TOKENS = 4096  # trl/kernels/chunked_logprob.py, TOKEN_CHUNK_SIZE
+LAYER_MODULES = 6  # beside its linear layers and norms of queries and keys
+ADAPTER_MODULES = 4  # called around a linear layer that has one: PEFT's wrapper, dropout, A and B
 ADAM_BYTES = 28  # a parameter: weight, gradient and two moments read, all but the gradient written
 
 
@@ -69,15 +82,15 @@ def step_time(setup: Setup, rates: Rates, overheads: Overheads = OVERHEADS) -> S
     gpu_forward, gpu_backward = gpu_seconds(setup, rates, overheads)
     python_forward, python_backward = python_seconds(setup, rates, overheads)
     head_forward, head_backward = loss_seconds(setup, rates)
+    head_backward += gradient_bytes(setup) / rates.memory_bytes_per_s
     if setup.recompute:
         gpu_backward += gpu_forward
         python_backward += python_forward
-    count = setup.accumulation
-    backward = max(gpu_backward + head_backward, python_backward)
+    forward, backward = (gpu_forward + head_forward, python_forward), (gpu_backward + head_backward, python_backward)
     parts = {
-        "forward": count * max(gpu_forward + head_forward, python_forward),
-        "backward": count * backward,
-        "communication": communication_seconds(setup, rates, overheads, count * backward),
+        "forward": setup.accumulation * max(forward),
+        "backward": setup.accumulation * max(backward),
+        "communication": communication_seconds(setup, rates, overheads, forward, backward),
         "optimizer": optimizer_seconds(setup, rates, overheads) + overheads.step_s,
     }
     corrected = {name: value * rates.correction for name, value in parts.items() if value}
@@ -91,32 +104,74 @@ def gpu_seconds(setup: Setup, rates: Rates, overheads: Overheads) -> tuple[float
     products = sum(product_seconds(linear, tokens, rates, overheads) for linear in inner)
     products += 2 * tokens * active_expert_weights(shape) / rates.product_flops
     attention = 2 * setup.micro * shape.heads * shape.head_dim * setup.length**2 * shape.layers
-    moved = (between_bytes(shape) * shape.layers + adapter_traffic(setup)) * tokens
+    moved = (between_bytes(shape, mixed=setup.numerics.mixed) * shape.layers + adapter_traffic(setup)) * tokens
     between = overheads.traffic * moved / rates.memory_bytes_per_s
     dequantise = 2.6 * shape.linear_parameters / rates.memory_bytes_per_s if setup.method == "qlora" else 0.0
-    forward = products + attention / rates.attention_forward_flops + between + dequantise
+    casts = 6.0 * shape.linear_parameters / rates.memory_bytes_per_s if setup.numerics.mixed else 0.0
+    forward = products + attention / rates.attention_forward_flops + between + dequantise + casts
     backward = (2 if setup.method == "full" else 1) * products
     backward += 2.5 * attention / rates.attention_backward_flops + 2 * between + dequantise
     return forward, backward
 
 
+def gradient_bytes(setup: Setup) -> float:
+    """Bytes that gradients move on the GPU in one micro-batch's backward pass, beside the products that make them.
+
+    Each trained parameter, without DeepSpeed: from bf16 to fp32 6, added to those of earlier micro-batches 12 (8 in, 4
+    out), and copied to a replica's bucket, divided, and back 16 once a step.  ZeRO-1 and 2: copied to the bucket 4,
+    divided 4; of the own share flattened 4, to fp32 6 and added 12 (ZeRO-2; stage_1_and_2.py, average_tensor and
+    _add_to_grad_partition_buffer), or copied to its buffer 4 (ZeRO-1, only at the last micro-batch, before which they
+    are added in bf16: 6).  ZeRO-3: bucket 4, divided 4, own share added 6.  The head under TRL's loss: fp32 sums set to
+    zero 4Vh, read and written once for each 4,096 tokens 8Vh, and cast (4 + e)Vh; the embedding's gradient eVh, and if
+    they are tied their sum 3eVh.
+    """
+    shape, world, count = setup.shape, setup.world, setup.accumulation
+    trainable = setup.trainable
+    stage, e = setup.preset.zero_stage, setup.numerics.weight_bytes
+    if stage in (None, 0):
+        moved = (6.0 if setup.numerics.mixed else 0.0) + 12.0 * (count - 1) / count + (16.0 / count if world > 1 else 0)
+    elif stage == 1:
+        moved = (8.0 + 4.0 / world + 6.0 * (count - 1)) / count
+    else:
+        moved = 8.0 + (22.0 if stage == 2 else 6.0) / world
+    if setup.method != "full":
+        return moved * trainable
+    head = 12.0 + e + 8.0 * -(-setup.tokens // TILE_TOKENS) if setup.loss == "trl" else 0.0
+    return moved * trainable + shape.vocab * shape.hidden * (head + (4 if shape.tied else 1) * e)
+
+
 def python_seconds(setup: Setup, rates: Rates, overheads: Overheads) -> tuple[float, float]:
-    """What Python needs to start the kernels of a forward and a backward pass, hooks included."""
+    """What Python needs to start the kernels of a forward and a backward pass, hooks included.
+
+    ZeRO-3 hooks every module (parameter_offload.py, _register_deepspeed_module): those of a layer, and for each adapter
+    PEFT's wrapper, dropout, A and B.  Matrices are larger than the prefetch bucket of 0.9 hidden squared, so that each
+    is gathered by itself, while adapters' are coalesced; one process that offloads nothing has nothing to gather.
+    """
     layers, modules = setup.shape.layers, len_modules(setup.shape)
     forward, backward = layers * overheads.forward_launches, layers * overheads.backward_launches
     if setup.method != "full":
         forward += modules * overheads.adapter_launches
         backward += 2 * modules * overheads.adapter_launches
-    if setup.preset.zero_stage == 3:
-        forward += layers * overheads.zero3_forward_launches
-        backward += layers * overheads.zero3_backward_launches
-    return forward * rates.launch_s, backward * rates.launch_s
+    forward, backward = forward * rates.launch_s, backward * rates.launch_s
+    if setup.preset.zero_stage != 3:
+        return forward, backward
+    hooked = layers * (LAYER_MODULES + (2 if setup.shape.qk_norm else 0)) + modules
+    if setup.method != "full":
+        hooked += modules * ADAPTER_MODULES
+    split = setup.world > 1 or setup.preset.offload_param != "none"
+    gathers = modules * overheads.gather_s if split else 0.0
+    forward += hooked * overheads.hook_forward_s + gathers
+    backward += hooked * overheads.hook_backward_s + gathers
+    if setup.method == "full":
+        backward += modules * overheads.reduce_s
+    return forward, backward
 
 
 def product_seconds(linear: Linear, tokens: int, rates: Rates, overheads: Overheads) -> float:
-    """2 * tokens * weights / rate; narrow matrices reach less of the rate."""
+    """2 * tokens * weights / rate; narrow matrices and few tokens reach less of the rate."""
     widths = linear.inputs + linear.outputs
-    return 2 * tokens * linear.weights / (rates.product_flops * widths / (widths + overheads.narrow))
+    reached = widths / (widths + overheads.narrow) * tokens / (tokens + overheads.short)
+    return 2 * tokens * linear.weights / (rates.product_flops * reached)
 
 
 def active_expert_weights(shape: ModelShape) -> int:
@@ -126,16 +181,18 @@ def active_expert_weights(shape: ModelShape) -> int:
     return shape.expert_parameters * shape.experts_per_token // shape.experts
 
 
-def between_bytes(shape: ModelShape) -> float:
+def between_bytes(shape: ModelShape, *, mixed: bool = False) -> float:
     """Bytes read and written per token and layer between products, forward.
 
     RMSNorm, in eager PyTorch six kernels over h (to fp32 2+4, square 4+4, mean 4, times root 4+4, to bf16 4+2, times
     scale 2+2) = 36h, twice; residual sums 6h, twice; norms on queries and keys 36(q+k); rotation 20(q+k); attention
-    reads and writes 2q+2k+2k+2q; silu 4i, product 6i.
+    reads and writes 2q+2k+2k+2q; silu 4i, product 6i.  `mixed`, the residual stream in fp32 under autocast: RMSNorm has
+    no casts (square 4+4, mean 4, times root 4+4, times scale 4+4 = 28h, twice), the sums take 10h, twice, and each of
+    q, k, v, gate and up casts its input anew, 6h.
     """
     h, q, k = shape.hidden, shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     inner = shape.intermediate if not shape.experts else shape.experts_per_token * shape.expert_intermediate
-    moved = 84 * h + 20 * (q + k) + 4 * (q + k) + 10 * inner
+    moved = (106 if mixed else 84) * h + 20 * (q + k) + 4 * (q + k) + 10 * inner
     return moved + (36 * (q + k) if shape.qk_norm else 0)
 
 
@@ -173,13 +230,18 @@ def loss_seconds(setup: Setup, rates: Rates) -> tuple[float, float]:
     return product + 22 * wide, product * (1 + trained) + 30 * wide
 
 
-def communication_seconds(setup: Setup, rates: Rates, overheads: Overheads, backward: float) -> float:
-    """Exposed seconds: what does not hide behind the backward pass, and the all-gather after the step.
+def communication_seconds(
+    setup: Setup, rates: Rates, overheads: Overheads, forward: tuple[float, float], backward: tuple[float, float]
+) -> float:
+    """Exposed seconds: what does not hide behind the passes, each given as (GPU, Python), and the all-gather after the
+    step.
 
     ZeRO-1/2: gradients 2 bytes, updated weights 2; ZeRO-3: weights gathered forward and backward, gradients scattered;
-    each times (N-1)/N.  Replicas average gradients: twice (N-1)/N of them.
+    each times (N-1)/N.  ZeRO-1 and replicas reduce once a step, ZeRO-2 each micro-batch (stage_1_and_2.py,
+    reduce_ready_partitions_and_remove_grads; counted).  Replicas average gradients: twice (N-1)/N of them.  ZeRO-3's
+    GPU waits for a gather while Python goes on: where Python is slower anyway, that costs nothing.
     """
-    world, stage = setup.world, setup.preset.zero_stage
+    world, stage, count = setup.world, setup.preset.zero_stage, setup.accumulation
     if world == 1:
         return 0.0
     share = (world - 1) / world
@@ -187,21 +249,38 @@ def communication_seconds(setup: Setup, rates: Rates, overheads: Overheads, back
     one_pass = share * e * setup.trainable / rates.link_bytes_per_s
     if stage == 3:
         weights = share * 2 * setup.shape.parameters / rates.link_bytes_per_s
-        moved = setup.accumulation * ((3 if setup.recompute else 2) * weights + one_pass)
-        return max(moved * (1 - overheads.hidden), moved - overheads.hidden * 3 * backward)
-    reduced = setup.accumulation * 2 * one_pass if stage in (1, 2) else 2 * one_pass
-    exposed = max(reduced * (1 - overheads.hidden), reduced - overheads.hidden * backward)
+        gathers = overheads.gather_hidden
+        waits = (
+            shown(weights, forward[0], gathers),
+            shown((2 if setup.recompute else 1) * weights, backward[0], gathers)
+            + shown(one_pass, backward[0], overheads.hidden),
+        )
+        passes = zip((forward, backward), waits, strict=True)
+        return count * sum(max(gpu + wait, python) - max(gpu, python) for (gpu, python), wait in passes)
+    times = count if stage == 2 else 1
+    exposed = times * shown(2 * one_pass, max(backward), overheads.hidden)
     return exposed + (one_pass if stage in (1, 2) else 0.0)
 
 
+def shown(moved: float, behind: float, hidden: float) -> float:
+    """Seconds of `moved` that remain: its share `hidden` goes on behind other work, but no longer than that share of
+    the work takes.
+    """
+    return max(moved * (1 - hidden), moved - hidden * behind)
+
+
 def optimizer_seconds(setup: Setup, rates: Rates, overheads: Overheads) -> float:
-    """On the GPU: Adam reads 16 and writes 12 bytes of each parameter, the rest is clipping, casts and flat copies."""
+    """On the GPU: Adam reads 16 and writes 12 bytes of each parameter, the rest is clipping, casts and flat copies.
+
+    DeepSpeed takes the norm of each gradient in fp64, one after the other (get_grad_norm_direct): under ZeRO-1 and 2 of
+    those in its share, under ZeRO-3, where each process holds a piece of every gradient, of all.
+    """
     stage = setup.preset.zero_stage
     share = setup.trainable / (setup.world if stage else 1)
     tensors = (
         len_modules(setup.shape) + 4 * setup.shape.layers if setup.method == "full" else 2 * len_modules(setup.shape)
     )
-    norms = tensors * overheads.gradient_launches * rates.launch_s if stage else 0.0
+    norms = tensors / (1 if stage == 3 else setup.world) * overheads.norm_s if stage else 0.0
     if setup.preset.offload_optimizer == "none":
         moved_bytes = overheads.deepspeed_bytes if stage else overheads.optimizer_bytes
         return moved_bytes * share / rates.memory_bytes_per_s + norms

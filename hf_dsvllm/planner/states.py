@@ -28,6 +28,7 @@ class States:
     init: Mapping[str, float]
     resident: Mapping[str, float]
     gradients: Mapping[str, float]
+    earlier: Mapping[str, float]
     buffer: Mapping[str, float]
     at_reduction: Mapping[str, float]
     buckets: Mapping[str, float]
@@ -76,6 +77,7 @@ def plain_states(setup: Setup) -> States:
         init={"weights": weights, "DDP buckets": ddp},
         resident={"weights": weights, "optimizer": 2.0 * e * trainable, "DDP buckets": ddp},
         gradients={"gradients": float(e * trainable)},
+        earlier={"gradients": float(e * trainable)},
         buffer={},
         at_reduction={},
         buckets={},
@@ -96,11 +98,14 @@ def zero12_states(setup: Setup) -> States:
     init: the weights and their flat copy (Z12:449-510), then fp32 master weights 4P/N and a dummy gradient 4P/N.
     gradients, fp32 accumulation: one buffer of 4P/N, made at the first reduction (Z12, compact partition buffer).
     bf16 accumulation: 2P/N, and at the step flattened 2P/N and as fp32 4P/N  (Z12:3117).
-    ZeRO-1 keeps whole gradients 2P.  Buckets: two of bf16 elements (overlap), made
-    whole at the first gradient, however few are trained (Z12, setup_buckets); on CPUs one, whose untouched pages are no
-    memory.
+    ZeRO-1 keeps what it steps, 2P/N, in a buffer that the rank makes when the first gradient of its share is reduced
+    (Z12:2184, copy_grads_in_partition): the rank of the last share makes it before any layer is gone.  Before the last
+    micro-batch nothing is reduced, and whole gradients 2P wait (Z12, reduce_ready_partitions_and_remove_grads).
+    Buckets: two of bf16 elements (overlap), made whole at the first gradient, however few are trained (Z12,
+    setup_buckets); on CPUs one, whose untouched pages are no memory.
     at_reduction and tail: gradients larger than a bucket (output head, embedding) are reduced on their own; the rank
-    that owns them adds them to its buffer as fp32: e + 4 bytes.  A tied head's waits in autograd for the embedding's.
+    that owns them adds them to its buffer, under ZeRO-2 as fp32: e [+ 4] bytes.  A tied head's waits in autograd for
+    the embedding's.
     step: the norm is taken in fp64 of one gradient at a time (get_norm_dtype): 8 bytes of the largest.
     offload: a buffer of the largest gradient stays (Z12:659).
     """
@@ -123,7 +128,7 @@ def zero12_states(setup: Setup) -> States:
         resident["offload buffer"] = float(e * largest)
         kept, step = 0.0, 0.0
     elif preset.zero_stage == 1:
-        kept, step = float(e * trainable), (2.0 + 4.0) * share
+        kept, step = e * share, (2.0 + 4.0) * share
     elif fp32:
         kept, step = 4 * share, 0.0
     else:
@@ -131,13 +136,15 @@ def zero12_states(setup: Setup) -> States:
     norm = 8.0 * min(largest, share) if setup.device == "cuda" and not offload else 0.0
     added = float(e * alone + (4 * min(alone, share) if preset.zero_stage == 2 and fp32 else 0))
     tied = float(e * largest) if shape.tied else 0.0
+    whole = {"earlier gradients": float(e * trainable)}
     return States(
         loaded=weights if setup.method == "full" else base,
         init={"weights": weights, "flat copy": 0.0 if offload else max(float(e * trainable), 2 * master * share)},
         resident=resident,
         gradients={"gradients": kept},
-        buffer={"gradients": kept} if preset.zero_stage == 2 else {},
-        at_reduction={"gradients": kept, "large gradients": added} if fp32 and alone and not shape.tied else {},
+        earlier=whole if preset.zero_stage == 1 else {"gradients": kept},
+        buffer={"gradients": kept},
+        at_reduction={"gradients": kept, "large gradients": added} if alone and not shape.tied else {},
         buckets=ipg,
         waiting={"tied gradient": tied},
         tail={"large gradients": added + tied},
@@ -185,6 +192,7 @@ def zero3_states(setup: Setup) -> States:
         init={"weights": weights, "optimizer": master, "gradients": kept, "flat copy": largest},
         resident={"weights": weights, "optimizer": optimizer, "gradients": kept, **bucket},
         gradients={},
+        earlier={},
         buffer={},
         at_reduction={},
         buckets={},

@@ -44,6 +44,15 @@ def test_a_layer_saves_what_the_formula_says(config, numerics, dtype, autocast):
     assert counted == layer_bytes(shape_from_config(config.to_dict()), numerics)
 
 
+@pytest.mark.parametrize("config", [QWEN3, LLAMA], ids=["qwen3", "llama"])
+def test_frozen_layers_under_zero3_save_their_inputs_to_the_byte(config, monkeypatch):
+    linear = pytest.importorskip("deepspeed.runtime.zero.linear")
+    monkeypatch.setattr(torch.nn.functional, "linear", linear.zero3_linear_wrap)
+    counted = saved_bytes(config, dtype=torch.bfloat16, lora_r=LORA["lora_r"])
+    zero3 = Numerics(method="lora", keeps_inputs=True, **LORA)
+    assert counted == layer_bytes(shape_from_config(config.to_dict()), zero3)
+
+
 def test_a_qwen3_layer_in_bf16_is_the_sum_of_its_docstring():
     shape = shape_from_config(QWEN3.to_dict())
     h, q, k, i, heads, kv_heads = 256, 256, 128, 640, 4, 2
