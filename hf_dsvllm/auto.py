@@ -21,6 +21,7 @@ from hf_dsvllm.given import was_given
 from hf_dsvllm.hardware import Machine, detect
 from hf_dsvllm.launch import Launch, read_launch
 from hf_dsvllm.model_shape import load_shape
+from hf_dsvllm.optimizers import optimizer_of
 from hf_dsvllm.planner.cards import machine_rates
 from hf_dsvllm.planner.explain import sentences, suggestions
 from hf_dsvllm.planner.search import TIE, Candidate, Job, Plan, gib, judge, make_plan, placements
@@ -124,6 +125,7 @@ def job_of(
         method=method,  # type: ignore[arg-type]
         loss="trl" if hasattr(args, "max_length") else "plain",
         lora_r=lora_r or int(flag(argv, "--lora_r") or 16),
+        optimizer=optimizer_of(args),
         host_bytes=ram,
         evaluation=evaluation,
         device="cuda" if device == "cuda" else "cpu",

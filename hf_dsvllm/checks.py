@@ -21,6 +21,7 @@ from hf_dsvllm.files import behind_links
 from hf_dsvllm.hardware import detect
 from hf_dsvllm.launch import read_launch
 from hf_dsvllm.model_shape import ModelShape, download_config, load_shape
+from hf_dsvllm.optimizers import STATE_BYTES, optimizer_of
 from hf_dsvllm.presets import Preset
 from hf_dsvllm.tasks import EvalTask, render_prompt
 from hf_dsvllm.tensors.weights import has_safetensors
@@ -259,7 +260,6 @@ def predict_memory(
     """The least a run needs by the formulas of `memory`, None without a preset."""
     if preset is None:
         return None
-    optim = str(getattr(args.optim, "value", args.optim))
     config = args.deepspeed if isinstance(args.deepspeed, dict) else {}
     return memory.estimate(
         shape,
@@ -275,8 +275,8 @@ def predict_memory(
         device="cuda" if device == "cuda" else "cpu",
         weight_dtype="float32" if model_args.dtype == "float32" else "bfloat16",
         fp32_accumulation=get_key(config, "data_types.grad_accum_dtype") == "fp32",
-        # Anything but AdamW may keep less: count nothing then, so that the bound stays a bound.
-        optimizer_state_bytes=8.0 if optim.startswith("adamw_torch") and not optim.endswith("bit") else 0.0,
+        # One that is not known may keep less than Adam: count nothing then, so that the bound stays a bound.
+        optimizer_state_bytes=STATE_BYTES.get(optimizer_of(args), 0.0),
     )
 
 

@@ -18,6 +18,7 @@ from rich.table import Table
 
 from hf_dsvllm import __version__, cli_models, cli_report
 from hf_dsvllm.console import friendly_errors, say
+from hf_dsvllm.optimizers import ADAM
 from hf_dsvllm.presets import Preset, available_presets, get_preset
 
 __all__ = ["app", "main"]
@@ -255,6 +256,7 @@ def plan(
     method: Annotated[str, typer.Option("--method", help="full, lora, qlora or any.")] = "any",
     loss: Annotated[str, typer.Option("--loss", help="trl (SFTTrainer) or plain (Trainer).")] = "trl",
     lora_r: Annotated[int, typer.Option("--lora_r", help="Rank of adapters.")] = 16,
+    optim: Annotated[str, typer.Option("--optim", help="The Trainer's optimizer, for its memory.")] = ADAM,
     host_ram: Annotated[str | None, typer.Option("--host_ram", help="Memory of the machine, like 512GB.")] = None,
     nvme: Annotated[str | None, typer.Option("--nvme", help="Free room on a local NVMe disk, like 2TB.")] = None,
     eval_sequences: Annotated[
@@ -280,6 +282,7 @@ def plan(
         method=method,
         loss=loss,
         lora_r=lora_r,
+        optim=optim,
         host_ram=host_ram,
         nvme=nvme,
         eval_sequences=eval_sequences,

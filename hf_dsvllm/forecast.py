@@ -12,6 +12,7 @@ from hf_dsvllm.errors import DsvllmError
 from hf_dsvllm.hardware import Machine, detect
 from hf_dsvllm.launch import read_launch
 from hf_dsvllm.model_shape import load_shape
+from hf_dsvllm.optimizers import optimizer_of, state_bytes
 from hf_dsvllm.planner.cards import Rates, learn, machine_rates
 from hf_dsvllm.planner.footprint import Footprint, Setup, gpu_footprint
 from hf_dsvllm.planner.host import HostFootprint, host_footprint
@@ -110,6 +111,7 @@ def forecast(args: Any, model_args: Any, preset: Preset | None, device: str) -> 
         loss="trl" if hasattr(args, "max_length") else "plain",
         lora_r=model_args.lora_r,
         lora_dropout=bool(model_args.lora_dropout),
+        optimizer_bytes=state_bytes(optimizer_of(args)),
         device="cuda" if device == "cuda" else "cpu",
     )
     return Forecast(

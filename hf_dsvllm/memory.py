@@ -151,14 +151,15 @@ def state_parts(layout: Layout, trainable: int) -> dict[str, float]:
     | no DeepSpeed            | eP      | eP         | 2eP            | 0                               |
     | ZeRO-0, e = 2           | 2P      | 2P         | 12P            | 0                               |
     | ZeRO-0, e = 4           | 4P      | 4P         | 8P             | 0                               |
-    | ZeRO-1, e accumulation  | eP      | eP         | 12P/N          | 4P/N if e = 2                   |
+    | ZeRO-1, e accumulation  | eP      | eP/N       | 12P/N          | 6P/N if e = 2                   |
     | ZeRO-1, fp32            | eP      | 4P         | 12P/N          | 0                               |
     | ZeRO-2, e accumulation  | eP      | eP/N       | 12P/N          | 6P/N if e = 2                   |
     | ZeRO-2, fp32            | eP      | 4P/N       | 12P/N          | 0                               |
     | ZeRO-3, e accumulation  | eP/N    | eP/N       | 12P/N          | 6 min(P/N, sub-group) if e = 2  |
     | ZeRO-3, fp32            | eP/N    | 4P/N       | 12P/N          | 4 min(P/N, sub-group)           |
 
-    12 = fp32 copy 4 + Adam 8.  With the optimizer offloaded, gradients, optimizer and step leave the device.
+    12 = fp32 copy 4 + Adam 8.  ZeRO-1 holds 2P of gradients more until the last micro-batch of a step.  With the
+    optimizer offloaded, gradients, optimizer and step leave the device.
     """
     stage, e, share = layout.zero_stage, layout.weight_bytes, trainable / layout.world_size
     optimizer = layout.optimizer_state_bytes
@@ -168,7 +169,7 @@ def state_parts(layout: Layout, trainable: int) -> dict[str, float]:
         return parts(trainable, weights=e, gradients=e, optimizer=optimizer + (MASTER_BYTES if e == 2 else 0))
     accumulation = 4 if layout.fp32_accumulation else e
     step_bytes = {
-        1: 4 if accumulation == 2 else 0,
+        1: 6 if accumulation == 2 else 0,
         2: 6 if accumulation == 2 else 0,
         3: 6 if accumulation == 2 else 4,
     }[stage]
@@ -179,7 +180,7 @@ def state_parts(layout: Layout, trainable: int) -> dict[str, float]:
     return parts(
         1,
         weights=weights,
-        gradients=accumulation * (trainable if stage == 1 else share),
+        gradients=accumulation * (trainable if stage == 1 and layout.fp32_accumulation else share),
         optimizer=(MASTER_BYTES + optimizer) * share,
         step=step_bytes * stepped,
     )

@@ -7,6 +7,7 @@ import shlex
 from collections.abc import Iterator
 from typing import Any
 
+from hf_dsvllm.optimizers import ADAM
 from hf_dsvllm.planner.cards import NVME_BYTES_PER_S, lacks_bf16
 from hf_dsvllm.planner.engine import CONCURRENT_SEQUENCES
 from hf_dsvllm.planner.footprint import PHASES, Setup
@@ -213,6 +214,7 @@ def command_line(plan: Plan, model: str) -> str:
             "--gradient_accumulation_steps", str(setup.accumulation),
             "--gradient_checkpointing", str(setup.recompute).lower(),
             *length,
+            *(("--optim", job.optimizer) if job.optimizer != ADAM else ()),
             *(("--fp16", "true") if without_bf16(job) else ()),
             *(("--lora_target_modules", *targets) if (targets := named_targets(setup)) else ()),
             *engine_flags(plan.chosen),

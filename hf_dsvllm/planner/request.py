@@ -9,6 +9,7 @@ import re
 from hf_dsvllm.errors import ConfigError, DsvllmError, HardwareError, Problem
 from hf_dsvllm.hardware import Machine, count_and_card, detect, parse_machine
 from hf_dsvllm.model_shape import ModelShape, UnknownModelError, load_shape
+from hf_dsvllm.optimizers import ADAM, STATE_BYTES
 from hf_dsvllm.planner.cards import Rates, machine_rates, rates_of
 from hf_dsvllm.planner.footprint import Traced
 from hf_dsvllm.planner.search import Job
@@ -32,6 +33,7 @@ class Request:
     method: str = "any"
     loss: str = "trl"
     lora_r: int = 16
+    optim: str = ADAM
     host_ram: str | None = None
     nvme: str | None = None
     eval_sequences: int = 0
@@ -66,6 +68,7 @@ def job_of(request: Request, shape: ModelShape | None = None, traced: Traced | N
         method=request.method,  # type: ignore[arg-type]
         loss=request.loss,  # type: ignore[arg-type]
         lora_r=request.lora_r,
+        optimizer=request.optim,
         host_bytes=host * nodes if host else machine.ram_bytes,
         nvme_bytes=nvme and nvme * nodes,
         evaluation=(request.eval_sequences, request.eval_length) if request.eval_sequences else None,
@@ -142,6 +145,9 @@ def number_problems(request: Request, shape: ModelShape | None, machine: Machine
         near = difflib.get_close_matches(request.method, METHODS, n=1)
         hint = f"did you mean {near[0]}? " if near else ""
         problems.append(Problem(f"--method {request.method} is not known", f"{hint}use {', '.join(METHODS)}"))
+    if request.optim not in STATE_BYTES:
+        near = ", ".join(difflib.get_close_matches(request.optim, STATE_BYTES, n=3)) or ", ".join(STATE_BYTES)
+        problems.append(Problem(f"--optim {request.optim} is not known to the planner", f"--optim {near}"))
     if request.loss not in ("trl", "plain"):
         problems.append(Problem(f"--loss {request.loss} is not known", "use trl (SFTTrainer) or plain (Trainer)"))
     for name, value in (

@@ -8,6 +8,7 @@ from typing import Literal
 
 from hf_dsvllm.hardware import Gpu, Machine
 from hf_dsvllm.model_shape import ModelShape
+from hf_dsvllm.optimizers import ADAM, state_bytes
 from hf_dsvllm.planner.allocator import held_bytes, outside_bytes, reserved_bytes
 from hf_dsvllm.planner.cards import Rates
 from hf_dsvllm.planner.engine import Engine, EnginePlace, engine_footprint, places, settled_place
@@ -40,6 +41,7 @@ LARGEST_MICRO = 64
 class Job:
     """What is to be done, on what.  `global_batch` in sequences of `length` tokens; bytes of all `nodes` together.
 
+    `optimizer`: the name of --optim (`hf_dsvllm.optimizers`).
     `evaluation`: sequences vLLM answers at once and their length, None without evaluation; `streams` whether weights
     reach it from GPU to GPU (then a shared engine sleeps), None where the plan may choose.  `processes` (of them
     `local_processes` here) where the launch has settled their number; otherwise one for each GPU that vLLM leaves.
@@ -55,6 +57,7 @@ class Job:
     lora_r: int = 16
     host_bytes: int | None = None
     nvme_bytes: int | None = None
+    optimizer: str = ADAM
     evaluation: tuple[int, int] | None = None
     streams: bool | None = False
     device: Literal["cuda", "cpu"] = "cuda"
@@ -208,6 +211,8 @@ def every_candidate(job: Job, presets: Sequence[str] | None) -> Iterator[Candida
             continue
         for preset in wanted_presets(job, presets, world):
             for micro in micro_batches(job.global_batch // world):
+                if preset.zero_stage == 1 and not presets and job.global_batch > world * micro:
+                    continue  # it adds the gradients of several micro-batches in bf16, where ZeRO-2 has fp32
                 for recompute in (False, True):
                     yield judge(job, preset, world, micro, recompute, place)
 
@@ -268,6 +273,7 @@ def judge(job: Job, preset: Preset, world: int, micro: int, recompute: bool, pla
         recompute=recompute,
         loss=job.loss,
         lora_r=job.lora_r,
+        optimizer_bytes=state_bytes(job.optimizer),
         device=job.device,
         traced=job.traced,
     )

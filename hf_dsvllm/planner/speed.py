@@ -272,6 +272,8 @@ def shown(moved: float, behind: float, hidden: float) -> float:
 def optimizer_seconds(setup: Setup, rates: Rates, overheads: Overheads) -> float:
     """On the GPU: Adam reads 16 and writes 12 bytes of each parameter, the rest is clipping, casts and flat copies.
 
+    Other optimizers read and write more or fewer bytes of state than Adam's 8.
+
     DeepSpeed takes the norm of each gradient in fp64, one after the other (get_grad_norm_direct): under ZeRO-1 and 2 of
     those in its share, under ZeRO-3, where each process holds a piece of every gradient, of all.
     """
@@ -283,6 +285,7 @@ def optimizer_seconds(setup: Setup, rates: Rates, overheads: Overheads) -> float
     norms = tensors / (1 if stage == 3 else setup.world) * overheads.norm_s if stage else 0.0
     if setup.preset.offload_optimizer == "none":
         moved_bytes = overheads.deepspeed_bytes if stage else overheads.optimizer_bytes
+        moved_bytes += 2 * (setup.optimizer_bytes - 8)
         return moved_bytes * share / rates.memory_bytes_per_s + norms
     return offloaded_seconds(setup, rates, share) + nvme_seconds(setup, rates, share) + norms
 

@@ -63,7 +63,7 @@ def frozen(setup: Setup) -> float:
 
 
 def plain_states(setup: Setup) -> States:
-    """Without ZeRO: weights, Adam's moments, gradients that come and go; DistributedDataParallel's buckets twice.
+    """Without ZeRO: weights, moments, gradients that come and go; DistributedDataParallel's buckets twice.
 
     tail: the embedding's gradient beside the output head's, if they are tied.
     """
@@ -75,7 +75,7 @@ def plain_states(setup: Setup) -> States:
     return States(
         loaded=weights if setup.method == "full" else base,
         init={"weights": weights, "DDP buckets": ddp},
-        resident={"weights": weights, "optimizer": 2.0 * e * trainable, "DDP buckets": ddp},
+        resident={"weights": weights, "optimizer": moments(setup, e) * trainable, "DDP buckets": ddp},
         gradients={"gradients": float(e * trainable)},
         earlier={"gradients": float(e * trainable)},
         buffer={},
@@ -85,6 +85,11 @@ def plain_states(setup: Setup) -> States:
         tail={"large gradients": float((2 if tied_sum_is_new(setup) else 1) * e * largest_gradient(setup))},
         step={},
     )
+
+
+def moments(setup: Setup, stepped: int) -> float:
+    """Bytes of optimizer state for each parameter of `stepped` bytes: moments are of its dtype, 8 bits stay 8 bits."""
+    return setup.optimizer_bytes * (stepped / 4 if setup.optimizer_bytes >= 4 else 1)
 
 
 def tied_sum_is_new(setup: Setup) -> bool:
@@ -123,7 +128,8 @@ def zero12_states(setup: Setup) -> States:
     master = 2 if low else 4
     largest = largest_gradient(setup)
     alone = largest if largest > bucket else 0
-    resident = {"weights": weights, "optimizer": 0.0 if offload else (master + (4 if low else 8)) * share}
+    stepped = (master + moments(setup, master)) * share
+    resident = {"weights": weights, "optimizer": 0.0 if offload else stepped}
     if offload:
         resident["offload buffer"] = float(e * largest)
         kept, step = 0.0, 0.0
@@ -184,7 +190,7 @@ def zero3_states(setup: Setup) -> States:
     if preset.offload_optimizer != "none":
         optimizer = master = kept = step = 0.0
     else:
-        optimizer, master, kept = 12 * share, 4 * share, e * share
+        optimizer, master, kept = (4 + moments(setup, 4)) * share, 4 * share, e * share
         step = (6 if e == 2 else 4) * min(share, SUB_GROUP)
     largest = float(e * shape.largest_matrix) if setup.method == "full" else 0.0
     return States(

@@ -82,7 +82,7 @@ def zero1() -> Preset:
         name="zero1",
         summary="optimizer states sharded",
         shards="optimizer states",
-        lives="GPU: 2P weights + 2P gradients + 12P/N",
+        lives="GPU: 2P weights + 14P/N; 2P more while several micro-batches are added",
         zero_stage=1,
         # bf16 accumulation here: with fp32 ZeRO-1 becomes BF16_Optimizer, which keeps 4P of unsharded gradients.
         deepspeed=(_OVERLAP, _CONTIGUOUS, _BUCKET),

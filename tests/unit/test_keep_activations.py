@@ -46,7 +46,7 @@ def keep(monkeypatch: pytest.MonkeyPatch, *, card: str = "1xH200", device: str =
     }
     base |= {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": None, "activation_offloading": False}
     asked = {"gen_eval_file": None, "gen_eval_lm_eval": None, "gen_eval_max_new_tokens": 256}
-    asked["gen_eval_weights"] = "disk"
+    asked |= {"gen_eval_weights": "disk", "optim": "adamw_torch_fused", "optim_args": None}
     args = SFTConfig(**(base | asked | changed))
     model = SimpleNamespace(model_name_or_path="model", model_revision="main", lora_r=16)
     return args, auto.keep_activations(args, model, get_preset("zero2"), device)

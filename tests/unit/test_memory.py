@@ -39,7 +39,7 @@ def memory(shape: ModelShape = QWEN3_4B, **options: object) -> TrainingMemory:
         ({"zero_stage": None, "optimizer_state_bytes": 2}, 6, 6),
         ({"zero_stage": 0}, 16, 16),
         ({"zero_stage": 0, "weight_dtype": "float32"}, 16, 16),
-        ({"zero_stage": 1, "world_size": 4, "fp32_accumulation": False}, 4 + 12 / 4, 4 + 16 / 4),
+        ({"zero_stage": 1, "world_size": 4, "fp32_accumulation": False}, 2 + 14 / 4, 2 + 20 / 4),
         ({"zero_stage": 1, "world_size": 4}, 6 + 12 / 4, 6 + 12 / 4),
         ({"zero_stage": 2, "world_size": 4, "fp32_accumulation": False}, 2 + 14 / 4, 2 + 20 / 4),
         ({"zero_stage": 2, "world_size": 4}, 2 + 16 / 4, 2 + 16 / 4),

@@ -49,6 +49,8 @@ def arguments(**fields: Any) -> Any:
         gen_eval_lm_eval = None
         gen_eval_max_new_tokens = 256
         gen_eval_weights = "auto"
+        optim = "adamw_torch_fused"
+        optim_args = None
 
     for name, value in fields.items():
         setattr(Fields, name, value)
