@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections.abc import Mapping
+from pathlib import Path
 from typing import Any
 
 from hf_dsvllm.auto import planned_length, trl_config
@@ -70,6 +71,12 @@ class Forecast:
         }
 
 
+def largest_file(model: str) -> dict[str, int]:
+    """`file_bytes` of a model in a folder, {} for one that is elsewhere."""
+    sizes = [file.stat().st_size for file in Path(model).expanduser().glob("*.safetensors")]
+    return {"file_bytes": max(sizes)} if sizes else {}
+
+
 def moments(found: Forecast) -> dict[str, int]:
     """Predicted peaks of the moments that a run can tell apart (`hf_dsvllm.measure`).
 
@@ -112,6 +119,7 @@ def forecast(args: Any, model_args: Any, preset: Preset | None, device: str) -> 
         lora_r=model_args.lora_r,
         lora_dropout=bool(model_args.lora_dropout),
         optimizer_bytes=state_bytes(optimizer_of(args)),
+        **largest_file(str(model_args.model_name_or_path)),
         device="cuda" if device == "cuda" else "cpu",
     )
     return Forecast(

@@ -29,6 +29,7 @@ class Setup:
     loss: Loss = "trl"
     lora_r: int = 16
     lora_dropout: bool = True  # TRL's ModelConfig: 0.05
+    file_bytes: int = 5_000_000_000  # the largest file of weights; most of the hub's were saved in files of 5 GB
     optimizer_bytes: float = 8.0  # of state for each parameter stepped in fp32 (hf_dsvllm.optimizers)
     device: Literal["cuda", "cpu"] = "cuda"
     traced: Traced | None = None

@@ -80,3 +80,35 @@ def test_the_host_memory_that_was_validated_is_told_from_what_a_save_takes() -> 
     assert f"({host.peak / GIB:.1f} GiB while the model is loaded or saved)" in text
     kept = record(found, "MODEL")["chosen"]
     assert (kept["host_training_bytes"], kept["host_peak_bytes"]) == (host.measured_peak, host.peak)
+
+
+EVALUATED = RESULTS / "2026-11-27-evaluation-4xH200.json"
+
+
+@pytest.mark.skipif(not EVALUATED.is_file(), reason="the measurements are in the repository only")
+@pytest.mark.parametrize(
+    ("row", "preset", "optimizer_bytes"),
+    [
+        ("full", "zero2", 0.0),  # SGD
+        ("8b-zero2-1", "zero2", 0.0),
+        ("8b-zero3-1", "zero3", 0.0),
+        ("lora", "lora", 8.0),
+        ("qlora", "qlora", 8.0),
+    ],
+)
+def test_recipes_of_8b_read_from_several_files_take_what_is_predicted(
+    row: str, preset: str, optimizer_bytes: float
+) -> None:
+    measured = json.loads(EVALUATED.read_text(encoding="utf-8"))["rows"][row]["measured"]
+    found = Setup(
+        shape=shape("8b"),
+        preset=get_preset(preset),
+        world=1,
+        micro=4,
+        length=2048,
+        recompute=optimizer_bytes == 0,  # activations of adapters fit
+        optimizer_bytes=optimizer_bytes,
+        file_bytes=2 * shape("8b").parameters // 4,
+    )
+    assert gpu_footprint(found).peak / GIB == pytest.approx(measured["gpu_peak_allocated_gib"], rel=0.01)
+    assert host_footprint(found).resident_peak / GIB == pytest.approx(measured["host_peak_gib"], rel=0.1)
