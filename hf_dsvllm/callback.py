@@ -29,6 +29,7 @@ from hf_dsvllm.evaluation.steering import (
     score_at,
 )
 from hf_dsvllm.fields import metric_key, steers
+from hf_dsvllm.files import write_json
 from hf_dsvllm.live.restore import restore
 from hf_dsvllm.live.snapshot import Snapshot, adapters_act, point_to_latest, prune, publish
 from hf_dsvllm.live.stream import send
@@ -48,6 +49,7 @@ logger = logging.getLogger(__name__)
 FAILURES_BEFORE_GIVING_UP = 3
 # Late rounds that may be under way when another is due: one is answered, one is ready to follow.
 UNDER_WAY = 2
+RECORD_EVERY_S = 30.0
 
 
 class SessionCallback(TrainerCallback):
@@ -72,6 +74,7 @@ class SessionCallback(TrainerCallback):
         self._training, self._ended_with = False, -1
         self._trained_before = self._sharded = False
         self._told_undecided = False
+        self._record_at = 0.0
 
     # -- hooks -----------------------------------------------------------------------------------------------------
 
@@ -131,6 +134,18 @@ class SessionCallback(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         self.measure.look_at(logs or {}, self.trainer)
+        self._record_so_far(state)
+
+    def _record_so_far(self, state: Any) -> None:
+        """measured.json of a run in progress, twice a minute at most: what one that is killed has measured."""
+        now = time.monotonic()
+        if not (self._training and self.measure.durations and is_main_process()) or now < self._record_at:
+            return
+        self._record_at = now + RECORD_EVERY_S
+        try:
+            write_json(self.session.run_dir / "measured.json", self.measure.so_far(state))
+        except OSError as error:  # a full disk ends no training
+            logger.warning("measured.json could not be written: %s", error)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.measure.stop(state)

@@ -48,7 +48,7 @@ class RunMeasure:
 
     def mark(self, phase: str) -> None:
         """Close a phase: its peaks since the last mark; of a phase that comes again the highest is kept."""
-        now = {"host_gib": resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20}
+        now = {"host_gib": host_peak_gib()}
         if torch.cuda.is_available():
             now["allocated_gib"] = torch.cuda.max_memory_allocated() / GIB
             now["reserved_gib"] = torch.cuda.max_memory_reserved() / GIB
@@ -121,14 +121,15 @@ class RunMeasure:
         )
 
     def stop(self, state: Any) -> None:
-        """Read the number of tokens trained on and the host peak of every process; collective.
-
-        TRL logs the tokens, the plain Trainer counts them if told to (include_num_input_tokens_seen).
-        """
+        """Read the number of tokens trained on and the host peak of every process; collective."""
         self.mark("end")
-        self.host_peaks = from_all(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20)  # KiB on Linux
-        logged = [row["num_tokens"] for row in state.log_history if "num_tokens" in row]
-        self.tokens = int(logged[-1]) if logged else int(state.num_input_tokens_seen or 0)
+        self.host_peaks = from_all(host_peak_gib())
+        self.tokens = tokens_of(state)
+
+    def so_far(self, state: Any) -> dict[str, Any]:
+        """The figures until now, what a run that is killed leaves: `finished` is false, the host peak our own."""
+        self.tokens = tokens_of(state)
+        return self.as_record() | {"finished": False, "host_peak_gib": round(host_peak_gib(), 2)}
 
     @property
     def steps(self) -> int:
@@ -147,7 +148,7 @@ class RunMeasure:
         """The figures as they stand in measured.json; memory in GiB, of this process."""
         memory: dict[str, Any] = {
             "host_peak_gib": round(self.host_peaks[0], 2) if self.host_peaks else None,
-            "host_peak_all_gib": round(sum(self.host_peaks), 2),
+            "host_peak_all_gib": round(sum(self.host_peaks), 2) if self.host_peaks else None,
         }
         if torch.cuda.is_available():
             memory |= {
@@ -174,6 +175,17 @@ class RunMeasure:
     def highest(self, name: str) -> float:
         """The peak of a figure from the beginning of training on."""
         return max((self.phases[phase][name] for phase in TRAINING if phase in self.phases), default=0.0)
+
+
+def tokens_of(state: Any) -> int:
+    """Tokens trained on: TRL logs them, the plain Trainer counts them if told to (include_num_input_tokens_seen)."""
+    logged = [row["num_tokens"] for row in state.log_history if "num_tokens" in row]
+    return int(logged[-1]) if logged else int(state.num_input_tokens_seen or 0)
+
+
+def host_peak_gib() -> float:
+    """The peak resident size of this process."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20  # KiB on Linux
 
 
 def gib_of_others(processes: Collection[int] = ()) -> float | None:

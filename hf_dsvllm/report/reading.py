@@ -104,8 +104,17 @@ def folders(path: Path) -> list[Path]:
 
 
 def read_measured(run: Path, plan: Mapping[str, Any], gaps: list[str]) -> dict[str, Any]:
-    """measured.json, unless it is of an earlier run: a new one rewrites plan.json without measures at its start."""
+    """measured.json, unless it is of an earlier run: a new one rewrites plan.json without measures at its start.
+
+    That of a run that is not finished is of this run if it is younger than its plan.
+    """
     measured = read_object(run / "measured.json", gaps, missing=None)
+    if measured.get("finished") is False:
+        if plan and modified(run / "measured.json") < modified(run / "plan.json"):
+            gaps.append("measured.json is of an earlier run in this folder and is not shown.")
+            return {}
+        gaps.append("The run is not finished, or was ended: what was measured is until then.")
+        return measured
     if measured and plan and "measured" not in plan:
         gaps.append("measured.json is of an earlier run in this folder and is not shown.")
         return {}
@@ -245,7 +254,7 @@ def read_memory(record: Mapping[str, Any], predicted: Mapping[str, Any], measure
     if not predicted:
         gaps.append("Nothing was predicted: there is no plan.json (no preset, or an architecture without formulas).")
     if not measured:
-        gaps.append("Nothing is measured yet: measured.json is written when training ends.")
+        gaps.append("Nothing is measured yet: measured.json is written while training logs.")
     return Memory(
         rows=tuple(row for row in rows if row.predicted is not None or row.measured is not None),
         parts={phase: sizes for phase, sizes in parts.items() if sizes},
@@ -267,7 +276,7 @@ def read_times(measured: Mapping[str, Any], evaluations: tuple[Evaluation, ...])
         for name, seconds in evaluation.seconds.items():
             phases[name] = phases.get(name, 0.0) + seconds
     training = number(measured.get("step_seconds"))
-    gaps = [] if measured else ["Seconds in training steps are known when training ends (measured.json)."]
+    gaps = [] if measured else ["Seconds in training steps are known once training logs (measured.json)."]
     return Times(
         training=training,
         steps=count(measured.get("steps")),

@@ -246,6 +246,30 @@ def test_last_weights_that_cannot_be_written_end_the_run_on_every_rank_with_the_
         callback.on_train_end(callback.trainer.args, callback.trainer.state, TrainerControl())
 
 
+def test_a_run_that_is_killed_leaves_what_it_measured_until_then(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Twice a minute at most, and a full disk ends nothing."""
+    callback = made(tmp_path)
+    state, args = callback.trainer.state, callback.trainer.args
+    state.log_history = [{"num_tokens": 96}]
+    file = tmp_path / "measured.json"
+    callback.on_log(args, state, TrainerControl(), logs={})
+    assert not file.exists(), "nothing is trained yet"
+    callback._training, callback.measure.durations = True, [0.5, 0.25]
+    callback.on_log(args, state, TrainerControl(), logs={})
+    found = json.loads(file.read_text(encoding="utf-8"))
+    assert (found["steps"], found["tokens"], found["tokens_per_second"]) == (2, 96, 128.0)
+    assert found["finished"] is False
+    assert found["host_peak_gib"] > 0
+    file.unlink()
+    callback.on_log(args, state, TrainerControl(), logs={})
+    assert not file.exists(), "a moment later"
+    monkeypatch.setattr(callback_module, "write_json", full)
+    callback._record_at = 0.0
+    callback.on_log(args, state, TrainerControl(), logs={})
+
+
 @pytest.mark.parametrize(("late", "wait", "waited"), [(True, False, False), (True, True, True), (False, False, True)])
 def test_training_does_not_wait_for_an_engine_that_is_busy_with_a_late_score(
     late: bool, wait: bool, waited: bool, tmp_path: Path, published: list[int], capsys: pytest.CaptureFixture[str]

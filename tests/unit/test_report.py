@@ -181,6 +181,17 @@ def test_a_run_in_progress_says_what_is_not_known_yet(run_folder: Path) -> None:
         assert words in text, words
 
 
+def test_a_run_in_progress_shows_what_it_measured_until_now(run_folder: Path) -> None:
+    put(run_folder / "measured.json", MEASURED | {"finished": False})
+    plan = run_folder / "plan.json"
+    put(plan, {"predicted": json.loads(plan.read_text(encoding="utf-8"))["predicted"]})
+    os.utime(plan, (0, 0))
+    assert "The run is not finished, or was ended: what was measured is until then." in text_of(run_folder)
+    os.utime(run_folder / "measured.json", (0, 0))
+    os.utime(plan)
+    assert "measured.json is of an earlier run" in text_of(run_folder)
+
+
 def test_a_folder_with_nothing_but_its_record_is_a_page_of_gaps(tmp_path: Path) -> None:
     put(tmp_path / "run.json", {"preset": "lora"})
     text = text_of(tmp_path)
