@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import contextlib
+import ctypes
 import errno
 import json
 import os
@@ -16,7 +17,9 @@ from typing import Any
 
 from hf_dsvllm.errors import Problem
 
-__all__ = ["atomic_folder", "behind_links", "read_json_or_problem", "write_json", "write_text"]
+__all__ = ["atomic_folder", "behind_links", "read_json_or_problem", "replace_folder", "write_json", "write_text"]
+
+AT_FDCWD, RENAME_EXCHANGE = -100, 2  # linux/fcntl.h, linux/fs.h
 
 
 def behind_links(path: Path) -> Path:
@@ -74,7 +77,7 @@ def atomic_folder(target: Path, *, replace: bool = False) -> Iterator[Path]:
         _open_to_others(temporary, 0o777)
         fsync_path(temporary)
         if replace and target.exists():
-            _replace(target, temporary)
+            replace_folder(target, temporary, aside=_sibling(target))
         else:
             os.rename(temporary, target)
         fsync_path(target.parent)
@@ -102,16 +105,34 @@ def _sibling(target: Path) -> Path:
     return Path(tempfile.mkdtemp(dir=target.parent, prefix=f".{target.name}.", suffix=".tmp"))
 
 
-def _replace(target: Path, fresh: Path) -> None:
-    """Rename `fresh` to `target`, which is a folder; remove the old one then, or put it back."""
-    aside = _sibling(target)
-    os.rename(target, aside)
-    try:
-        os.rename(fresh, target)
-    except BaseException:
-        os.rename(aside, target)
-        raise
-    shutil.rmtree(aside, ignore_errors=True)
+def replace_folder(target: Path, fresh: Path, *, aside: Path) -> None:
+    """Put `fresh` in the place of `target`, a folder beside it, and remove the old one.
+
+    In one step where the file system can, so that one of the two is always there; elsewhere the old one is renamed to
+    `aside`, absent or empty, and back if the second rename fails.
+    """
+    if exchange(target, fresh):
+        old, unused = fresh, aside
+    else:
+        old, unused = aside, fresh
+        os.rename(target, aside)
+        try:
+            os.rename(fresh, target)
+        except BaseException:
+            os.rename(aside, target)
+            raise
+    fsync_path(target.parent)  # before the old one goes: a power cut leaves one of the two
+    shutil.rmtree(old, ignore_errors=True)
+    shutil.rmtree(unused, ignore_errors=True)
+
+
+def exchange(one: Path, other: Path) -> bool:
+    """Let two paths change places in one step; False where the system or the file system cannot."""
+    renameat2 = getattr(ctypes.CDLL(None, use_errno=True), "renameat2", None)  # glibc 2.28
+    if renameat2 is None:
+        return False
+    result: int = renameat2(AT_FDCWD, os.fsencode(one), AT_FDCWD, os.fsencode(other), RENAME_EXCHANGE)
+    return result == 0
 
 
 def fsync_path(path: Path) -> None:

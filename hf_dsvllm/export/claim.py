@@ -16,7 +16,7 @@ from collections.abc import Iterator
 from pathlib import Path
 
 from hf_dsvllm.errors import ExportError
-from hf_dsvllm.files import atomic_folder, behind_links, fsync_path
+from hf_dsvllm.files import atomic_folder, behind_links, replace_folder
 
 __all__ = ["claimed", "replacing"]
 
@@ -26,7 +26,7 @@ def claimed(out: Path) -> Iterator[None]:
     """Hold the only right to write `out`; ExportError if another process has it.
 
     The lock ends with the process, however that ends.  Leftovers of killed exports are removed, and an earlier export
-    that a kill caught between the two renames of a replacement is put back.
+    that a kill caught between two renames (`files.replace_folder`) is put back.
     """
     out = _behind_links(out)
     if out.is_mount():
@@ -47,7 +47,7 @@ def claimed(out: Path) -> Iterator[None]:
 def replacing(out: Path) -> Iterator[Path]:
     """Yield an empty folder that becomes `out` when the block ends without an error; needs `claimed`.
 
-    An `out` that exists is swapped by two renames and only then removed.
+    An `out` that exists is there until the new one takes its place.
     """
     out = _behind_links(out)
     if out.is_dir() and not any(out.iterdir()):
@@ -60,10 +60,7 @@ def replacing(out: Path) -> Iterator[Path]:
         fresh, old = _beside(out, "new"), _beside(out, "old")
         with atomic_folder(fresh) as folder:
             yield folder
-    os.rename(out, old)
-    os.rename(fresh, out)
-    fsync_path(out.parent)  # before the old one goes: a power cut leaves one of the two
-    shutil.rmtree(old, ignore_errors=True)
+    replace_folder(out, fresh, aside=old)
 
 
 def _behind_links(out: Path) -> Path:

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 
+from hf_dsvllm import files
 from hf_dsvllm.errors import ExportError
 from hf_dsvllm.export import claim
 from hf_dsvllm.export.claim import claimed, replacing
@@ -46,19 +47,27 @@ def test_a_link_stays_a_link_and_its_target_is_written(linked: Path, there: str)
     assert [item.name for item in linked.parent.iterdir()] == ["out"]
 
 
+@pytest.mark.parametrize("at_once", [True, False])
 def test_a_replacement_is_on_the_disk_before_the_old_export_goes(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    at_once: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     export(tmp_path / "out", "old")
-    seen: list[tuple[bool, str]] = []
+    seen: list[tuple[list[str], str]] = []
+    flush = files.fsync_path
 
-    def flush(folder: Path) -> None:
-        assert folder == tmp_path
-        seen.append(((tmp_path / ".out.old").exists(), (tmp_path / "out" / "model").read_text()))
+    def flushed(path: Path) -> None:
+        if path == tmp_path:
+            beside = [(tmp_path / name / "model") for name in (".out.old", ".out.new")]
+            seen.append(
+                ([file.read_text() for file in beside if file.exists()], (tmp_path / "out" / "model").read_text())
+            )
+        flush(path)
 
-    monkeypatch.setattr(claim, "fsync_path", flush)
+    monkeypatch.setattr(files, "fsync_path", flushed)
+    if not at_once:
+        monkeypatch.setattr(files, "exchange", lambda *_: False)
     export(tmp_path / "out", "new")
-    assert seen == [(True, "new")]
+    assert seen[-1] == (["old"], "new")
     assert [item.name for item in tmp_path.iterdir()] == ["out"]
 
 

@@ -5,13 +5,14 @@ from __future__ import annotations
 import base64
 import json
 import os
+import threading
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import save_file as save
 
-from hf_dsvllm.files import atomic_folder, read_json_or_problem, write_json, write_text
+from hf_dsvllm.files import atomic_folder, exchange, read_json_or_problem, write_json, write_text
 
 
 def test_text_is_written_with_its_folders_and_replaces_what_was_there(tmp_path: Path) -> None:
@@ -100,6 +101,40 @@ def test_a_file_system_without_modes_is_written_to(tmp_path: Path, monkeypatch: 
     assert (tmp_path / "note.txt").read_text(encoding="utf-8") == "here"
 
 
+def test_a_folder_is_there_all_the_time_while_it_is_replaced(tmp_path: Path) -> None:
+    """Not between two renames, where the file system can exchange (ext4, xfs, btrfs, tmpfs, overlayfs)."""
+    target, over, missing = tmp_path / "step-3", threading.Event(), []
+    with atomic_folder(target) as folder:
+        (folder / "weights").touch()
+
+    def look() -> None:
+        while not over.is_set():
+            if not target.is_dir():
+                missing.append(True)
+
+    watcher = threading.Thread(target=look)
+    watcher.start()
+    for text in map(str, range(100)):
+        with atomic_folder(target, replace=True) as folder:
+            (folder / "weights").write_text(text, encoding="utf-8")
+    over.set()
+    watcher.join()
+    assert (target / "weights").read_text(encoding="utf-8") == "99"
+    assert [item.name for item in tmp_path.iterdir()] == ["step-3"]
+    (tmp_path / "other").mkdir()
+    assert not missing or not exchange(target, tmp_path / "other")
+
+
+def test_a_file_system_that_cannot_exchange_gets_two_renames(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("hf_dsvllm.files.exchange", lambda *_: False)
+    target = tmp_path / "step-3"
+    for text in ("1", "2"):
+        with atomic_folder(target, replace=True) as folder:
+            (folder / "weights").write_text(text, encoding="utf-8")
+    assert (target / "weights").read_text(encoding="utf-8") == "2"
+    assert [item.name for item in tmp_path.iterdir()] == ["step-3"]
+
+
 def test_a_folder_that_is_replaced_stays_until_the_new_one_is_whole(tmp_path: Path) -> None:
     target = tmp_path / "step-3"
 
@@ -132,6 +167,7 @@ def test_a_folder_that_cannot_be_replaced_is_put_back(tmp_path: Path, monkeypatc
             raise OSError("stale handle")
         rename(source, to)
 
+    monkeypatch.setattr("hf_dsvllm.files.exchange", lambda *_: False)
     monkeypatch.setattr("hf_dsvllm.files.os.rename", second_fails)
     with pytest.raises(OSError, match="stale handle"), atomic_folder(target, replace=True):
         pass
