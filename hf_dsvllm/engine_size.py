@@ -21,7 +21,7 @@ __all__ = [
     "gpus_needed",
     "kv_bytes_per_token",
     "largest_parameter",
-    "own_room",
+    "room_bytes",
     "size_engine",
 ]
 
@@ -75,21 +75,21 @@ def size_engine(
     tokenizer: Any,
     *,
     gpus: int = 1,
-    room_bytes: int | None = None,
+    room: int | None = None,
 ) -> EngineSize:
     """Length and cache for the longest prompt and answer of `tasks`.
 
-    `gpus`: those of one engine, over which its cache is spread; `room_bytes`: what each has for the cache where they
-    are its own (`own_room`), None beside a trainer and on CPUs.
+    `gpus`: those of one engine, over which its cache is spread; `room`: bytes that each has for it (`room_bytes`), None
+    beside a trainer that it never leaves alone, and on CPUs.
     """
     config = load_config(args, model_args)
     length = context_tokens(args, config, tasks, tokenizer)
     per_token = kv_bytes_per_token(config, element_bytes=4 if place.device == "cpu" else 2)
     cache = min(max(CONCURRENT_SEQUENCES * length * per_token, GIB), MAX_KV_CACHE_BYTES)
     at_once = CONCURRENT_SEQUENCES
-    if room_bytes is not None:
+    if room is not None:
         per_sequence = -(-length * per_token // gpus)
-        cache = max(min(cache, room_bytes), min(asked_at_once(args, tasks) * per_sequence, room_bytes))
+        cache = max(min(cache, room), min(asked_at_once(args, tasks) * per_sequence, room))
         at_once = max(at_once, cache // per_sequence)
     merging = None
     if model_args.use_peft:
@@ -113,9 +113,12 @@ def size_engine(
     )
 
 
-def own_room(weights_bytes: int, gpu_bytes: int, gpus: int) -> int | None:
-    """Bytes for the cache on each of an engine's own `gpus`; None where that is little: then as beside a trainer."""
-    room = int(OWN_GPU_SHARE * gpu_bytes) - weights_bytes // gpus - WORKSPACE_BYTES
+def room_bytes(gpu_bytes: int, weights_bytes: int, held_bytes: int = 0, *, share: float = 1.0) -> int | None:
+    """Bytes for the cache on a GPU that holds so much of the weights, and that others hold so much of.
+
+    room = share * (0.9 * GPU - weights - workspace - what others hold); None where that is little: the usual cache.
+    """
+    room = int(share * (OWN_GPU_SHARE * gpu_bytes - weights_bytes - WORKSPACE_BYTES - held_bytes))
     return room if room >= MAX_KV_CACHE_BYTES else None
 
 

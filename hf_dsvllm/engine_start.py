@@ -17,7 +17,7 @@ from hf_dsvllm.engine.capabilities import why_no_transfer
 from hf_dsvllm.engine.folder import writing_for_engine
 from hf_dsvllm.engine.remote import RemoteServer
 from hf_dsvllm.engine.server import EngineServer, EngineSpec, find_vllm
-from hf_dsvllm.engine_size import EngineSize, copies, gpus_needed, load_config, own_room, size_engine
+from hf_dsvllm.engine_size import EngineSize, copies, gpus_needed, load_config, room_bytes, size_engine
 from hf_dsvllm.errors import DsvllmError
 from hf_dsvllm.export.adapter_format import why_merge_live
 from hf_dsvllm.export.source import local_base
@@ -32,15 +32,22 @@ __all__ = ["follow_adapters", "start_engine"]
 
 
 def start_engine(
-    place: Place, args: Any, model_args: Any, tasks: Sequence[EvalTask], tokenizer: Any, quantization: Any
+    place: Place,
+    args: Any,
+    model_args: Any,
+    tasks: Sequence[EvalTask],
+    tokenizer: Any,
+    quantization: Any,
+    trainer_bytes: int | None = None,
 ) -> tuple[EngineServer | RemoteServer, Path | None]:
     """Start vLLM and return at once, while it loads; also the folder adapters are merged into, None to hot-load them.
 
-    `quantization`: the trainer's BitsAndBytesConfig or None.
+    `quantization`: the trainer's BitsAndBytesConfig or None; `trainer_bytes`: what the trainer is predicted to
+    hold of its GPU while vLLM answers, None where that is not known.
     """
     run_dir = Path(args.output_dir)
-    gpus, room = own_gpus(place, args, model_args)
-    size = size_engine(place, args, model_args, tasks, tokenizer, gpus=gpus, room_bytes=room)
+    gpus, room = cache_room(place, args, model_args, trainer_bytes)
+    size = size_engine(place, args, model_args, tasks, tokenizer, gpus=gpus, room=room)
     say(f"vLLM evaluates on {place.reason}; {size.reason}")
     model: Path | str = model_args.model_name_or_path
     if place.url is not None:
@@ -109,13 +116,20 @@ def transfer_backend(place: Place, python: Path) -> TransferBackend | None:
     return None
 
 
-def own_gpus(place: Place, args: Any, model_args: Any) -> tuple[int, int | None]:
-    """GPUs of one engine that trains nobody, and the bytes each has for its cache; (1, None) anywhere else."""
+def cache_room(place: Place, args: Any, model_args: Any, trainer_bytes: int | None) -> tuple[int, int | None]:
+    """GPUs of one engine and the bytes each has for its cache; (1, None) where it makes do with little.
+
+    On its own all that the weights leave; where it sleeps beside a trainer half of what both leave.
+    """
     weights = weights_bytes(model_args)
-    if place.kind != "spare" or weights is None:
+    sleeps = place.kind == "shared" and place.stream
+    if weights is None or not (place.kind == "spare" or (sleeps and trainer_bytes is not None)):
         return 1, None
     gpus = tensor_parallel_size(place, args, model_args)
-    return gpus, own_room(weights, torch.cuda.get_device_properties(0).total_memory, gpus)
+    gpu_bytes = torch.cuda.get_device_properties(0).total_memory
+    if place.kind == "spare" or trainer_bytes is None:
+        return gpus, room_bytes(gpu_bytes, weights // gpus)
+    return gpus, room_bytes(gpu_bytes, weights // gpus, trainer_bytes, share=0.5)
 
 
 def tensor_parallel_size(place: Place, args: Any, model_args: Any) -> int:

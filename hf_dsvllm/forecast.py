@@ -23,7 +23,7 @@ from hf_dsvllm.planner.suggest import suggestions
 from hf_dsvllm.presets import Preset
 from hf_dsvllm.wiring import Wiring
 
-__all__ = ["Forecast", "as_trained", "comparison", "forecast", "learn_from", "out_of_memory_advice"]
+__all__ = ["Forecast", "as_trained", "comparison", "forecast", "held_beside", "learn_from", "out_of_memory_advice"]
 
 
 STEPS_TO_LEARN_FROM = 5
@@ -89,6 +89,12 @@ def moments(found: Forecast) -> dict[str, int]:
         "steps": max(allocated["forward"], allocated["backward"], allocated["optimizer"]),
         "between steps": sum(size for name, size in after.items() if name != "optimizer step"),
     }
+
+
+def held_beside(found: Forecast) -> int:
+    """What the trainer holds of its GPU while vLLM starts (the trainer loads) or answers (it is between two steps)."""
+    beside = moments(found)
+    return max(beside["before training"], beside["between steps"])
 
 
 def host_peak(found: Forecast) -> int:

@@ -43,7 +43,7 @@ from hf_dsvllm.export.trained import trained_record
 from hf_dsvllm.features import choose
 from hf_dsvllm.fields import asks_for_answers, trusts_remote_code
 from hf_dsvllm.files import write_json
-from hf_dsvllm.forecast import as_trained, forecast, out_of_memory_advice
+from hf_dsvllm.forecast import as_trained, forecast, held_beside, out_of_memory_advice
 from hf_dsvllm.launch import read_launch
 from hf_dsvllm.live.snapshot import SNAPSHOTS, Snapshot
 from hf_dsvllm.measure import RunMeasure
@@ -194,7 +194,13 @@ class Session:
             return
         assert self.place is not None
         self.server, self._merge_base = start_engine(
-            self.place, self.args, self.model_args, self.tasks, self._tokenizer(), self.quantization_config
+            self.place,
+            self.args,
+            self.model_args,
+            self.tasks,
+            self._tokenizer(),
+            self.quantization_config,
+            None if self.forecast is None else held_beside(self.forecast),
         )
 
     def _choose_place(self) -> Place:

@@ -326,15 +326,17 @@ class EngineServer:
     def restart(self, *, model: Path | str | None = None, simple: bool = False) -> None:
         """Stop, and start again on a new socket, with the weights in the folder `model` if given; returns at once.
 
-        A folder without a tokenizer is served with the tokenizer of the first model.  `simple`: one copy, without
-        compiled code.  EngineError once it is closed.
+        A folder without a tokenizer is served with the tokenizer of the first model.  `simple`: one copy, a
+        small cache, no compiled code.  EngineError once it is closed.
         """
         with self._changing:
             if self._closed:
                 raise EngineError("The vLLM server was closed: evaluation has ended.")
             self.stop()
             if simple:
-                self.spec = dataclasses.replace(self.spec, enforce_eager=True, data_parallel_size=1)
+                self.spec = dataclasses.replace(
+                    self.spec, enforce_eager=True, data_parallel_size=1, kv_cache_bytes=self.spec.kv_cache_bytes and GIB
+                )
             if model is not None:
                 tokenizer = self.spec.tokenizer
                 if tokenizer is None and not (Path(model) / "tokenizer_config.json").exists():

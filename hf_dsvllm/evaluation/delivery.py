@@ -77,7 +77,7 @@ class Delivery:
         self._first_model: Path | str | None = None if isinstance(server, RemoteServer) else server.spec.model
 
     def wait_ready(self) -> None:
-        """Wait for the engine; one that died is started once more, one copy, eager: what has most room to come up."""
+        """Wait for the engine; one that died is started once more, with what has most room to come up."""
         try:
             self.server.wait_ready(self.timeout_s)
         except EngineError as failed:
@@ -86,7 +86,7 @@ class Delivery:
             spec = self.server.spec
             self.server.restart(model=self._first_model, simple=True)
             if self.server.spec != spec:
-                say(f"vLLM is started once more, one copy of it and without compiled code: {failed}")
+                say(f"vLLM is started once more, one copy of it with a small cache and no compiled code: {failed}")
             self.client.connect(self.server.uds)
             self.server.wait_ready(self.timeout_s)
 

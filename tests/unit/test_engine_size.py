@@ -19,7 +19,7 @@ from hf_dsvllm.engine_size import (
     gpus_needed,
     kv_bytes_per_token,
     model_length,
-    own_room,
+    room_bytes,
     size_engine,
 )
 from hf_dsvllm.engine_start import engine_spec, transfer_backend
@@ -162,12 +162,12 @@ def test_an_engines_own_gpu_holds_all_that_is_asked_at_a_time(
     """300 prompts, or as many of them as its room takes; on two GPUs half of each."""
     monkeypatch.setattr(engine_size, "kv_bytes_per_token", lambda config, element_bytes: GIB // 1024)
     many = dataclasses.replace(case[2], samples=case[2].samples * 150)
-    size = size_engine(SPARE, case[0], case[1], [many], case[3], room_bytes=200 * GIB)
+    size = size_engine(SPARE, case[0], case[1], [many], case[3], room=200 * GIB)
     assert size.kv_cache_bytes == 300 * size.max_model_len * GIB // 1024
-    halves = size_engine(SPARE, case[0], case[1], [many], case[3], gpus=2, room_bytes=200 * GIB)
+    halves = size_engine(SPARE, case[0], case[1], [many], case[3], gpus=2, room=200 * GIB)
     assert halves.kv_cache_bytes == 300 * -(-size.max_model_len * GIB // 1024 // 2)
-    assert size_engine(SPARE, case[0], case[1], [many], case[3], room_bytes=9 * GIB).kv_cache_bytes == 9 * GIB
-    one = size_engine(SPARE, case[0], case[1], [case[2]], case[3], room_bytes=200 * GIB)
+    assert size_engine(SPARE, case[0], case[1], [many], case[3], room=9 * GIB).kv_cache_bytes == 9 * GIB
+    one = size_engine(SPARE, case[0], case[1], [case[2]], case[3], room=200 * GIB)
     beside = size_engine(SPARE, case[0], case[1], [case[2]], case[3])
     assert one.kv_cache_bytes == beside.kv_cache_bytes, "little is asked: as beside a trainer"
 
@@ -177,14 +177,41 @@ def test_clients_of_others_may_ask_as_many_as_are_ever_in_flight(
 ) -> None:
     monkeypatch.setattr(engine_size, "kv_bytes_per_token", lambda config, element_bytes: 1024)
     case[0].gen_eval_expose = 8100
-    size = size_engine(SPARE, case[0], case[1], [case[2]], case[3], room_bytes=10**15)
+    size = size_engine(SPARE, case[0], case[1], [case[2]], case[3], room=10**15)
     assert size.kv_cache_bytes == PROMPTS_IN_FLIGHT * size.max_model_len * 1024
 
 
-@pytest.mark.parametrize(("weights", "gpus", "room"), [(16, 1, 52.0), (64, 2, 36.0), (62, 1, None)])
-def test_the_cache_has_what_weights_and_workspace_leave_of_a_gpu(weights: int, gpus: int, room: float | None) -> None:
-    found = own_room(weights * GIB, 80 * GIB, gpus)
+@pytest.mark.parametrize(
+    ("weights", "held", "share", "room"),
+    [(16, 0, 1.0, 52.0), (32, 20, 0.5, 8.0), (32, 21, 0.5, None), (62, 0, 1.0, None)],
+)
+def test_the_cache_has_what_weights_workspace_and_others_leave_of_a_gpu(
+    weights: int, held: int, share: float, room: float | None
+) -> None:
+    found = room_bytes(80 * GIB, weights * GIB, held * GIB, share=share)
     assert found == (None if room is None else room * GIB)
+
+
+@pytest.mark.parametrize(
+    ("kind", "stream", "known", "room"),
+    [
+        ("spare", False, True, 80 * 0.9 - 16 - 4),
+        ("shared", True, True, (80 * 0.9 - 16 - 4 - 20) / 2),
+        ("shared", True, False, None),
+        ("shared", False, True, None),
+        ("cpu", False, True, None),
+    ],
+)
+def test_an_engine_that_sleeps_beside_a_trainer_has_half_of_what_that_leaves(
+    kind: Any, stream: bool, known: bool, room: float | None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_start, "tensor_parallel_size", lambda *_: 1)
+    monkeypatch.setattr(engine_start, "weights_bytes", lambda _: 16 * GIB)
+    card = SimpleNamespace(total_memory=80 * GIB)
+    monkeypatch.setattr(engine_start.torch.cuda, "get_device_properties", lambda _: card)
+    place = Place(kind=kind, gpus=("0",), stream=stream, reason="")
+    found = engine_start.cache_room(place, None, None, 20 * GIB if known else None)
+    assert found == (1, None if room is None else int(room * GIB))
 
 
 @pytest.mark.parametrize(

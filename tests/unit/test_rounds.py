@@ -141,7 +141,7 @@ def test_an_engine_that_does_not_start_is_started_once_more_as_simple_as_it_can_
     )
     Delivery(server, run_dir=tmp_path, timeout_s=5.0).wait_ready()
     assert restarts == [{"model": "base", "simple": True}]
-    assert "without compiled code: vLLM did not start" in capsys.readouterr().err
+    assert "no compiled code: vLLM did not start" in capsys.readouterr().err
 
 
 class SleepyServer:
