@@ -46,6 +46,7 @@ def start_engine(
     hold of its GPU while vLLM answers, None where that is not known.
     """
     run_dir = Path(args.output_dir)
+    place, backend = with_transfer(place, args)
     gpus, room = cache_room(place, args, model_args, trainer_bytes)
     size = size_engine(place, args, model_args, tasks, tokenizer, gpus=gpus, room=room)
     say(f"vLLM evaluates on {place.reason}; {size.reason}")
@@ -57,7 +58,7 @@ def start_engine(
         with writing_for_engine(run_dir):
             model = as_the_trainer_holds_it(model_args, quantization, run_dir)
     merge_base = local_base(str(model), model_args.model_revision) if size.merge_adapters else None
-    spec = engine_spec(model, place, size, args, model_args)
+    spec = dataclasses.replace(engine_spec(model, place, size, args, model_args), weight_transfer=backend)
     template = tokenizer.chat_template if args.gen_eval_expose is not None else None
     if isinstance(template, str):  # training's own, for those who chat with the model; our prompts are token ids
         file = run_dir.absolute() / "engine" / "chat_template.jinja"
@@ -95,7 +96,6 @@ def engine_spec(model: Path | str, place: Place, size: EngineSize, args: Any, mo
         kv_cache_bytes=size.kv_cache_bytes,
         tensor_parallel_size=of_one,
         data_parallel_size=together,
-        weight_transfer=transfer_backend(place, python) if place.stream else None,
         sleep_mode=place.stream and place.kind == "shared",
         enforce_eager=not size.compiled,
         trust_remote_code=trusts_remote_code(args, model_args),
@@ -104,6 +104,18 @@ def engine_spec(model: Path | str, place: Place, size: EngineSize, args: Any, mo
         visible_devices=",".join(gpus) or None,
         cpu_threads=None if place.cpu_threads is None else max(1, place.cpu_threads // (of_one * together)),
     )
+
+
+def with_transfer(place: Place, args: Any) -> tuple[Place, TransferBackend | None]:
+    """`place` as this vLLM can have its weights, and how they go from GPU to GPU, None by disk.
+
+    Where it cannot and was not asked to, all is as for weights by disk: adapters hot-loaded, nothing put to sleep.
+    """
+    if not place.stream:
+        return place, None
+    backend = transfer_backend(place, find_vllm(Path(args.vllm_python) if args.vllm_python else None))
+    asked = args.gen_eval_weights == "stream"
+    return place if backend or asked else dataclasses.replace(place, stream=False), backend
 
 
 def transfer_backend(place: Place, python: Path) -> TransferBackend | None:

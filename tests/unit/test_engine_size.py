@@ -22,7 +22,7 @@ from hf_dsvllm.engine_size import (
     room_bytes,
     size_engine,
 )
-from hf_dsvllm.engine_start import engine_spec, transfer_backend
+from hf_dsvllm.engine_start import engine_spec, transfer_backend, with_transfer
 from hf_dsvllm.errors import ConfigError
 from hf_dsvllm.placement import Place
 from hf_dsvllm.task_settings import TaskSettings
@@ -340,3 +340,22 @@ def test_a_vllm_that_would_not_start_for_a_stream_is_started_for_the_disk(
     place = Place(kind=kind, gpus=("0",), stream=True, reason="a test")
     assert transfer_backend(place, python) == transfer
     assert ("weights go to vLLM by disk: vLLM 0.26.0 imports ray" in capsys.readouterr().err) == (transfer is None)
+
+
+@pytest.mark.parametrize(
+    ("stream", "backend", "asked", "found"),
+    [
+        (True, "ipc", "auto", (True, "ipc")),
+        (True, None, "auto", (False, None)),
+        (True, None, "stream", (True, None)),  # by disk, and asleep between evaluations all the same
+        (False, "ipc", "disk", (False, None)),
+    ],
+)
+def test_a_vllm_that_takes_no_stream_is_served_by_disk_as_if_there_were_none(
+    stream: bool, backend: Any, asked: str, found: tuple[bool, Any], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(engine_start, "find_vllm", lambda _: Path("python"))
+    monkeypatch.setattr(engine_start, "transfer_backend", lambda *_: backend)
+    place = Place(kind="shared", gpus=("0",), stream=stream, reason="")
+    served, way = with_transfer(place, SimpleNamespace(gen_eval_weights=asked, vllm_python=None))
+    assert (served.stream, way) == found
