@@ -12,9 +12,11 @@ from __future__ import annotations
 import dataclasses
 import sys
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 from hf_dsvllm import features
+from hf_dsvllm.engine.capabilities import why_no_transfer
 from hf_dsvllm.errors import DsvllmError, Problem
 from hf_dsvllm.fields import asks_for_answers
 from hf_dsvllm.given import was_given
@@ -131,8 +133,15 @@ def job_of(
         device="cuda" if device == "cuda" else "cpu",
         processes=world,
         local_processes=local,
-        streams=args.gen_eval_weights != "disk",
+        streams=may_sleep(args, device),
     )
+
+
+def may_sleep(args: Any, device: str) -> bool:
+    """Whether vLLM on a shared GPU will sleep between evaluations: where weights are streamed (`engine_start`)."""
+    if args.gen_eval_weights != "auto" or device != "cuda" or not asks_for_answers(args):
+        return bool(args.gen_eval_weights != "disk")
+    return why_no_transfer(Path(args.vllm_python or sys.executable), "ipc") is None
 
 
 def keep_activations(args: Any, model_args: Any, preset: Preset, device: str) -> list[Fix]:

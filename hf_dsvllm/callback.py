@@ -262,6 +262,10 @@ class SessionCallback(TrainerCallback):
         if self._rounds.pending:
             say(f"step {step}: the weights go to vLLM by disk: it is still busy with step {self._rounds.pending[0]}")
             return None
+        there = not is_main_process() or wait or not self.late or self.session.evaluator.delivery.seen_ready
+        if not self.session.ranks.broadcast(there):
+            say(f"step {step}: the weights go to vLLM by disk: it is still starting")
+            return None
         sync: WeightSync | None = None
         error: str | None = None
         if is_main_process():

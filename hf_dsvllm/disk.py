@@ -15,7 +15,7 @@ from hf_dsvllm.errors import Problem
 from hf_dsvllm.fields import asks_for_answers
 from hf_dsvllm.launch import read_launch
 from hf_dsvllm.model_shape import ModelShape
-from hf_dsvllm.placement import Place, choose_place, visible_gpus
+from hf_dsvllm.placement import Place, choose_place, for_adapters, visible_gpus
 
 __all__ = ["disk_problems"]
 
@@ -37,7 +37,7 @@ def disk_problems(args: Any, model_args: Any, device: str, shape: ModelShape) ->
 
 
 def _problems(args: Any, model_args: Any, device: str, shape: ModelShape) -> list[Problem]:
-    run_dir, place = Path(args.output_dir), _place(args, device)
+    run_dir, place = Path(args.output_dir), _place(args, model_args, device)
     checkpoint, engine = _checkpoint(args, model_args, shape), _engine(run_dir, place, model_args, shape)
     while_training, at_end = _snapshots(args, model_args, device, shape, place)
     exports = _exports(args, shape, place)
@@ -162,8 +162,9 @@ def _existing(folder: Path) -> Path:
     return next(parent for parent in (folder.absolute(), *folder.absolute().parents) if parent.exists())
 
 
-def _place(args: Any, device: str) -> Place | None:
+def _place(args: Any, model_args: Any, device: str) -> Place | None:
     """Where vLLM will run, None for a run that asks it nothing."""
     if not asks_for_answers(args):
         return None
-    return choose_place(args, device, read_launch(), visible_gpus() if device == "cuda" else [])
+    place = choose_place(args, device, read_launch(), visible_gpus() if device == "cuda" else [])
+    return for_adapters(place, args) if model_args.use_peft else place

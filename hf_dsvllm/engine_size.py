@@ -54,7 +54,7 @@ LAUNCH_S = 4.0e-4
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class EngineSize:
-    """Lengths in tokens, sizes in bytes.
+    """Lengths in tokens, sizes in bytes; `usual_cache_bytes` is the cache beside a trainer, for a second try.
 
     `merge_adapters`: they reach the engine merged into a copy of the base.  `compiled`: its code and CUDA graphs, which
     start later and answer faster, instead of eager execution.
@@ -62,6 +62,7 @@ class EngineSize:
 
     max_model_len: int
     kv_cache_bytes: int
+    usual_cache_bytes: int
     merge_adapters: bool
     compiled: bool
     reason: str
@@ -86,7 +87,7 @@ def size_engine(
     length = context_tokens(args, config, tasks, tokenizer)
     per_token = kv_bytes_per_token(config, element_bytes=4 if place.device == "cpu" else 2)
     cache = min(max(CONCURRENT_SEQUENCES * length * per_token, GIB), MAX_KV_CACHE_BYTES)
-    at_once = CONCURRENT_SEQUENCES
+    usual, at_once = cache, CONCURRENT_SEQUENCES
     if room is not None:
         per_sequence = -(-length * per_token // gpus)
         cache = max(min(cache, room), min(asked_at_once(args, tasks) * per_sequence, room))
@@ -107,6 +108,7 @@ def size_engine(
     return EngineSize(
         max_model_len=length,
         kv_cache_bytes=cache,
+        usual_cache_bytes=usual,
         merge_adapters=merging is not None,
         compiled=compiled,
         reason=f"sequences up to {length} tokens, {cache / GIB:.1f} GiB of KV cache{copied}",

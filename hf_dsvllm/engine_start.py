@@ -23,8 +23,9 @@ from hf_dsvllm.export.adapter_format import why_merge_live
 from hf_dsvllm.export.source import local_base
 from hf_dsvllm.fields import trusts_remote_code
 from hf_dsvllm.files import write_text
+from hf_dsvllm.hardware import smallest_card
 from hf_dsvllm.model_shape import load_shape
-from hf_dsvllm.placement import Place
+from hf_dsvllm.placement import Place, for_adapters
 from hf_dsvllm.tasks import EvalTask
 from hf_dsvllm.tensors.fourbit import dequantised_base
 
@@ -46,7 +47,7 @@ def start_engine(
     hold of its GPU while vLLM answers, None where that is not known.
     """
     run_dir = Path(args.output_dir)
-    place, backend = with_transfer(place, args)
+    place, backend = with_transfer(for_adapters(place, args) if model_args.use_peft else place, args)
     gpus, room = cache_room(place, args, model_args, trainer_bytes)
     size = size_engine(place, args, model_args, tasks, tokenizer, gpus=gpus, room=room)
     say(f"vLLM evaluates on {place.reason}; {size.reason}")
@@ -94,6 +95,7 @@ def engine_spec(model: Path | str, place: Place, size: EngineSize, args: Any, mo
         max_model_len=size.max_model_len,
         max_lora_rank=model_args.lora_r if model_args.use_peft and not size.merge_adapters else None,
         kv_cache_bytes=size.kv_cache_bytes,
+        least_kv_cache_bytes=size.usual_cache_bytes,
         tensor_parallel_size=of_one,
         data_parallel_size=together,
         sleep_mode=place.stream and place.kind == "shared",
@@ -138,10 +140,13 @@ def cache_room(place: Place, args: Any, model_args: Any, trainer_bytes: int | No
     if weights is None or not (place.kind == "spare" or (sleeps and trainer_bytes is not None)):
         return 1, None
     gpus = tensor_parallel_size(place, args, model_args)
-    gpu_bytes = torch.cuda.get_device_properties(0).total_memory
-    if place.kind == "spare" or trainer_bytes is None:
-        return gpus, room_bytes(gpu_bytes, weights // gpus)
-    return gpus, room_bytes(gpu_bytes, weights // gpus, trainer_bytes, share=0.5)
+    card = smallest_card(place.gpus)
+    if card is None:
+        return gpus, None
+    total, free = card
+    own = place.kind == "spare" or trainer_bytes is None
+    held = total - free + (0 if own else trainer_bytes or 0)  # by others now, by the trainer later
+    return gpus, room_bytes(total, weights // gpus, held, share=1.0 if own else 0.5)
 
 
 def tensor_parallel_size(place: Place, args: Any, model_args: Any) -> int:

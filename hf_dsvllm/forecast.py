@@ -13,7 +13,7 @@ from hf_dsvllm.errors import DsvllmError
 from hf_dsvllm.hardware import Machine, detect
 from hf_dsvllm.launch import read_launch
 from hf_dsvllm.model_shape import load_shape
-from hf_dsvllm.optimizers import optimizer_of, state_bytes
+from hf_dsvllm.optimizers import ADAM, optimizer_of, state_bytes
 from hf_dsvllm.planner.cards import Rates, learn, machine_rates
 from hf_dsvllm.planner.footprint import Footprint, Setup, gpu_footprint
 from hf_dsvllm.planner.host import HostFootprint, host_footprint
@@ -48,6 +48,7 @@ class Forecast:
     footprint: Footprint
     host: HostFootprint
     step: StepTime
+    optimizer: str = ADAM
     teaches: bool = True
 
     def as_record(self) -> dict[str, Any]:
@@ -124,7 +125,7 @@ def forecast(args: Any, model_args: Any, preset: Preset | None, device: str) -> 
         loss="trl" if hasattr(args, "max_length") else "plain",
         lora_r=model_args.lora_r,
         lora_dropout=bool(model_args.lora_dropout),
-        optimizer_bytes=state_bytes(optimizer_of(args)),
+        optimizer_bytes=state_bytes(optimizer_of(args), preset.zero_stage),
         **largest_file(str(model_args.model_name_or_path)),
         device="cuda" if device == "cuda" else "cpu",
     )
@@ -135,6 +136,7 @@ def forecast(args: Any, model_args: Any, preset: Preset | None, device: str) -> 
         footprint=gpu_footprint(setup),
         host=host_footprint(setup),
         step=step_time(setup, rates),
+        optimizer=optimizer_of(args),
         teaches=trl_config(args) in (None, "SFTConfig"),
     )
 
@@ -240,6 +242,7 @@ def job_of(found: Forecast) -> Job:
         method=setup.method,
         loss=setup.loss,
         lora_r=setup.lora_r,
+        optimizer=found.optimizer,
         host_bytes=found.machine.ram_bytes and found.machine.ram_bytes * nodes,
         device=setup.device,
         processes=setup.world,

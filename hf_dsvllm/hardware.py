@@ -6,13 +6,13 @@ import dataclasses
 import difflib
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from hf_dsvllm.errors import HardwareError
 
-__all__ = ["CARDS_MIB", "Gpu", "Machine", "count_and_card", "cpu_flags", "detect", "parse_machine"]
+__all__ = ["CARDS_MIB", "Gpu", "Machine", "count_and_card", "cpu_flags", "detect", "parse_machine", "smallest_card"]
 
 MIB = 1024**2
 
@@ -115,6 +115,27 @@ def visible_gpus(nvml: Any, visible: str | None) -> tuple[Gpu, ...]:
             break
         selected.append(gpu)
     return tuple(selected)
+
+
+def smallest_card(gpus: Sequence[str]) -> tuple[int, int] | None:
+    """Bytes in all and free now, the least of these GPUs (ids of CUDA_VISIBLE_DEVICES); None where NVML knows none."""
+    try:
+        import pynvml
+
+        pynvml.nvmlInit()
+    except Exception:  # as in `detect_gpus`
+        return None
+    try:
+        handles = [pynvml.nvmlDeviceGetHandleByIndex(index) for index in range(pynvml.nvmlDeviceGetCount())]
+        found = [select_gpu(pynvml, handles, gpu) for gpu in gpus]
+        memory = [pynvml.nvmlDeviceGetMemoryInfo(handles[gpu.index]) for gpu in found if gpu is not None]
+    except pynvml.NVMLError:
+        return None
+    finally:
+        pynvml.nvmlShutdown()
+    if not memory or len(memory) < len(gpus):
+        return None
+    return min(int(card.total) for card in memory), min(int(card.free) for card in memory)
 
 
 def select_gpu(nvml: Any, handles: list[Any], entry: str) -> Gpu | None:

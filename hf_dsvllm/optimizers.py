@@ -31,6 +31,11 @@ def optimizer_of(args: Any) -> str:
     return "sgd momentum" if name == "sgd" and MOMENTUM.search(str(args.optim_args or "")) else name
 
 
-def state_bytes(name: str) -> float:
-    """Of an optimizer by its name; one that is not known is taken for Adam."""
-    return 4.0 if name == "sgd momentum" else STATE_BYTES.get(name, STATE_BYTES[ADAM])
+def state_bytes(name: str, zero_stage: int | None = None) -> float:
+    """Of an optimizer by its name; one that is not known is taken for Adam.
+
+    Adafactor has rows and columns of matrices alone; ZeRO steps flat pieces, for which it keeps a moment of 4 bytes.
+    """
+    if name == "sgd momentum" or (name == "adafactor" and zero_stage):
+        return 4.0
+    return STATE_BYTES.get(name, STATE_BYTES[ADAM])

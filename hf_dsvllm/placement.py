@@ -13,9 +13,8 @@ from hf_dsvllm.errors import Problem
 from hf_dsvllm.fields import steers
 from hf_dsvllm.hardware import detect
 from hf_dsvllm.launch import Launch
-from hf_dsvllm.presets import get_preset
 
-__all__ = ["Place", "choose_place", "place_problems", "visible_gpus"]
+__all__ = ["Place", "choose_place", "for_adapters", "place_problems", "visible_gpus"]
 
 Kind = Literal["spare", "shared", "cpu", "remote"]
 AUTO = "auto"
@@ -79,13 +78,14 @@ def wants_stream(args: Any, kind: Kind) -> bool:
     """
     if args.gen_eval_weights != AUTO:
         return bool(args.gen_eval_weights == "stream")
-    return kind == "shared" or (kind == "spare" and not trains_adapters(args))
+    adapters = "lora" in str(getattr(args, "ds_preset", None) or "").partition(":")[0].lower()
+    return kind == "shared" or (kind == "spare" and not adapters)
 
 
-def trains_adapters(args: Any) -> bool:
-    """Whether the run's preset trains adapters."""
-    preset = getattr(args, "ds_preset", None)
-    return preset is not None and get_preset(preset).adapter is not None
+def for_adapters(place: Place, args: Any) -> Place:
+    """`place` of a run that trains adapters, whoever asked for them: see `wants_stream`."""
+    by_folder = place.kind == "spare" and args.gen_eval_weights == AUTO
+    return dataclasses.replace(place, stream=False) if by_folder else place
 
 
 def choose_kind(args: Any, device: str, launch: Launch, visible: Sequence[str]) -> Kind:

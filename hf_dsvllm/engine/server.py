@@ -59,8 +59,8 @@ class EngineSpec:
 
     `revision` is the commit, branch or tag of a `model` on the hub and of its tokenizer; folders have none.
     `python` is an interpreter that has vLLM (see `find_vllm`).  `max_lora_rank` None means no adapters.  `tokenizer` is
-    only needed when the model folder has none.  `kv_cache_bytes` on CPU is rounded up to whole GiB (vLLM's unit there).
-    `data_parallel_size` copies of the engine, each on `tensor_parallel_size` GPUs, share the requests.
+    only needed when the model folder has none.  `kv_cache_bytes` on CPU is rounded up to whole GiB (vLLM's unit there);
+    `least_kv_cache_bytes`: at a second try.  `data_parallel_size` copies, each on `tensor_parallel_size` GPUs.
     `visible_devices` becomes CUDA_VISIBLE_DEVICES, None leaves it as it is; `cpu_threads` becomes OMP_NUM_THREADS.
     `weight_transfer` prepares the workers for weights by CUDA IPC or NCCL, `sleep_mode` for sleeping; both need GPUs.
     """
@@ -77,6 +77,7 @@ class EngineSpec:
     max_loras: int = 2
     gpu_memory_utilization: float | None = None
     kv_cache_bytes: int | None = None
+    least_kv_cache_bytes: int | None = None
     tensor_parallel_size: int = 1
     data_parallel_size: int = 1
     weight_transfer: TransferBackend | None = None
@@ -326,17 +327,16 @@ class EngineServer:
     def restart(self, *, model: Path | str | None = None, simple: bool = False) -> None:
         """Stop, and start again on a new socket, with the weights in the folder `model` if given; returns at once.
 
-        A folder without a tokenizer is served with the tokenizer of the first model.  `simple`: one copy, a
-        small cache, no compiled code.  EngineError once it is closed.
+        A folder without a tokenizer is served with the tokenizer of the first model.  `simple`: one copy, the
+        least cache, no compiled code.  EngineError once it is closed.
         """
         with self._changing:
             if self._closed:
                 raise EngineError("The vLLM server was closed: evaluation has ended.")
             self.stop()
             if simple:
-                self.spec = dataclasses.replace(
-                    self.spec, enforce_eager=True, data_parallel_size=1, kv_cache_bytes=self.spec.kv_cache_bytes and GIB
-                )
+                plain = {"kv_cache_bytes": self.spec.least_kv_cache_bytes or self.spec.kv_cache_bytes}
+                self.spec = dataclasses.replace(self.spec, enforce_eager=True, data_parallel_size=1, **plain)
             if model is not None:
                 tokenizer = self.spec.tokenizer
                 if tokenizer is None and not (Path(model) / "tokenizer_config.json").exists():

@@ -198,11 +198,12 @@ def trainer_logprobs(model: Any, prompts: Sequence[TokenIds], *, deepspeed_engin
         ids[row, : len(tokens)] = torch.tensor(tokens)
         mask[row, : len(tokens)] = 1
     ids, mask = ids.to(device), mask.to(device)
-    with _as_in_evaluation(model, device), torch.no_grad():
-        logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
-        found = [_of_row(logits[row], ids[row], len(tokens)) for row, tokens in enumerate(prompts)]
-    _forget_forward(deepspeed_engine)
-    return tuple(found)
+    try:
+        with _as_in_evaluation(model, device), torch.no_grad():
+            logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
+            return tuple(_of_row(logits[row], ids[row], len(tokens)) for row, tokens in enumerate(prompts))
+    finally:
+        _forget_forward(deepspeed_engine)
 
 
 def engine_logprobs(

@@ -86,7 +86,7 @@ class Delivery:
             spec = self.server.spec
             self.server.restart(model=self._first_model, simple=True)
             if self.server.spec != spec:
-                say(f"vLLM is started once more, one copy of it with a small cache and no compiled code: {failed}")
+                say(f"vLLM is started once more, one copy of it with the usual cache and no compiled code: {failed}")
             self.client.connect(self.server.uds)
             self.server.wait_ready(self.timeout_s)
 
@@ -147,6 +147,11 @@ class Delivery:
         """The process numbers of an engine of ours that runs; its workers are below them."""
         pid = None if isinstance(self.server, RemoteServer) else self.server.pid
         return () if pid is None else (pid,)
+
+    @property
+    def seen_ready(self) -> bool:
+        """Whether the engine runs and has been ready since it was started: nobody has to wait for it."""
+        return self.server.alive and self.server.load_seconds is not None
 
     def rest(self) -> None:
         """After an evaluation, whatever came of it: the GPU's memory back to training, if the engine was started so.

@@ -31,8 +31,7 @@ class EnginePlace:
 
     `gpus` are those of one copy of the engine (tensor parallel); `copies` share the prompts (data parallel).
 
-    Only a shared engine that is sent its weights from GPU to GPU sleeps between evaluations (--gen_eval_weights
-    stream); by default it keeps its memory.
+    Only a shared engine that is sent its weights from GPU to GPU sleeps between evaluations; else it keeps its memory.
     """
 
     kind: Kind = "none"

@@ -118,8 +118,8 @@ def engine_sentences(job: Job, chosen: Candidate) -> Iterator[str]:
     yield f"vLLM answers {where}{shared} and takes {takes}."
     if place.sleeps:
         yield (
-            f"Between evaluations it sleeps ({gib(engine.asleep)} stay), which it does only with --gen_eval_weights "
-            "stream: without that it does not fit beside this training."
+            f"Between evaluations it sleeps ({gib(engine.asleep)} stay), which it does only where weights are streamed "
+            "(--gen_eval_weights stream): awake it does not fit beside this training."
         )
     elif place.kind == "shared":
         yield "It keeps that memory between evaluations, as weights reach it by the disk."
@@ -244,8 +244,8 @@ def engine_flags(chosen: Candidate) -> Iterator[str]:
         yield from ("--gen_eval_tensor_parallel", str(place.gpus))
     if place.copies > 1:
         yield from ("--gen_eval_data_parallel", str(place.copies))
-    if place.sleeps:
-        yield from ("--gen_eval_weights", "stream")
+    if place.kind == "shared":
+        yield from ("--gen_eval_weights", "stream" if place.sleeps else "disk")
 
 
 def without_bf16(job: Job) -> bool:

@@ -273,7 +273,7 @@ def judge(job: Job, preset: Preset, world: int, micro: int, recompute: bool, pla
         recompute=recompute,
         loss=job.loss,
         lora_r=job.lora_r,
-        optimizer_bytes=state_bytes(job.optimizer),
+        optimizer_bytes=state_bytes(job.optimizer, preset.zero_stage),
         device=job.device,
         traced=job.traced,
     )

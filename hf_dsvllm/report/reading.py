@@ -55,15 +55,16 @@ def read_run(run: Path) -> RunReport:
     )
     plan = read_object(run / "plan.json", gaps, missing=None)
     measured = read_measured(run, plan, gaps)
+    ended = bool(measured) and measured.get("finished") is not False
     best = read_best(run, gaps)
     evaluations, evaluation_gaps = read_evaluations(run / "evals" / "scores.jsonl")
     tasks, task_gaps = read_tasks(run / "evals", best[0] if best else None)
-    exports, export_gaps = read_exports(run, ended=bool(measured))
+    exports, export_gaps = read_exports(run, ended=ended)
     config: list[str] = []
     ds_config = read_object(run / "ds_config.json", config, missing=None)
     return RunReport(
         name=run.absolute().name,
-        ended=bool(measured),
+        ended=ended,
         facts=tuple((text, fact(record[key])) for key, text in FACTS.items() if record.get(key) is not None),
         best=best,
         loss=read_loss(run),

@@ -36,7 +36,9 @@ from tests.tiny import write_tiny_model
 NAME = "me/tiny"
 MAIN, STEP = "a" * 40, "b" * 40
 SPARE = Place(kind="spare", reason="a test", gpus=("0",))
-SIZE = EngineSize(max_model_len=64, kv_cache_bytes=1 << 30, merge_adapters=False, compiled=False, reason="")
+SIZE = EngineSize(
+    max_model_len=64, kv_cache_bytes=1 << 30, usual_cache_bytes=1 << 30, merge_adapters=False, compiled=False, reason=""
+)
 
 
 @pytest.fixture(autouse=True)

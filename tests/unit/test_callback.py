@@ -276,7 +276,8 @@ def test_training_does_not_wait_for_an_engine_that_is_busy_with_a_late_score(
 ) -> None:
     """The weights of step 4 wait in a folder; where the score has to be waited for, or is not late, they are sent."""
     callback = made(tmp_path, streams=True, late=late)
-    callback.session.evaluator.delivery = SimpleNamespace(wait_ready=lambda: None, sync=None)  # type: ignore[attr-defined]
+    delivery = SimpleNamespace(wait_ready=lambda: None, sync=None, seen_ready=True)
+    callback.session.evaluator.delivery = delivery  # type: ignore[attr-defined]
     callback.session.evaluator.shut_door = lambda step: None  # type: ignore[method-assign]
     left: list[int | None] = []
     rounds = callback._rounds
@@ -295,6 +296,21 @@ def test_training_does_not_wait_for_an_engine_that_is_busy_with_a_late_score(
     assert left == [0 if waited else None]
     assert sent == ([4] if waited else [])
     assert ("still busy with step 0" in capsys.readouterr().err) == (not waited)
+
+
+@pytest.mark.parametrize(("late", "wait", "waited"), [(True, False, False), (True, True, True), (False, False, True)])
+def test_training_does_not_wait_for_an_engine_that_is_starting(
+    late: bool, wait: bool, waited: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A resumed run, one without scores of the untrained model, or an engine that was started anew."""
+    callback = made(tmp_path, streams=True, late=late)
+    calls: list[str] = []
+    delivery = SimpleNamespace(wait_ready=lambda: calls.append("waited"), sync=None, seen_ready=False)
+    callback.session.evaluator.delivery = delivery  # type: ignore[attr-defined]
+    callback.session.evaluator.shut_door = lambda step: None  # type: ignore[method-assign]
+    monkeypatch.setattr(callback_module, "send", lambda *_, **__: calls.append("sent"))
+    callback._send(4, wait)
+    assert calls == (["waited", "sent"] if waited else [])
 
 
 def test_every_rank_streams_or_not_as_the_main_process_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

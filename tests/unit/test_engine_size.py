@@ -195,8 +195,8 @@ def test_the_cache_has_what_weights_workspace_and_others_leave_of_a_gpu(
 @pytest.mark.parametrize(
     ("kind", "stream", "known", "room"),
     [
-        ("spare", False, True, 80 * 0.9 - 16 - 4),
-        ("shared", True, True, (80 * 0.9 - 16 - 4 - 20) / 2),
+        ("spare", False, True, 80 * 0.9 - 16 - 4 - 2),
+        ("shared", True, True, (80 * 0.9 - 16 - 4 - 20 - 2) / 2),
         ("shared", True, False, None),
         ("shared", False, True, None),
         ("cpu", False, True, None),
@@ -207,8 +207,7 @@ def test_an_engine_that_sleeps_beside_a_trainer_has_half_of_what_that_leaves(
 ) -> None:
     monkeypatch.setattr(engine_start, "tensor_parallel_size", lambda *_: 1)
     monkeypatch.setattr(engine_start, "weights_bytes", lambda _: 16 * GIB)
-    card = SimpleNamespace(total_memory=80 * GIB)
-    monkeypatch.setattr(engine_start.torch.cuda, "get_device_properties", lambda _: card)
+    monkeypatch.setattr(engine_start, "smallest_card", lambda _: (80 * GIB, 78 * GIB))  # somebody has 2 of it
     place = Place(kind=kind, gpus=("0",), stream=stream, reason="")
     found = engine_start.cache_room(place, None, None, 20 * GIB if known else None)
     assert found == (1, None if room is None else int(room * GIB))

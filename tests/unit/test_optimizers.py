@@ -45,6 +45,10 @@ def test_an_optimizer_of_the_arguments_has_its_bytes(optim: Any, given: str | No
     assert state_bytes(name) == size
 
 
+def test_adafactor_has_no_rows_and_columns_in_the_flat_pieces_of_zero() -> None:
+    assert [state_bytes("adafactor", stage) for stage in (None, 0, 1, 2, 3)] == [0.0, 0.0, 4.0, 4.0, 4.0]
+
+
 @pytest.mark.parametrize(
     ("preset", "moment", "measured"),
     [("zero2", "peak", 83.0), ("zero3", "peak", 67.54), ("zero2", "between", 45.9)],

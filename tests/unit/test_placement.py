@@ -13,7 +13,7 @@ import pytest
 from hf_dsvllm import placement
 from hf_dsvllm.hardware import Gpu, Machine
 from hf_dsvllm.launch import Launch
-from hf_dsvllm.placement import choose_place, place_problems, visible_gpus
+from hf_dsvllm.placement import Place, choose_place, for_adapters, place_problems, visible_gpus
 
 
 def asked(**given: Any) -> Any:
@@ -94,6 +94,16 @@ def test_training_waits_where_the_best_checkpoint_is_saved_at_the_score() -> Non
     assert choose_place(asked(**best | {"metric_for_best_model": "loss"}), "cuda", launch(1), ["0", "1"]).late
 
 
+@pytest.mark.parametrize(
+    ("kind", "weights", "streams"), [("spare", "auto", False), ("spare", "stream", True), ("shared", "auto", True)]
+)
+def test_adapters_that_no_preset_names_reach_a_spare_gpu_by_the_folder_too(
+    kind: Any, weights: str, streams: bool
+) -> None:
+    place = Place(kind=kind, gpus=("1",), stream=True, reason="")
+    assert for_adapters(place, asked(gen_eval_weights=weights)).stream == streams
+
+
 def test_weights_are_streamed_where_a_snapshot_of_the_best_is_not_missed() -> None:
     stream = {"gen_eval_weights": "stream"}
     assert choose_place(asked(**stream), "cuda", launch(1), ["0"]).stream
@@ -111,6 +121,10 @@ def test_weights_are_streamed_where_a_snapshot_of_the_best_is_not_missed() -> No
         ({"ds_preset": None}, ["0", "1"], True),
         ({"ds_preset": "qlora"}, ["0"], True),
         ({"ds_preset": "zero3+lora"}, ["0", "1"], False),
+        ({"ds_preset": "auto"}, ["0", "1"], True),  # not chosen yet: this is asked before
+        ({"ds_preset": "auto+qlora"}, ["0", "1"], False),
+        ({"ds_preset": "auto:my-lora"}, ["0", "1"], True),
+        ({"ds_preset": "misspelt"}, ["0", "1"], True),
         ({"gen_eval_placement": "cpu"}, ["0"], False),
         ({"gen_eval_server": "http://node7:8000"}, ["0"], False),
         ({"metric_for_best_model": "gen_a_b"}, ["0"], True),

@@ -51,6 +51,7 @@ def arguments(**fields: Any) -> Any:
         gen_eval_weights = "auto"
         optim = "adamw_torch_fused"
         optim_args = None
+        vllm_python = None
 
     for name, value in fields.items():
         setattr(Fields, name, value)

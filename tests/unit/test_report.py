@@ -187,6 +187,8 @@ def test_a_run_in_progress_shows_what_it_measured_until_now(run_folder: Path) ->
     put(plan, {"predicted": json.loads(plan.read_text(encoding="utf-8"))["predicted"]})
     os.utime(plan, (0, 0))
     assert "The run is not finished, or was ended: what was measured is until then." in text_of(run_folder)
+    assert "Training is under way, or was stopped" in text_of(run_folder)
+    assert not read_run(run_folder).ended
     os.utime(run_folder / "measured.json", (0, 0))
     os.utime(plan)
     assert "measured.json is of an earlier run" in text_of(run_folder)
