@@ -70,6 +70,17 @@ def outcome(fault: Fault, model: Path, out: Path) -> None:
     (out / f"{fault.name}.json").write_text(json.dumps(found), encoding="utf-8")
 
 
+def is_dead(pid: int) -> bool:
+    """Whether a process has ended, reaped or not."""
+    try:
+        return (
+            Path(f"/proc/{pid}/stat").read_text(encoding="ascii", errors="replace").rpartition(")")[2].split()[0]
+            in "ZX"
+        )
+    except OSError:
+        return True
+
+
 class Case:
     """One run, its processes and its folders; every path is short, as sockets want it."""
 
@@ -150,6 +161,8 @@ class Case:
             pids = [self.pid(name) for name in whom]
             for pid in pids:
                 os.kill(pid, signal.Signals[f"SIG{verb}"])
+            if verb == "KILL":  # on a busy machine that takes a moment, in which the others could go on
+                self.wait(lambda: all(map(is_dead, pids)), GONE_S, f"{act} did not end them", or_ended=False)
         else:
             getattr(self, verb)(*whom)
 
