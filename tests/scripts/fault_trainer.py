@@ -53,12 +53,13 @@ def import_everything() -> None:
 def train(place: Place) -> None:
     """The whole run; leaves by SystemExit where the package's command line would."""
     from hf_dsvllm.console import friendly
+    from hf_dsvllm.files import write_text
 
     signal.signal(signal.SIGINT, signal.default_int_handler)  # ignored in what a shell started in the background
     tempfile.tempdir = str(place.temporary)
     os.environ.update(TMPDIR=str(place.temporary), XDG_STATE_HOME=str(place.state), HF_DSVLLM_FAKE=str(place.control))
     file = place.files / "questions.jsonl"
-    file.write_text(QUESTIONS, encoding="utf-8")
+    write_text(file, QUESTIONS)  # atomically: each rank writes it, and reads it while another does
     metrics = ["exact_match"]
     for name in place.fault.spoil:
         metrics = SPOILS[name](place, metrics)
@@ -122,8 +123,10 @@ def interpreter(place: Place) -> Path:
     """What --vllm_python names: it has vLLM, says the probe, and starts the fake in its place."""
     script = place.files / "python"
     if not script.exists():
-        script.write_text(f'#!/bin/sh\n[ "$1" = -c ] && exit 0\nshift\nexec "{sys.executable}" -I -S "{FAKE}" "$@"\n')
-        script.chmod(0o755)
+        draft = script.with_suffix(f".{os.getpid()}")  # the other rank may be here as well
+        draft.write_text(f'#!/bin/sh\n[ "$1" = -c ] && exit 0\nshift\nexec "{sys.executable}" -I -S "{FAKE}" "$@"\n')
+        draft.chmod(0o755)
+        draft.replace(script)
     return script
 
 
