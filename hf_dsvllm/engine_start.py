@@ -135,9 +135,11 @@ def cache_room(place: Place, args: Any, model_args: Any, trainer_bytes: int | No
 
     On its own all that the weights leave; where it sleeps beside a trainer half of what both leave.
     """
-    weights = weights_bytes(model_args)
     sleeps = place.kind == "shared" and place.stream
-    if weights is None or not (place.kind == "spare" or (sleeps and trainer_bytes is not None)):
+    if not (place.kind == "spare" or (sleeps and trainer_bytes is not None)):
+        return 1, None
+    weights = weights_bytes(model_args)
+    if weights is None:
         return 1, None
     gpus = tensor_parallel_size(place, args, model_args)
     card = smallest_card(place.gpus)
