@@ -53,6 +53,8 @@ ROUTES = (
     "/reset_prefix_cache", "/sleep", "/wake_up", "/is_sleeping", "/pause", "/resume", "/init_weight_transfer_engine",
     "/start_weight_update", "/update_weights", "/finish_weight_update",
 )  # fmt: skip
+OF_WORKERS = ("/v1/load_lora_adapter", "/collective_rpc", "/init_weight_transfer_engine", "/start_weight_update",
+              "/update_weights", "/finish_weight_update")  # fmt: skip
 WAIT_S = 30.0
 
 
@@ -61,7 +63,11 @@ class Refused(Exception):
 
 
 class FakeVllm:
-    """The state of one server; `failing` maps a path to "refuse", "hang" or "drop" (the connection)."""
+    """The state of one server; `failing` maps a path to "refuse", "hang" or "drop" (the connection).
+
+    With several `workers` a call that they refuse leaves the refusals of all but one for the calls that follow, as in
+    vLLM's MultiprocExecutor.
+    """
 
     def __init__(self, backend: str = "ipc", release: str = "0.32.0", *, says: str | None = None) -> None:
         self.backend, self.release, self.says = backend, release, says or release
@@ -81,6 +87,7 @@ class FakeVllm:
         self.asleep: set[str] = set()
         self.paused = False
         self.weights = {}
+        self.left_behind: list[Refused] = []
 
     def answer(self, path: str, body: dict[str, Any], api_key: str | None) -> dict[str, Any]:
         parts = urllib.parse.urlsplit(path)
@@ -93,7 +100,13 @@ class FakeVllm:
             raise Refused(f"{parts.path} was told to fail")
         query = urllib.parse.parse_qs(parts.query)
         name = parts.path.strip("/").replace("/", "_").replace(".", "_")
-        return getattr(self, f"on_{name}")(body, query) or {}
+        if parts.path in OF_WORKERS and self.left_behind:
+            raise self.left_behind.pop()
+        try:
+            return getattr(self, f"on_{name}")(body, query) or {}
+        except Refused as refusal:
+            self.left_behind = [refusal] * (self.workers - 1) if parts.path in OF_WORKERS else self.left_behind
+            raise
 
     # -- routes ----------------------------------------------------------------------------------------------------
 

@@ -8,8 +8,9 @@ Read from the wheels 0.22, 0.24, 0.26, 0.27, 0.28 and 0.32 (vllm/distributed/wei
 | ipc, one packed buffer | `packed` with each update | `packed` at init | `packed` at init |
 | nccl, one packed buffer | `packed` with each update | `packed` with each update | `packed` at init |
 
-The server itself decides, whatever its version says: `packed` is offered at init first, where those that do not know it
+One worker decides itself, whatever its version says: `packed` is offered at init first, where those that do not know it
 there refuse it before anything has changed.  The other way round it would be found out with half of the weights gone.
+Several workers must not refuse anything (`packed_forms`), so that the table decides.
 """
 
 from __future__ import annotations
@@ -19,12 +20,13 @@ import re
 from collections.abc import Mapping
 from typing import Any, Literal, TypeAlias
 
-__all__ = ["PACKED_FORMS", "PackedIn", "TensorNames", "TransferBackend", "init_info", "release", "update_info"]
+__all__ = ["PackedIn", "TensorNames", "TransferBackend", "init_info", "packed_forms", "release", "update_info"]
 
 TransferBackend: TypeAlias = Literal["ipc", "nccl"]
 PackedIn: TypeAlias = Literal["init", "update"]
 
 PACKED_FORMS: tuple[PackedIn, ...] = ("init", "update")  # in the order in which they can be tried without harm
+PACKED_AT_INIT_SINCE: dict[TransferBackend, tuple[int, int]] = {"ipc": (0, 27), "nccl": (0, 28)}
 # The receiver cuts a new buffer when one is fuller than this.  Each request is one buffer here, so it never must.
 ONE_BUFFER_BYTES = 1 << 62
 
@@ -43,6 +45,19 @@ def release(version: str) -> tuple[int, int] | None:
     """(major, minor) of a version such as 0.32.0+cpu, None for a build from a source checkout (0.1.dev20+g1f3a)."""
     found = None if ".dev" in version else re.match(r"(\d+)\.(\d+)", version)
     return None if found is None else (int(found[1]), int(found[2]))
+
+
+def packed_forms(backend: TransferBackend, version: str, workers: int) -> tuple[PackedIn, ...]:
+    """Where a server of `version` may be told that buffers are packed, in the order to try.
+
+    Of several workers only one answer is read when they refuse a call; the others' wait in vLLM's queues, and the next
+    call gets those in place of its own (v1/executor/multiproc_executor.py, get_response, 0.26 to 0.32; seen with four
+    workers of 0.26).  So there is no second try: the table decides, and a build without a release counts as new.
+    """
+    if workers == 1:
+        return PACKED_FORMS
+    known = release(version)
+    return ("update",) if known is not None and known < PACKED_AT_INIT_SINCE[backend] else ("init",)
 
 
 def init_info(

@@ -146,6 +146,8 @@ class WeightSync:
             self.client.load_adapter(name, folder)
         except EngineError as error:
             if self.broken is None and self.client.health():
+                if self.server.spec.tensor_parallel_size > 1:  # see bodies.packed_forms
+                    self.broken = f"several workers are out of step after a call that they refused ({error})"
                 raise  # a living server refused the adapter: a restart would not change its mind
             why = f"the engine was gone ({self.broken or error})"
             self._restart(None)

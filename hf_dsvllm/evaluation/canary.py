@@ -16,6 +16,7 @@ import dataclasses
 import math
 import sys
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from hf_dsvllm.console import say
@@ -214,8 +215,16 @@ def engine_logprobs(
     copy: int | None = None,
     timeout_s: float | None = None,
 ) -> LogProbs:
-    """The same numbers from vLLM, for the weights served as `model`; `copy` as in EngineClient.prompt_logprobs."""
-    return tuple(tuple(client.prompt_logprobs(tokens, model, copy=copy, timeout_s=timeout_s)) for tokens in prompts)
+    """The same numbers from vLLM, for the weights served as `model`; `copy` as in EngineClient.prompt_logprobs.
+
+    All prompts at once: training waits, and one by one they took three times as long.
+    """
+
+    def ask(tokens: TokenIds) -> tuple[float, ...]:
+        return tuple(client.prompt_logprobs(tokens, model, copy=copy, timeout_s=timeout_s))
+
+    with ThreadPoolExecutor(len(prompts), thread_name_prefix="dsvllm-canary") as pool:
+        return tuple(pool.map(ask, prompts))
 
 
 def judge(

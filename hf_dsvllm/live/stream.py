@@ -14,7 +14,7 @@ from typing import Any, TypeVar
 import torch
 
 from hf_dsvllm.console import is_main_process
-from hf_dsvllm.engine.bodies import TransferBackend
+from hf_dsvllm.engine.bodies import TransferBackend, packed_forms
 from hf_dsvllm.engine.sync import SyncResult, WeightSync
 from hf_dsvllm.errors import DsvllmError, EngineError
 from hf_dsvllm.live.sources import Source, conversions, sources, why_no_stream
@@ -258,6 +258,7 @@ class _Sender:
         try:
             with self.sync.client.until(self.deadline):
                 self.sync.begin_stream()
+                self.begun = plan.workers > 1  # what several workers refuse leaves them out of step: see packed_forms
                 self._transfer = self._connection(plan.path, plan.workers)
                 with self.sync.phase("connect"):
                     self._transfer.open(deadline=self.deadline)
@@ -272,12 +273,13 @@ class _Sender:
     def _connection(self, path: TransferBackend, workers: int) -> IpcTransfer | NcclTransfer:
         """The connection of the stream before, if it still fits, or a new one."""
         kept = self.sync.connection
+        forms = packed_forms(path, self.sync.capabilities().version, workers)
         if path == "nccl":
             found = kept if isinstance(kept, NcclTransfer) else None
-            made: IpcTransfer | NcclTransfer = found or NcclTransfer(self.sync.client, workers=workers)
+            made: IpcTransfer | NcclTransfer = found or NcclTransfer(self.sync.client, workers=workers, forms=forms)
         else:
             fits = kept if isinstance(kept, IpcTransfer) and kept.staged == self.staged else None
-            made = fits or IpcTransfer(self.sync.client, staged=self.staged)
+            made = fits or IpcTransfer(self.sync.client, staged=self.staged, forms=forms)
         self.sync.connection = made
         return made
 

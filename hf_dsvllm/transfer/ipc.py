@@ -17,7 +17,7 @@ from typing import Any, TypeAlias
 import torch
 from torch.multiprocessing.reductions import reduce_tensor
 
-from hf_dsvllm.engine.bodies import PACKED_FORMS, PackedIn, init_info, update_info
+from hf_dsvllm.engine.bodies import PackedIn, init_info, update_info
 from hf_dsvllm.engine.client import EngineClient, EngineRefusal
 from hf_dsvllm.errors import EngineError
 from hf_dsvllm.placement import visible_gpus
@@ -74,18 +74,19 @@ def merged_handles(ranks: Sequence[Handles]) -> Handles:
 class IpcTransfer:
     """Rank 0's end: needs no rendezvous, only the form in which this server wants to be told."""
 
-    def __init__(self, client: EngineClient, *, staged: bool) -> None:
-        """`staged`: buckets come packed (see the top of this file); it is settled with the server on `open`."""
+    def __init__(self, client: EngineClient, *, staged: bool, forms: Sequence[PackedIn]) -> None:
+        """`staged`: buckets come packed (see the top of this file); in which of the `forms` is settled on `open`."""
         self.client = client
         self.staged = staged
+        self._forms = forms
         self._packed_in: PackedIn | None = None
         self._opened = False
 
     def open(self, *, deadline: float) -> None:
-        """Tell the server whether buckets come packed; the form it refuses is followed by the other one."""
+        """Tell the server whether buckets come packed; a form that it refuses is followed by the next one."""
         if self._opened:
             return
-        forms: tuple[PackedIn | None, ...] = PACKED_FORMS if self.staged else (None,)
+        forms: Sequence[PackedIn | None] = self._forms if self.staged else (None,)
         refusals = []
         for form in forms:
             try:

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import concurrent.futures
 import contextlib
+from collections.abc import Sequence
 from typing import Any
 
 import torch
 
-from hf_dsvllm.engine.bodies import PACKED_FORMS, PackedIn, init_info, update_info
+from hf_dsvllm.engine.bodies import PackedIn, init_info, update_info
 from hf_dsvllm.engine.client import EngineClient, EngineRefusal
 from hf_dsvllm.errors import EngineError
 from hf_dsvllm.transfer.base import Bucket, described, in_background, left_of, packed, synchronise, wait_for
@@ -25,9 +26,10 @@ __all__ = ["NcclTransfer"]
 class NcclTransfer:
     """Rank 0's end of the communicator; made on the device that holds the weights, the current one."""
 
-    def __init__(self, client: EngineClient, *, workers: int) -> None:
-        """`workers`: members on the server's side."""
+    def __init__(self, client: EngineClient, *, workers: int, forms: Sequence[PackedIn]) -> None:
+        """`workers`: members on the server's side; `forms`: how it may be told that buckets are packed, in order."""
         self.client = client
+        self._forms = forms
         self.world_size = 1 + workers
         self._nccl: Nccl | None = None
         self._device = torch.device("cuda", torch.cuda.current_device()) if torch.cuda.is_available() else None
@@ -37,13 +39,13 @@ class NcclTransfer:
         self._under_way: tuple[concurrent.futures.Future[None], concurrent.futures.Future[None]] | None = None
 
     def open(self, *, deadline: float) -> None:
-        """Meet the workers; the form of init that the server refuses is followed by the other one."""
+        """Meet the workers; a form of init that the server refuses is followed by the next one."""
         if self._communicator is not None:
             return
         if self._nccl is None:
             self._nccl = Nccl()
         refusals = []
-        for form in PACKED_FORMS:
+        for form in self._forms:
             meeting = Meeting(self.world_size, left_of(deadline))
             joined = in_background(lambda meeting=meeting: self._join(meeting, deadline), "dsvllm-nccl-join")
             rendezvous = {

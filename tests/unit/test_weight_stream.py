@@ -95,6 +95,40 @@ def test_a_build_without_a_version_number_is_asked_too(nccl: FakeNccl) -> None:
     assert fake.whole
 
 
+@pytest.mark.parametrize("release", [release for backend, release in FORMS if backend == "nccl"])
+def test_several_workers_are_told_nothing_they_could_refuse(release: str, nccl: FakeNccl) -> None:
+    model, fake = tiny_model(), FakeVllm("nccl", release)
+    fake.workers = 4
+    with syncing(fake, tensor_parallel_size=4) as sync:
+        result = send(model, sync)
+    assert same(fake.weights, checkpoint(model))
+    assert result.path_used == "nccl"
+    assert fake.asked.count("/init_weight_transfer_engine") == 1
+
+
+def test_several_workers_that_refused_something_are_started_anew_before_they_are_asked_again(
+    nccl: FakeNccl, tmp_path: Path
+) -> None:
+    fake = FakeVllm("nccl", "0.26.0", says="0.1.dev20+g1f3a")
+    fake.workers = 2
+    with syncing(fake, tensor_parallel_size=2) as sync:
+        with pytest.raises(EngineError, match="unexpected keyword argument"):
+            send(tiny_model(), sync)
+        assert fake.left_behind
+        assert sync.push(tmp_path, "full", 7).path_used == "restart"
+    assert not fake.left_behind
+
+
+def test_so_is_one_whose_workers_refused_an_adapter(tmp_path: Path) -> None:
+    fake = FakeVllm()
+    fake.workers = 2
+    with syncing(fake, tensor_parallel_size=2, max_lora_rank=8) as sync:
+        fake.whole = False
+        with pytest.raises(EngineError, match="the base is gone"):
+            sync.push(tmp_path, "adapter", 1)
+        assert sync.push(tmp_path, "adapter", 2).path_used == "restart"
+
+
 @pytest.mark.parametrize("backend", ["ipc", "nccl"])
 @pytest.mark.parametrize("failure", ["refuse", "hang"])
 @pytest.mark.parametrize(
@@ -313,7 +347,7 @@ def test_tensors_that_lie_ready_are_offered_where_they_are_and_others_as_a_copy_
         client = EngineClient(uds)
         for staged in (False, True):
             fake.weights.clear()
-            transfer = IpcTransfer(client, staged=staged)
+            transfer = IpcTransfer(client, staged=staged, forms=("init", "update"))
             transfer.open(deadline=time.monotonic() + 30)
             if not staged:
                 client.start_weight_update()
