@@ -80,7 +80,7 @@ def one_gpu() -> list[Job]:
         ask("alone-compiled", "alone", "--compiled"),
         ask("engine-wide", "engine", "--wide"),
         ask("engine-wide-compiled", "engine", "--wide", "--compiled"),
-        ask("start-eager-cold-fork", "engine", "--fork"),
+        ask("start-eager-cold-spawn", "engine", "--spawn"),
     ]
 
 

@@ -1,7 +1,7 @@
 """Answers to the same prompts in five ways, and how long a vLLM takes to start: one way a call, a row a call.
 
     python benchmarks/generation.py write   --shape 8b --work WORK      # the random model, once
-    python benchmarks/generation.py engine  --shape 8b --work WORK --out OUT [--compiled] [--wide] [--fork]
+    python benchmarks/generation.py engine  --shape 8b --work WORK --out OUT [--compiled] [--wide] [--spawn]
     python benchmarks/generation.py alone   --shape 8b --work WORK --out OUT [--compiled]
     python benchmarks/generation.py hf      --shape 8b --work WORK --out OUT --batch 64 128 256
     torchrun --nproc_per_node 2 benchmarks/generation.py sharded --shape 8b --work WORK --out OUT --zero 3
@@ -52,7 +52,7 @@ def main() -> None:
     parser.add_argument("--batch", type=int, nargs="+", default=[64])
     parser.add_argument("--most_s", type=float, default=600.0, help="of transformers: no batch is begun after so long")
     parser.add_argument("--wide", action="store_true", help="the engine with all the cache the GPU has room for")
-    parser.add_argument("--fork", action="store_true", help="the engine's process is forked, not started anew")
+    parser.add_argument("--spawn", action="store_true", help="the engine's process is started anew, not forked")
     parser.add_argument("--compiled", action="store_true", help="compiled code and CUDA graphs instead of eager")
     parser.add_argument("--zero", type=int, default=3, choices=[2, 3])
     parser.add_argument("--device", default="cuda", choices=["cuda", "cpu"])
@@ -119,8 +119,7 @@ def by_engine(args: argparse.Namespace) -> dict[str, Any]:
     from hf_dsvllm.engine import EngineClient, EngineServer, EngineSpec, WeightSync
     from hf_dsvllm.engine_size import CONCURRENT_SEQUENCES
 
-    if args.fork:
-        os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "fork"
+    os.environ["VLLM_WORKER_MULTIPROC_METHOD"] = "spawn" if args.spawn else "fork"
     spec = EngineSpec(
         model=model_folder(args),
         python=Path(sys.executable),
@@ -156,13 +155,18 @@ def by_engine(args: argparse.Namespace) -> dict[str, Any]:
 
 
 def cache_of_a_run(args: argparse.Namespace) -> int:
-    """Bytes of KV cache that a run would give an engine for these prompts."""
-    from hf_dsvllm.engine_size import CONCURRENT_SEQUENCES, GIB, MAX_KV_CACHE_BYTES, kv_bytes_per_token
+    """Bytes of KV cache that a run would give an engine on a GPU of its own for these prompts."""
+    from hf_dsvllm.engine.client import PROMPTS_IN_FLIGHT
+    from hf_dsvllm.engine_size import CONCURRENT_SEQUENCES, GIB, MAX_KV_CACHE_BYTES, kv_bytes_per_token, room_bytes
 
     config = random_config(SHAPES[args.shape])
     per_token = kv_bytes_per_token(config, element_bytes=2 if args.device == "cuda" else 4)
     length = max(map(len, draw_prompts(args))) + args.new_tokens
-    return min(max(CONCURRENT_SEQUENCES * length * per_token, GIB), MAX_KV_CACHE_BYTES)
+    if args.device == "cpu":
+        return min(max(CONCURRENT_SEQUENCES * length * per_token, GIB), MAX_KV_CACHE_BYTES)
+    weights = sum(file.stat().st_size for file in model_folder(args).glob("*.safetensors"))
+    room = room_bytes(torch.cuda.get_device_properties(0).total_memory, weights) or MAX_KV_CACHE_BYTES
+    return min(min(args.prompts, PROMPTS_IN_FLIGHT) * length * per_token, room)
 
 
 def ask(client: Any, prompts: list[list[int]], args: argparse.Namespace) -> dict[str, float]:

@@ -12,7 +12,7 @@ import importlib.util
 from typing import Any
 
 from hf_dsvllm.ds_config import zero_stage
-from hf_dsvllm.engine.server import LORA_RANKS
+from hf_dsvllm.engine.spec import LORA_RANKS
 from hf_dsvllm.errors import DsvllmError, Problem
 from hf_dsvllm.model_shape import load_shape
 from hf_dsvllm.presets import Preset

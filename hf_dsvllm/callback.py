@@ -22,11 +22,11 @@ from hf_dsvllm.evaluation.sample_tables import log_samples
 from hf_dsvllm.evaluation.steering import (
     beats,
     best_snapshot,
-    deciding_key,
     is_best,
     keep_best,
     loaded_step,
     score_at,
+    why_undecided,
 )
 from hf_dsvllm.fields import metric_key, steers
 from hf_dsvllm.files import write_json
@@ -73,7 +73,7 @@ class SessionCallback(TrainerCallback):
         self._published: Snapshot | None = None
         self._training, self._ended_with = False, -1
         self._trained_before = self._sharded = False
-        self._told_undecided = False
+        self._told_undecided = self._moved = False
         self._record_at = 0.0
 
     # -- hooks -----------------------------------------------------------------------------------------------------
@@ -81,7 +81,7 @@ class SessionCallback(TrainerCallback):
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self._published = self.passing_on = None
         self._evaluated, self.fresh, self._failures = {}, [], 0  # a second train() begins with nothing of the first
-        self.passed_on, self._training = set(), True
+        self.passed_on, self._training, self._moved = set(), True, False
         self._rounds.abandon()
         self.session.ready_engine(self.trainer)
         # Rank 0 knows where vLLM runs, and what it was started for.
@@ -112,8 +112,9 @@ class SessionCallback(TrainerCallback):
         every = args.gen_eval_steps
         with_trainers_own = control.should_evaluate and (every is None or steers(args))
         # At the last step here and not at the end of training: by then the Trainer may have loaded the best weights.
-        if (every is not None and state.global_step % every == 0) or (last and not with_trainers_own):
-            self._evaluate(wait=last)
+        due = (every is not None and state.global_step % every == 0) or (last and not with_trainers_own)
+        if due or self._moved:
+            self._evaluate_when_free(last)
         self._take(self._rounds.collect(leave=0 if last else None))
 
     def on_evaluate(self, args: Any, state: Any, control: Any, metrics: Any = None, **kwargs: Any) -> None:
@@ -125,7 +126,7 @@ class SessionCallback(TrainerCallback):
         if args.gen_eval_steps is None or steers(args):
             step = state.global_step
             if step not in self._evaluated and step not in self._rounds.pending:
-                self._evaluate(wait=step >= state.max_steps)
+                self._evaluate_when_free(step >= state.max_steps)
                 self.fresh = [score for score in self.fresh if score[0] != step]
             # The Trainer reads this very dictionary for metric_for_best_model and early stopping.
             scores = self._evaluated.get(step, {})
@@ -186,6 +187,28 @@ class SessionCallback(TrainerCallback):
             snapshot = self._publish(step)
         point_to_latest(self.session.run_dir, snapshot, trained_to=self.trainer.state.global_step)
         return snapshot
+
+    def _evaluate_when_free(self, last: bool) -> None:
+        """Begin a round, where scores are late at the first step at which vLLM takes weights without being waited for.
+
+        By disk it need not be free, but writing 8B takes longer than all the steps that an evaluation moves by.
+        """
+        busy = self._why_busy() if self.late and self.streams and not last else None
+        if busy is None:
+            self._moved = False
+            self._evaluate(wait=last)
+        elif not self._moved:
+            self._moved = True
+            step = self.trainer.state.global_step
+            say(f"step {step}: vLLM {busy}; this evaluation moves to the first step at which it is free")
+
+    def _why_busy(self) -> str | None:
+        """What vLLM is busy with, or None; collective."""
+        self._take(self._rounds.collect())
+        if self._rounds.pending:
+            return f"is still busy with step {self._rounds.pending[0]}"
+        starting = is_main_process() and self.session.evaluator.delivery.starting
+        return "is still starting" if self.session.ranks.broadcast(starting) else None
 
     def _evaluate(self, *, publish_first: bool = True, wait: bool = False) -> None:
         """Begin a round on all ranks, and unless rounds are late see it through; a failure is said, never raised."""
@@ -256,15 +279,11 @@ class SessionCallback(TrainerCallback):
     def _send(self, step: int, wait: bool) -> SyncResult | None:
         """The live weights from GPU to GPU into the engine, collective; None, and said why, if they must go by disk.
 
-        An engine that starts or answers takes none: where scores are late, and nothing has to `wait`, a folder does.
+        Before the first step of a run whose scores are late nobody waits for an engine that starts: a folder does.
         """
         self._take(self._rounds.collect(leave=None if self.late and not wait else 0))
-        if self._rounds.pending:
-            say(f"step {step}: the weights go to vLLM by disk: it is still busy with step {self._rounds.pending[0]}")
-            return None
-        there = not is_main_process() or wait or not self.late or self.session.evaluator.delivery.seen_ready
-        if not self.session.ranks.broadcast(there):
-            say(f"step {step}: the weights go to vLLM by disk: it is still starting")
+        if self.late and not wait and (busy := self._why_busy()) is not None:
+            say(f"step {step}: the weights go to vLLM by disk: it {busy}")
             return None
         sync: WeightSync | None = None
         error: str | None = None
@@ -343,7 +362,10 @@ class SessionCallback(TrainerCallback):
         log_samples(self.trainer.args, run_dir, done.step)
         kept = not (self.streams and self.late)  # one of those that went by disk once is no best
         if kept:
-            self._say_undecided(done)
+            why = None if self._told_undecided else why_undecided(self.trainer.args, done)
+            if why is not None:
+                self._told_undecided = True
+                say(why)
         if kept and (run_dir / "snapshots" / name).is_dir():  # neither the untrained model nor streamed away
             kind = "adapter" if hasattr(self.trainer.model, "peft_config") else "full"
             try:
@@ -351,20 +373,6 @@ class SessionCallback(TrainerCallback):
             except OSError as error:  # a full disk ends no training
                 say(f"step {done.step}: whether its weights are the best could not be noted: {error}")
         prune(run_dir, keep=[Path(name), *(Path(f"step-{step}") for step in self._rounds.pending)])
-
-    def _say_undecided(self, done: Round) -> None:
-        """Once: why no weights are noted as the best."""
-        key = deciding_key(self.trainer.args, done)
-        if self._told_undecided or not done.scores or key in done.scores:
-            return
-        self._told_undecided = True
-        if key:
-            say(f"step {done.step}: {key}, which chooses the best, is not among the scores: {', '.join(done.scores)}")
-            return
-        say(
-            f"no best snapshot is kept: whether more of {', '.join(done.scores)} is better is not known. "
-            f"--metric_for_best_model {next(iter(done.scores))}, with --greater_is_better false where less is better"
-        )
 
     def _load_best(self, args: Any, state: Any, loaded: int) -> int:
         """With load_best_model_at_end: the best snapshot into the model, unless the weights of its step are `loaded`.

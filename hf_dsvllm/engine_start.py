@@ -16,7 +16,8 @@ from hf_dsvllm.engine.bodies import TransferBackend
 from hf_dsvllm.engine.capabilities import why_no_transfer
 from hf_dsvllm.engine.folder import writing_for_engine
 from hf_dsvllm.engine.remote import RemoteServer
-from hf_dsvllm.engine.server import EngineServer, EngineSpec, find_vllm
+from hf_dsvllm.engine.server import EngineServer
+from hf_dsvllm.engine.spec import EngineSpec, find_vllm
 from hf_dsvllm.engine_size import EngineSize, copies, gpus_needed, load_config, room_bytes, size_engine
 from hf_dsvllm.errors import DsvllmError
 from hf_dsvllm.export.adapter_format import why_merge_live

@@ -19,7 +19,7 @@ from typing import Any, Literal
 from hf_dsvllm import harness, metrics, traps
 from hf_dsvllm.adapters import training_dtype
 from hf_dsvllm.ds_config import zero_stage
-from hf_dsvllm.engine.server import find_vllm
+from hf_dsvllm.engine.spec import find_vllm
 from hf_dsvllm.errors import DsvllmError, EngineError, Problem
 from hf_dsvllm.fields import asks_for_answers, metric_key, steers
 from hf_dsvllm.files import read_json_or_problem

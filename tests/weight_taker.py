@@ -29,7 +29,8 @@ from typing import Any
 import pytest
 import torch
 
-from hf_dsvllm.engine.server import EngineSpec, new_socket_folder
+from hf_dsvllm.engine.server import new_socket_folder
+from hf_dsvllm.engine.spec import EngineSpec
 
 GPU = "GPU-00000000-0000-0000-0000-000000000000"
 RENDEZVOUS = {"master_address", "master_port", "rank_offset", "world_size"}

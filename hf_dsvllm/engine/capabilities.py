@@ -11,7 +11,7 @@ from pathlib import Path
 
 from hf_dsvllm.engine.bodies import TransferBackend, release
 from hf_dsvllm.engine.client import EngineClient, EngineRefusal
-from hf_dsvllm.engine.server import EngineSpec
+from hf_dsvllm.engine.spec import EngineSpec
 from hf_dsvllm.errors import EngineError
 
 __all__ = ["Capabilities", "probe", "why_no_transfer"]

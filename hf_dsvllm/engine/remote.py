@@ -9,7 +9,7 @@ import uuid
 from pathlib import Path
 
 from hf_dsvllm.engine.client import API_KEY_VARIABLE, EngineClient, EngineRefusal
-from hf_dsvllm.engine.server import LORA_RANKS, EngineSpec
+from hf_dsvllm.engine.spec import LORA_RANKS, EngineSpec
 from hf_dsvllm.errors import EngineError
 
 __all__ = ["RemoteServer"]
@@ -43,6 +43,10 @@ class RemoteServer:
         """Whether it answers."""
         with contextlib.closing(EngineClient(self.url)) as client:
             return client.health()
+
+    def answers(self) -> bool:
+        """As `alive`: nobody here starts it."""
+        return self.alive
 
     @property
     def spec(self) -> EngineSpec:

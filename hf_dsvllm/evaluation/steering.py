@@ -28,6 +28,7 @@ __all__ = [
     "keep_best",
     "loaded_step",
     "score_at",
+    "why_undecided",
 ]
 
 POINTER = "best.json"
@@ -116,6 +117,19 @@ def deciding_key(args: Any, done: Round) -> str:
         return metric_key(args)
     known = done.result.higher_is_better if done.result is not None else {}
     return next((key for key in done.scores if key in known), "")
+
+
+def why_undecided(args: Any, done: Round) -> str | None:
+    """Why no weights can be noted as the best, None if they can; rank 0."""
+    key, scores = deciding_key(args, done), ", ".join(done.scores)
+    if not done.scores or key in done.scores:
+        return None
+    if key:
+        return f"step {done.step}: {key}, which chooses the best, is not among the scores: {scores}"
+    return (
+        f"no best snapshot is kept: whether more of {scores} is better is not known. "
+        f"--metric_for_best_model {next(iter(done.scores))}, with --greater_is_better false where less is better"
+    )
 
 
 def best_so_far(pointer: Path, key: str, *, before: int) -> float | None:

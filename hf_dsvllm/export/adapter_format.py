@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 
 from hf_dsvllm.adapters import vocabulary_was_resized
-from hf_dsvllm.engine.server import LORA_RANKS, lora_rank_bound
+from hf_dsvllm.engine.spec import LORA_RANKS, lora_rank_bound
 from hf_dsvllm.errors import ExportError, Problem
 from hf_dsvllm.export.layout import Layout
 from hf_dsvllm.export.merge import CONFIG, HANDLED, HARMLESS_INITS, WEIGHTS, Adapter, Update, read_adapter

@@ -17,7 +17,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from hf_dsvllm.engine.server import SCRUBBED, SCRUBBED_PREFIXES
+from hf_dsvllm.engine.spec import SCRUBBED, SCRUBBED_PREFIXES
 from hf_dsvllm.errors import EngineError, Problem
 
 __all__ = ["HarnessScores", "TaskResult", "Worker", "check_tasks", "installed", "logged_tasks", "names_of", "run_tasks"]

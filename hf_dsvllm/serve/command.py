@@ -21,7 +21,7 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
-from hf_dsvllm.engine.server import API_SERVER, FORKING_API_SERVER, SCRUBBED, SCRUBBED_PREFIXES, find_vllm
+from hf_dsvllm.engine.spec import API_SERVER, SCRUBBED, SCRUBBED_PREFIXES, api_server, find_vllm
 from hf_dsvllm.errors import EngineError
 from hf_dsvllm.hardware import detect
 from hf_dsvllm.serve.gateway import find_envoy, gateway_config
@@ -134,8 +134,7 @@ def serve(
     with contextlib.ExitStack() as stack:
         running: list[Supervised] = []
         for each, line in zip(planned, lines, strict=True):
-            if chosen == "cpu":
-                line[1 : 1 + len(API_SERVER)] = FORKING_API_SERVER
+            line[1 : 1 + len(API_SERVER)] = api_server(chosen, len(each.share.gpus) if each.share is not None else 1)
             # One after the other: vLLM measures the memory that is free while it starts.
             what = f"vLLM of {' and '.join(each.server.names)}"
             running.append(stack.enter_context(supervised(line, env | each.added_environment(), what)))

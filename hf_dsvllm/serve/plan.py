@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from hf_dsvllm.engine.server import lora_rank_bound
+from hf_dsvllm.engine.spec import lora_rank_bound
 from hf_dsvllm.errors import EngineError
 from hf_dsvllm.export.source import RunRecord, find_record, has_chat_template
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import httpx
 import pytest
 
-from hf_dsvllm.engine.server import EngineSpec, command, environment
+from hf_dsvllm.engine.spec import EngineSpec, command, environment
 from tests.conftest import ROOT
 from tests.scripts.launch import Launched, launch
 from tests.tiny import write_tiny_model

@@ -12,72 +12,16 @@ import torch
 from transformers import TrainerControl
 
 from hf_dsvllm import callback as callback_module
-from hf_dsvllm.callback import SessionCallback
 from hf_dsvllm.errors import EngineError, ExportError
 from hf_dsvllm.evaluation.rounds import Round
 from hf_dsvllm.evaluation.steering import keep_best
 from hf_dsvllm.live.snapshot import Snapshot
-
-KEY = "eval_gen_a_exact_match"
-
-
-class OneOfTwoRanks:
-    """A rank other than 0: what it hears is what rank 0 says, given in advance, else its own words."""
-
-    def __init__(self) -> None:
-        self.main_says: list[Any] = []
-
-    def broadcast(self, value: Any) -> Any:
-        return self.main_says.pop(0) if self.main_says else value
-
-
-class Canary:
-    """Counts its forwards."""
-
-    def __init__(self) -> None:
-        self.forwards = 0
-
-    def ask_trainer(self, trainer: Any) -> Any:
-        self.forwards += 1
-        return ((0.0,),)
-
-
-def made(run_dir: Path, **session: Any) -> SessionCallback:
-    """A callback at step 4 of 8 with a session of stand-ins."""
-    args = SimpleNamespace(
-        metric_for_best_model=KEY, greater_is_better=True, load_best_model_at_end=False, gen_eval_steps=2,
-        gen_eval_on_start=True, report_to=[],
-    )  # fmt: skip
-    state = SimpleNamespace(
-        global_step=4, max_steps=8, best_model_checkpoint=None, best_metric=None, log_history=[],
-        num_input_tokens_seen=0,
-    )  # fmt: skip
-    trainer: Any = SimpleNamespace(
-        model=torch.nn.Linear(1, 1), processing_class=None, args=args, state=state, logged=[]
-    )
-    defaults: dict[str, Any] = {
-        "late": False, "streams": False, "evaluates": True, "canary": Canary(), "ranks": OneOfTwoRanks(),
-        "run_dir": run_dir, "snapshot_dtype": torch.float32, "stop_engine": lambda: None,
-        "evaluator": SimpleNamespace(evaluate=lambda asked: SimpleNamespace(scores={KEY: 0.5}, line=lambda: "scored")),
-        "finish": lambda *_: None,
-    }  # fmt: skip
-    return SessionCallback(SimpleNamespace(**(defaults | session)), trainer)  # type: ignore[arg-type]
+from tests.callbacks import KEY, Canary, made, publishing
 
 
 @pytest.fixture(autouse=True)
 def published(monkeypatch: pytest.MonkeyPatch) -> list[int]:
-    """The steps whose weights were written, by a stand-in that writes nothing but a folder."""
-    steps: list[int] = []
-
-    def publish(model: Any, run_dir: Path, *, step: int, **how: Any) -> Snapshot:
-        steps.append(step)
-        path = run_dir / "snapshots" / f"step-{step}"
-        path.mkdir(parents=True, exist_ok=True)
-        return Snapshot(path=path, kind="full", step=step)
-
-    monkeypatch.setattr(callback_module, "publish", publish)
-    monkeypatch.setattr(callback_module, "log_through_trainer", lambda trainer, scores, step: None)
-    return steps
+    return publishing(monkeypatch)
 
 
 def test_a_rank_whose_main_could_not_publish_is_not_alone_in_the_canarys_forward(
@@ -268,49 +212,6 @@ def test_a_run_that_is_killed_leaves_what_it_measured_until_then(
     monkeypatch.setattr(callback_module, "write_json", full)
     callback._record_at = 0.0
     callback.on_log(args, state, TrainerControl(), logs={})
-
-
-@pytest.mark.parametrize(("late", "wait", "waited"), [(True, False, False), (True, True, True), (False, False, True)])
-def test_training_does_not_wait_for_an_engine_that_is_busy_with_a_late_score(
-    late: bool, wait: bool, waited: bool, tmp_path: Path, published: list[int], capsys: pytest.CaptureFixture[str]
-) -> None:
-    """The weights of step 4 wait in a folder; where the score has to be waited for, or is not late, they are sent."""
-    callback = made(tmp_path, streams=True, late=late)
-    delivery = SimpleNamespace(wait_ready=lambda: None, sync=None, seen_ready=True)
-    callback.session.evaluator.delivery = delivery  # type: ignore[attr-defined]
-    callback.session.evaluator.shut_door = lambda step: None  # type: ignore[method-assign]
-    left: list[int | None] = []
-    rounds = callback._rounds
-    rounds.pending = [0]
-
-    def collect(*, leave: int | None = None) -> list[Round]:
-        left.append(leave)
-        rounds.pending = [0] if leave is None else []
-        return []
-
-    rounds.collect = collect  # type: ignore[method-assign, assignment]
-    sent: list[int] = []
-    with pytest.MonkeyPatch.context() as patched:
-        patched.setattr(callback_module, "send", lambda *_, step, **__: sent.append(step))
-        callback._send(4, wait)
-    assert left == [0 if waited else None]
-    assert sent == ([4] if waited else [])
-    assert ("still busy with step 0" in capsys.readouterr().err) == (not waited)
-
-
-@pytest.mark.parametrize(("late", "wait", "waited"), [(True, False, False), (True, True, True), (False, False, True)])
-def test_training_does_not_wait_for_an_engine_that_is_starting(
-    late: bool, wait: bool, waited: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """A resumed run, one without scores of the untrained model, or an engine that was started anew."""
-    callback = made(tmp_path, streams=True, late=late)
-    calls: list[str] = []
-    delivery = SimpleNamespace(wait_ready=lambda: calls.append("waited"), sync=None, seen_ready=False)
-    callback.session.evaluator.delivery = delivery  # type: ignore[attr-defined]
-    callback.session.evaluator.shut_door = lambda step: None  # type: ignore[method-assign]
-    monkeypatch.setattr(callback_module, "send", lambda *_, **__: calls.append("sent"))
-    callback._send(4, wait)
-    assert calls == (["waited", "sent"] if waited else [])
 
 
 def test_every_rank_streams_or_not_as_the_main_process_does(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

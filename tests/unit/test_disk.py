@@ -125,9 +125,9 @@ def test_only_the_rank_that_writes_looks_at_the_disk(rank: str, asked: int, monk
 
 
 @pytest.mark.parametrize(
-    ("late", "counted"), [(True, "(2 snapshots 4.0)"), (False, "(2 snapshots 4.0, 2 exports 4.0)")]
+    ("late", "counted"), [(True, "(one snapshot 2.0, one export 2.0)"), (False, "(2 snapshots 4.0, 2 exports 4.0)")]
 )
-def test_of_streamed_weights_the_best_are_on_the_disk_or_those_that_found_vllm_busy(
+def test_of_streamed_weights_the_best_are_on_the_disk_and_of_late_ones_the_last_alone(
     late: bool, counted: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     place = Place(kind="spare", gpus=("1",), stream=True, late=late, reason="a test")

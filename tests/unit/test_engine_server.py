@@ -30,7 +30,6 @@ def option(line: list[str], name: str) -> str:
 def test_the_command_runs_the_module_on_the_socket_with_sampling_defaults_of_its_own() -> None:
     line = command(CPU, SOCKET)
     assert (line[0], Path(line[1]).name) == ("/venv/bin/python", "api_server.py")
-    assert command(GPU, SOCKET)[:3] == ["/venv/bin/python", "-m", "vllm.entrypoints.openai.api_server"]
     assert option(line, "--model") == "/models/m"
     assert option(line, "--uds") == "/run/x/api.sock"
     assert option(line, "--generation-config") == "vllm"
@@ -39,12 +38,13 @@ def test_the_command_runs_the_module_on_the_socket_with_sampling_defaults_of_its
     assert "--enable-lora" not in line
 
 
-def test_copies_of_an_engine_find_each_other_by_our_own_start_on_both_devices() -> None:
-    for spec, how in ((CPU, "fork"), (GPU, "spawn")):
-        line = command(dataclasses.replace(spec, data_parallel_size=2), SOCKET)
+def test_vllms_processes_are_forked_on_cpus_always_and_on_one_gpu_where_vllm_allows_it() -> None:
+    copies, parts = {"data_parallel_size": 2}, {"tensor_parallel_size": 4}
+    cases = ((CPU, {}, "always"), (CPU, copies, "always"), (GPU, {}, "allowed"), (GPU, copies, "never"))
+    for spec, changes, how in (*cases, (GPU, parts, "never")):
+        line = command(dataclasses.replace(spec, **changes), SOCKET)
         assert (Path(line[1]).name, line[2]) == ("api_server.py", how)
-        assert option(line, "--data-parallel-size") == "2"
-        assert "--data-parallel-size" not in command(spec, SOCKET)
+        assert ("--data-parallel-size" in line) == (changes is copies)
 
 
 def test_adapters_are_enabled_with_a_rank_vllm_accepts() -> None:

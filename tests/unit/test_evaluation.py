@@ -74,7 +74,9 @@ def task(**settings: Any) -> EvalTask:
 
 
 def evaluator(run: Path, engine: Engine, **more: Any) -> Evaluator:
-    spec = SimpleNamespace(served_name="base", tokenizer=None, model="model", max_model_len=64, sleep_mode=False)
+    spec = SimpleNamespace(
+        served_name="base", tokenizer=None, model="model", max_model_len=64, sleep_mode=False, weight_transfer=None
+    )
     server: Any = SimpleNamespace(
         uds=run / "socket", alive=True, pid=None, spec=spec, wait_ready=lambda _: None, close=lambda: None
     )

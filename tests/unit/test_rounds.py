@@ -13,7 +13,7 @@ import pytest
 import torch
 
 from hf_dsvllm.engine.remote import RemoteServer
-from hf_dsvllm.engine.server import EngineSpec
+from hf_dsvllm.engine.spec import EngineSpec
 from hf_dsvllm.engine.sync import SyncResult
 from hf_dsvllm.errors import EngineError, WiringError
 from hf_dsvllm.evaluation.canary import WrongWeights
