@@ -27,7 +27,7 @@ from pathlib import Path
 from typing import Any
 
 from cells import HERE, last_error, read_json
-from evaluation_jobs import SETS, Job, command, jobs_of, read_job, status_of
+from evaluation_jobs import SETS, Job, command, jobs_of, read_job, status_of, steps_of
 from evaluation_table import page
 from main_job import end_group, environment, keep_records, versions
 from standin import SHAPES, write_jsonl, write_random_data
@@ -85,7 +85,7 @@ class Bench:
                 waiting.append(writes)
             waiting.append(job)
         for shape in {job.shape for job in waiting if job.shape}:
-            self.write_data(shape)
+            self.write_data(shape, max(steps_of(job, self.options) for job in waiting if job.shape == shape))
         while waiting or self.running:
             for job in self.candidates(waiting):
                 if (how := self.may_start(job)) != "wait":
@@ -244,9 +244,9 @@ class Bench:
             for file in self.options.out.glob("*.*"):
                 shutil.copy(file, self.options.copy_to / file.name)
 
-    def write_data(self, shape: str) -> None:
+    def write_data(self, shape: str, steps: int) -> None:
         options = self.options
-        samples = 4 * options.evaluations * options.every * options.micro_batch_size
+        samples = 4 * steps * options.micro_batch_size
         folder = options.work / f"data-{shape}"
         sizes = {"samples": samples, "length": options.length, "prompts": options.prompts}
         _, prompts = write_random_data(SHAPES[shape], folder, **sizes)

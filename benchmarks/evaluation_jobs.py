@@ -22,8 +22,9 @@ ALONE_8B_GIB = 90
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
 class Job:
-    """`needs_s`: with less time left the next call tries it.  `cache`: its folder of compiled code; `cold` empties it.
+    """`every`: steps between evaluations, `evaluations`: how many after the first; 0 as the options say.
 
+    `needs_s`: with less time left the next call tries it.  `cache`: its folder of compiled code; `cold` empties it.
     `like`: the job that is the same without evaluation.  `after`: the job that must have ended before.  `gpu_gib`: what
     it takes of a GPU, by the planner's formulas, where a GPU of 80 GB may be too small.
     """
@@ -42,6 +43,8 @@ class Job:
     cold: bool = False
     like: str | None = None
     after: str | None = None
+    every: int = 0
+    evaluations: int = 0
 
 
 def jobs_of(options: argparse.Namespace) -> list[Job]:
@@ -50,7 +53,8 @@ def jobs_of(options: argparse.Namespace) -> list[Job]:
     of_set = {"one": one_gpu(), "four": four_gpus(), "learn": learn}
     found = [job for name in options.sets for job in of_set[name]]
     if options.device == "cpu":
-        found = [dataclasses.replace(job, gpus=1, shape=job.shape and "tiny", needs_s=1, limit_s=420) for job in found]
+        small = {"gpus": 1, "needs_s": 1, "limit_s": 420, "every": 0, "evaluations": 0}
+        found = [dataclasses.replace(job, shape=job.shape and "tiny", **small) for job in found]
     return [job for job in found if not options.only or job.name in options.only]
 
 
@@ -95,7 +99,9 @@ def four_gpus() -> list[Job]:
         flags = ("--ds_preset", preset, *(sgd if trainers == 1 else adam))
         name = f"{shape}-{preset}-{trainers}"
         size = {"kind": "train", "shape": shape, "trainers": trainers, "gpu_gib": gpu_gib}
-        times = {"needs_s": 200, "limit_s": 300} if shape != "8b" else {"needs_s": 140, "limit_s": 240}
+        # So far apart that vLLM is there when the first of them comes: 8B took 52 to 72 s, at 1.1 to 1.3 s a step.
+        size |= {"evaluations": 2, "every": 40 if shape == "8b" else 25}
+        times = {"needs_s": 210, "limit_s": 300} if shape != "8b" else {"needs_s": 180, "limit_s": 260}
         with_it = Job(name=f"{name}+1", gpus=trainers + 1, flags=(*flags, *stream), like=name, **times, **size)
         times |= {"needs_s": times["needs_s"] - 50}
         return with_it, Job(name=name, gpus=trainers, flags=(*flags, "--no_evaluation"), **times, **size)
@@ -109,6 +115,7 @@ def four_gpus() -> list[Job]:
     shared = "--gen_eval_weights stream --gen_eval_placement shared --gen_eval_tensor_parallel 4"
     wide = f"--ds_preset lora --learning_rate 1e-3 {shared} --gen_eval_on_start false --dummy_engine"
     how = {"kind": "train", "gpus": 4, "trainers": 4, "shape": "32b", "limit_s": 300, "needs_s": 200, "gpu_gib": 110}
+    how |= {"every": 5, "evaluations": 2}
     lora = ("--ds_preset", "lora", "--learning_rate", "1e-3", "--gen_eval_weights", "stream", "--gen_eval_placement")
     copies = {"kind": "train", "shape": "8b"}  # two of the engine share the prompts
     in_copies = [
@@ -162,24 +169,29 @@ def train_flags(job: Job, options: argparse.Namespace, run: Path) -> list[str]:
     """Flags of recipes/sft.py; the two words of ours in `job.flags` are replaced."""
     data = options.work / f"data-{job.shape}"
     flags = [flag for flag in job.flags if flag not in OURS]
-    steps = options.evaluations * options.every
+    every, steps = job.every or options.every, steps_of(job, options)
     flags += ["--model_name_or_path", str(options.fast / f"model-{job.shape}"), "--output_dir", str(run)]
     flags += ["--train_file", str(data / "train.jsonl"), "--max_steps", str(steps), "--max_length", str(options.length)]
     flags += ["--per_device_train_batch_size", str(options.micro_batch_size), "--lr_scheduler_type", "constant"]
-    flags += ["--logging_steps", str(options.every), "--save_strategy", "no", "--report_to", "none"]
+    flags += ["--logging_steps", str(every), "--save_strategy", "no", "--report_to", "none"]
     flags += ["--seed", "0", "--disable_tqdm", "true", "--export_to", "none"]
     if "--no_evaluation" in job.flags:
         return flags
     vllm = options.vllm_args + (" --load-format dummy" if "--dummy_engine" in job.flags else "")
     # The first file is one prompt whose answer is one token: the seconds until the first token of the evaluation.
     flags += ["--gen_eval_file", str(data / "first.jsonl"), str(data / "prompts.jsonl")]
-    flags += ["--gen_eval_steps", str(options.every), "--gen_eval_max_new_tokens", str(options.new_tokens)]
+    flags += ["--gen_eval_steps", str(every), "--gen_eval_max_new_tokens", str(options.new_tokens)]
     flags += [f"--vllm_args={vllm.strip()}"] if vllm.strip() else []
     if options.device == "cpu":  # through files, whatever was asked: the rest of the way is the same
         for word in ("--gen_eval_weights", "--gen_eval_placement", "--gen_eval_tensor_parallel"):
             if word in flags:
                 del flags[flags.index(word) : flags.index(word) + 2]
     return flags
+
+
+def steps_of(job: Job, options: argparse.Namespace) -> int:
+    """Optimizer steps of a training job."""
+    return int((job.evaluations or options.evaluations) * (job.every or options.every))
 
 
 def learn_command(options: argparse.Namespace, run: Path) -> list[str]:

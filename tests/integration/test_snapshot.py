@@ -27,6 +27,7 @@ FULL = ("zero3", "zero3 untied", "zero2", "zero1", "stage 0")
 ADAPTERS = ("zero3+lora", "lora_zero2")
 RESTORED = ("zero3", "zero3+lora", "zero2", "lora_zero2")
 SENDING = ("zero3", "lora_zero2")
+PUBLISHING = ("zero3", "zero3 untied", "zero2")
 STEPS = 2
 
 
@@ -50,7 +51,7 @@ def runs(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     wanted.sort(key=lambda run: not str(run["preset"]).startswith("zero3"))
     for run in wanted:
         run |= {"weights": True, "stream": True, "args": saving | run.get("args", {})}
-        run["sends"] = run["name"] in SENDING
+        run["sends"], run["publishes"] = run["name"] in SENDING, run["name"] in PUBLISHING
     return train_all(folder, wanted)
 
 
@@ -185,6 +186,57 @@ def test_no_rank_exports_memory_that_nobody_will_open(name: str, runs: Runs) -> 
         assert found["elsewhere"]["exports"] == 0
 
 
+@pytest.mark.distributed
+@pytest.mark.parametrize("name", PUBLISHING)
+def test_what_is_streamed_to_files_is_what_transformers_writes_from_the_whole_model(name: str, runs: Runs) -> None:
+    folder = runs.folder(name) / "published"
+    whole, streamed = folder / "whole" / "snapshots" / "step-1", folder / "streamed" / "snapshots" / "step-1"
+    wanted, found = tensors_of(whole), tensors_of(streamed)
+    live = runs.weights(name)
+    assert wanted.keys() == found.keys()
+    for key, tensor in wanted.items():
+        assert found[key].dtype == torch.bfloat16
+        assert torch.equal(found[key], tensor), key
+        assert torch.equal(found[key], live[key].bfloat16()), key
+    assert {file.name: file.read_bytes() for file in whole.glob("*.json")} == {
+        file.name: file.read_bytes() for file in streamed.glob("*.json")
+    }
+
+
+@pytest.mark.distributed
+@pytest.mark.parametrize("name", PUBLISHING)
+def test_a_snapshot_that_fails_is_told_by_main_and_leaves_no_rank_waiting(name: str, runs: Runs) -> None:
+    main, other = runs.published(name)
+    said = {
+        "folder": "OSError: [Errno 28] No space left on device",
+        "config": "OSError: [Errno 28] No space left on device",
+        "first write": r"model.safetensors cannot be written: No space left on device; free some space on its disk.",
+        "later write": r"model.safetensors cannot be written: No space left on device; free some space on its disk.",
+        "not cast": "RuntimeError: this was not expected",
+        "renamed": "OSError: [Errno 28] No space left on device",
+    }
+    folder = runs.folder(name) / "published"
+    for case, words in said.items():
+        assert words in main[case], case
+        assert other[case] is None, case
+        assert not list(folder.glob(f"{case}/snapshots/*step*")), case
+    for case in ("whole", "streamed", "after all"):
+        assert main[case] is other[case] is None, case
+    assert main["sharded"] == other["sharded"] == [], "everything that was gathered was let go"
+    after = tensors_of(folder / "after all" / "snapshots" / "step-1")
+    assert all(torch.equal(after[key], tensor.bfloat16()) for key, tensor in runs.weights(name).items() if key in after)
+
+
+@pytest.mark.distributed
+def test_no_more_than_a_bucket_is_whole_while_a_snapshot_is_written(runs: Runs) -> None:
+    sizes = runs.published("zero3 untied")[0]["buckets"]
+    live = runs.weights("zero3 untied")
+    total = sum(tensor.numel() * tensor.element_size() for tensor in live.values())
+    layer = sum(tensor.numel() * tensor.element_size() for name, tensor in live.items() if ".layers.0." in name)
+    assert len(sizes) >= 4
+    assert 0 < max(sizes) <= 1.5 * layer < total / 2
+
+
 def load_tiny(folder: Path) -> Any:
     from transformers import AutoModelForCausalLM
 
@@ -215,10 +267,12 @@ def test_the_newest_snapshot_is_pointed_to_and_the_same_step_is_replaced(tmp_pat
 
 def test_empty_tensors_are_never_published(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     model = load_tiny(tmp_path / "model")
-    monkeypatch.setattr(snapshot_module, "_full_state", lambda *_: {"a": torch.ones(1), "b": torch.empty(0)})
-    with pytest.raises(ExportError, match=r"1 tensors are empty after gathering.*'b'"):
-        publish(model, tmp_path / "run", step=3, dtype=torch.float32)
-    assert not list((tmp_path / "run").rglob("*"))
+    model.model.norm.weight = torch.nn.Parameter(torch.empty(0))
+    for alone in (True, False):
+        monkeypatch.setattr(snapshot_module, "_changes_names_alone", lambda *_, alone=alone: alone)
+        with pytest.raises(ExportError, match=r"1 tensors are empty after gathering.*'model\.norm\.weight'"):
+            publish(model, tmp_path / "run", step=3, dtype=torch.float32)
+        assert not list((tmp_path / "run").rglob("*step*"))
 
 
 def test_prune_keeps_what_is_named_the_newest_and_the_best(tmp_path: Path) -> None:

@@ -46,7 +46,14 @@ class Runs:
 
     def sends(self, name: str) -> list[dict[str, Any]]:
         """What each send came to on each rank, of a run that had `sends`."""
-        files = [self.out / f"{name}.sends.{rank}.json" for rank in (0, 1)]
+        return self._of_ranks(name, "sends")
+
+    def published(self, name: str) -> list[dict[str, Any]]:
+        """What each try of a snapshot came to on each rank, of a run that had `publishes`."""
+        return self._of_ranks(name, "published")
+
+    def _of_ranks(self, name: str, what: str) -> list[dict[str, Any]]:
+        files = [self.out / f"{name}.{what}.{rank}.json" for rank in (0, 1)]
         return [json.loads(file.read_text(encoding="utf-8")) for file in files]
 
 

@@ -5,11 +5,12 @@
 Importing the libraries takes longer than training the tiny model, so one launch does all the runs of a test module;
 what the libraries keep in process-wide state is reset between them.  SPEC is {"model": folder, "out": folder, "runs":
 [RUN]}, a RUN has `name`, `preset` and optionally `args` (TrainingArguments), `model_args` (TRL's ModelConfig), `resume`
-(a checkpoint), `weights` (save the gathered parameters), `stream` and `sends` (see `streams.py`), `model` (another
-folder), `few` (train on the first global batch alone, so that the loss falls), `fall_back` (lose DeepSpeed on the way),
-`restore` (a snapshot to load at the end), `canary` (ask the live model for log-probabilities after every step; see
-canaries.py), `trl` (its SFTTrainer, whose loss never calls the output head), `large` (ZeRO-3 lets next to nothing stay
-gathered, as where the model is larger than `stage3_max_live_parameters`).  ZeRO-3 runs come first: their arguments are
+(a checkpoint), `weights` (save the gathered parameters), `stream` and `sends` (see `streams.py`), `publishes` (see
+`publishing.py`), `model` (another folder), `few` (train on the first global batch alone, so that the loss falls),
+`fall_back` (lose DeepSpeed on the way), `restore` (a snapshot to load at the end), `canary` (ask the live model for
+log-probabilities after every step; see canaries.py), `trl` (its SFTTrainer, whose loss never calls the output head),
+`large` (ZeRO-3 lets next to nothing stay gathered, as where the model is larger than
+`stage3_max_live_parameters`).  ZeRO-3 runs come first: their arguments are
 refused once an unsharded model has been loaded in the process.
 
 OUT/<name>.json holds what came of it: losses by step, the live wiring, hashes of the 4-bit weights before and after,
@@ -30,7 +31,7 @@ from typing import Any
 
 import torch
 
-from tests.scripts import streams
+from tests.scripts import publishing, streams
 
 GLOBAL_BATCH = 4
 STEPS = 8
@@ -128,6 +129,8 @@ def train(run: dict[str, Any], model: Path, out: Path) -> dict[str, Any]:
         streams.save(trainer.model, out, run["name"])
     if run.get("sends"):
         streams.try_sends(trainer.model, out, run["name"])
+    if run.get("publishes"):
+        publishing.try_all(trainer.model, out, run["name"])
     return {
         "losses": {row["step"]: row["loss"] for row in trainer.state.log_history if "loss" in row},
         "engine": wiring.engine,

@@ -63,7 +63,7 @@ def test_a_job_cut_by_the_call_is_tried_again_and_no_model_is_written_for_what_c
         bench.evaluation, "detect", lambda: SimpleNamespace(gpus=[gpu, gpu], describe=lambda: "2 x H100")
     )
     started: list[str] = []
-    monkeypatch.setattr(bench.evaluation.Bench, "write_data", lambda self, shape: None)
+    monkeypatch.setattr(bench.evaluation.Bench, "write_data", lambda self, shape, steps: None)
     monkeypatch.setattr(
         bench.evaluation.Bench, "start", lambda self, job, how: started.append(job.name if how == "start" else how)
     )
