@@ -12,7 +12,7 @@ import ctypes
 import json
 import os
 import threading
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from itertools import zip_longest
 from pathlib import Path
@@ -25,7 +25,7 @@ from hf_dsvllm.tensors.hashing import HashBehind
 from hf_dsvllm.tensors.staging import download
 from hf_dsvllm.tensors.weights import FLOATS, INDEX, OTHERS, SINGLE, TensorPlan
 
-__all__ = ["DEFAULT_SHARD_BYTES", "shard_names", "write_shards"]
+__all__ = ["DEFAULT_SHARD_BYTES", "ShardWriter", "shard_names", "write_shards"]
 
 # A file is hashed by one core: files of this size are hashed beside each other.  transformers and vLLM take any.
 DEFAULT_SHARD_BYTES = 2 * 10**9
@@ -33,6 +33,7 @@ WORKERS = 8  # enough to keep a GPU, a page cache and a RAID busy; more only add
 WINDOW = 16  # files written at a time; those of the window before may still be open to be hashed
 SMALL_BYTES = 64 << 20  # below it threads cost more than they bring
 CODES = {dtype: code for code, dtype in (FLOATS | OTHERS).items()}
+REMEDY = "free some space, or name another folder with --out"
 
 
 def write_shards(
@@ -59,8 +60,7 @@ def write_shards(
     """
     groups = list(_grouped(plan, max_shard_size_bytes))
     names = shard_names(len(groups), single)
-    total = sum(planned.size_bytes for planned in plan)
-    workers = workers or (1 if total < SMALL_BYTES else min(WORKERS, os.cpu_count() or 1))
+    workers = workers or _workers(plan)
     limit = 2 * max_shard_size_bytes if memory_bytes is None else memory_bytes
     found: dict[str, HashBehind] = {}
     try:
@@ -73,11 +73,108 @@ def write_shards(
         for under_way in found.values():
             under_way.close()
         raise
-    if len(groups) > 1:
-        weight_map = {planned.name: name for name, group in zip(names, groups, strict=True) for planned in group}
-        with _writing(folder / INDEX):
-            write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+    _write_index(folder, dict(zip(names, groups, strict=True)), REMEDY)
     return found
+
+
+class ShardWriter:
+    """Shards of tensors that exist only for a while: each `write` brings some of them, whatever their values.
+
+    In the order of the plan only a few files are open at a time; as a context manager it closes them, and adds the
+    index if all has gone well.  `remedy` is what an error about the disk advises.
+    """
+
+    def __init__(
+        self,
+        folder: Path,
+        plan: Sequence[TensorPlan],
+        *,
+        max_shard_size_bytes: int = DEFAULT_SHARD_BYTES,
+        workers: int | None = None,
+        remedy: str = REMEDY,
+    ) -> None:
+        groups = list(_grouped(plan, max_shard_size_bytes))
+        self._folder, self._remedy = folder, remedy
+        self._groups = dict(zip(shard_names(len(groups)), groups, strict=True))
+        self._plan = {planned.name: planned for planned in plan}
+        self._file_of = {planned.name: file for file, group in self._groups.items() for planned in group}
+        self._missing = {file: len(group) for file, group in self._groups.items()}
+        self._workers = workers or _workers(plan)
+        self._begun: dict[str, _Shard] = {}
+        self._stack = contextlib.ExitStack()
+
+    def __enter__(self) -> ShardWriter:
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        self._stack.close()
+        if kind is None:
+            assert not any(self._missing.values()), "planned, and never brought"
+            _write_index(self._folder, self._groups, self._remedy)
+
+    def write(self, tensors: Mapping[str, torch.Tensor]) -> None:
+        """Put `tensors`, cast to their planned dtypes piece by piece, to their places; return when all are there.
+
+        They may lie on a GPU.  Raises ExportError for one of another shape than planned, for a disk that is full or
+        fails, and for a GPU that has no memory left for the pieces.
+        """
+        by_file: dict[str, list[TensorPlan]] = {}
+        for name, tensor in tensors.items():
+            if tuple(tensor.shape) != self._plan[name].shape:
+                raise ExportError(f"{name} came out as {tuple(tensor.shape)}, not {self._plan[name].shape}.")
+            by_file.setdefault(self._file_of[name], []).append(self._plan[name])
+        # What makes the tensors may still be queued on this thread's stream, which the writing threads do not know.
+        for device in {tensor.device for tensor in tensors.values() if tensor.is_cuda}:
+            torch.cuda.current_stream(device).synchronize()
+        shards = [self._shard(file) for file in by_file]
+        gate = _MemoryGate(0)  # the tensors are there already
+        brought = dict(tensors)
+
+        def work(shard: _Shard, planned: TensorPlan) -> None:
+            with gate.hold(0):
+                try:
+                    shard.write(planned, brought[planned.name])
+                except torch.OutOfMemoryError as error:
+                    raise ExportError(f"{planned.name} cannot be written: no GPU memory is left to cast it.") from error
+
+        try:
+            _run(_interleaved(shards, by_file.values()), work, gate, self._workers)
+        finally:
+            brought.clear()  # an error keeps `work`, and `work` keeps these
+        for shard, (file, group) in zip(shards, by_file.items(), strict=True):
+            self._missing[file] -= len(group)
+            if not self._missing[file]:
+                shard.close()
+
+    def _shard(self, file: str) -> _Shard:
+        if file not in self._begun:
+            shard = _Shard(self._folder / file, self._groups[file], hashed=False, remedy=self._remedy)
+            self._begun[file] = self._stack.enter_context(shard)
+        return self._begun[file]
+
+
+def _workers(plan: Sequence[TensorPlan]) -> int:
+    total = sum(planned.size_bytes for planned in plan)
+    return 1 if total < SMALL_BYTES else min(WORKERS, os.cpu_count() or 1)
+
+
+def _write_index(folder: Path, groups: Mapping[str, Sequence[TensorPlan]], remedy: str) -> None:
+    """Which of several files (name -> tensors) has what; for a single one there is no index."""
+    if len(groups) > 1:
+        total = sum(planned.size_bytes for group in groups.values() for planned in group)
+        weight_map = {planned.name: name for name, group in groups.items() for planned in group}
+        with _writing(folder / INDEX, remedy):
+            write_json(folder / INDEX, {"metadata": {"total_size": total}, "weight_map": weight_map})
+
+
+def _interleaved(shards: Sequence[_Shard], groups: Iterable[Sequence[TensorPlan]]) -> list[tuple[_Shard, TensorPlan]]:
+    """The first tensor of each shard, the second of each, and so on."""
+    return [
+        (shard, planned)
+        for row in zip_longest(*groups)
+        for shard, planned in zip(shards, row, strict=True)
+        if planned is not None
+    ]
 
 
 def _write_window(
@@ -92,22 +189,12 @@ def _write_window(
     """Write the files of `groups` (name -> tensors) beside each other."""
     with contextlib.ExitStack() as stack:
         shards = [stack.enter_context(_Shard(folder / name, group, hashed)) for name, group in groups.items()]
-        tasks = [
-            (shard, planned)
-            for row in zip_longest(*groups.values())
-            for shard, planned in zip(shards, row, strict=True)
-            if planned is not None
-        ]
 
         def work(shard: _Shard, planned: TensorPlan) -> None:
             with gate.hold(working_bytes(planned)):
                 shard.write(planned, _checked(planned, produce(planned.name)))
 
-        if workers == 1:
-            for task in tasks:
-                work(*task)
-        else:
-            _run(tasks, work, gate, workers)
+        _run(_interleaved(shards, groups.values()), work, gate, workers)
         return {name: shard.hash for name, shard in zip(groups, shards, strict=True) if shard.hash is not None}
 
 
@@ -124,7 +211,7 @@ class _Shard:
     `hash` goes on behind the writing, and is the caller's to finish.
     """
 
-    def __init__(self, path: Path, group: Sequence[TensorPlan], hashed: bool) -> None:
+    def __init__(self, path: Path, group: Sequence[TensorPlan], hashed: bool, remedy: str = REMEDY) -> None:
         entries: dict[str, object] = {"__metadata__": {"format": "pt"}}
         self._offsets: dict[str, int] = {}
         offset = 0
@@ -140,8 +227,9 @@ class _Shard:
         header = json.dumps(entries, separators=(",", ":")).encode()
         header += b" " * (-len(header) % 8)  # the format aligns the tensors to 8 bytes
         self._start = 8 + len(header)
-        self._path = path
-        with _writing(path):
+        self._path, self._remedy = path, remedy
+        self._closed = False
+        with _writing(path, remedy):
             self._descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o666)
             _write_exactly(self._descriptor, memoryview(len(header).to_bytes(8, "little") + header), 0)
         self.hash = HashBehind(self._descriptor, self._start + offset, path) if hashed else None
@@ -153,23 +241,26 @@ class _Shard:
     def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
         if self.hash is not None and kind is not None:
             self.hash.close()
-        with _writing(self._path):  # where a network's disk says that it is full
-            os.close(self._descriptor)
+        self.close()
+
+    def close(self) -> None:
+        """Nothing more is written; safe to call twice."""
+        if not self._closed:
+            self._closed = True
+            with _writing(self._path, self._remedy):  # where a network's disk says that it is full
+                os.close(self._descriptor)
 
     def write(self, planned: TensorPlan, tensor: torch.Tensor) -> None:
-        """Put one tensor to its place."""
+        """Put one tensor to its place, in its planned dtype."""
         offset = self._start + self._offsets[planned.name]
 
         def put(data: memoryview, at: int) -> None:
-            with _writing(self._path):
+            with _writing(self._path, self._remedy):
                 _write_exactly(self._descriptor, data, offset + at)
             _start_writeback(self._descriptor, offset + at, len(data))
             self._written(offset + at, len(data))
 
-        if tensor.is_cuda:
-            download(tensor, put)
-        else:
-            put(memoryview(tensor.reshape(-1).view(torch.uint8).numpy()), 0)
+        download(tensor, put, planned.dtype)
 
     def _written(self, offset: int, size: int) -> None:
         if self.hash is not None:
@@ -219,6 +310,10 @@ def _run(
     workers: int,
 ) -> None:
     """Do all tasks; the first failure (or an interrupt) stops the others and is raised."""
+    if workers == 1:
+        for task in tasks:
+            work(*task)
+        return
     with ThreadPoolExecutor(workers, thread_name_prefix="export") as pool:
         try:
             futures = [pool.submit(work, *task) for task in tasks]
@@ -234,14 +329,12 @@ def _run(
 
 
 @contextlib.contextmanager
-def _writing(path: Path) -> Iterator[None]:
+def _writing(path: Path, remedy: str) -> Iterator[None]:
     """A disk that is full, over its quota or failing, as one clear error."""
     try:
         yield
     except OSError as error:
-        raise ExportError(
-            f"{path} cannot be written: {error.strerror}; free some space, or name another folder with --out."
-        ) from error
+        raise ExportError(f"{path} cannot be written: {error.strerror}; {remedy}.") from error
 
 
 def _write_exactly(descriptor: int, data: memoryview, offset: int) -> None:

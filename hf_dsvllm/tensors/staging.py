@@ -34,20 +34,30 @@ def upload(read: Callable[[memoryview, int], None], size_bytes: int, device: tor
     return whole
 
 
-def download(tensor: torch.Tensor, write: Callable[[memoryview, int], None]) -> None:
-    """`write(data, at)` for all bytes of a contiguous `tensor`, in order; `data` is valid until `write` returns."""
-    flat = tensor.detach().reshape(-1).view(torch.uint8)
+def download(tensor: torch.Tensor, write: Callable[[memoryview, int], None], dtype: torch.dtype | None = None) -> None:
+    """`write(data, at)` for all bytes of a `tensor`, in order; `data` is valid until `write` returns.
+
+    It is cast to `dtype`, if given, where it lies and piece by piece: that takes no more memory than the buffers.  One
+    on the CPU goes the same way without copies.
+    """
+    dtype = tensor.dtype if dtype is None else dtype
+    flat = tensor.detach().reshape(-1)
+    elements = CHUNK_BYTES // dtype.itemsize
     buffers = _buffers(tensor.device)
     coming: tuple[_Buffer, torch.Tensor, int] | None = None
-    for number, begin in enumerate(range(0, len(flat), CHUNK_BYTES)):
+    for number, begin in enumerate(range(0, len(flat), elements)):
+        source, at = flat[begin : begin + elements], begin * dtype.itemsize
         buffer = buffers[number % 2]
-        source = flat[begin : begin + CHUNK_BYTES]
-        piece = buffer.first(len(source))
-        piece.copy_(source, non_blocking=True)
+        piece = buffer.first(len(source) * dtype.itemsize)
+        if not tensor.is_cuda:
+            same = source if source.dtype == dtype else piece.view(dtype).copy_(source)
+            write(memoryview(same.view(torch.uint8).numpy()), at)
+            continue
+        piece.copy_(source.to(dtype).view(torch.uint8), non_blocking=True)
         buffer.in_use()
         if coming is not None:
             _arrived(coming, write)
-        coming = buffer, piece, begin
+        coming = buffer, piece, at
     if coming is not None:
         _arrived(coming, write)
 

@@ -31,6 +31,7 @@ def try_all(model: Any, out: Path, name: str) -> None:
     found: dict[str, Any] = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(snapshot_module, "_GATHER_BYTES", BUCKET_BYTES)
+        patch.setattr("hf_dsvllm.tensors.shards.SMALL_BYTES", 0)  # by several threads
         with patch.context() as slow:
             slow.setattr(snapshot_module, "_changes_names_alone", lambda *_: False)
             found["whole"] = one_try(model, folder / "whole")

@@ -15,7 +15,7 @@ from safetensors.torch import load_file
 from hf_dsvllm.errors import ExportError
 from hf_dsvllm.files import atomic_folder
 from hf_dsvllm.tensors import shards as shards_module
-from hf_dsvllm.tensors.shards import write_shards
+from hf_dsvllm.tensors.shards import ShardWriter, write_shards
 from hf_dsvllm.tensors.weights import TensorFolder, TensorPlan
 
 PLAN = [TensorPlan(name=f"layer.{number}", shape=(64, 64), dtype=torch.float32) for number in range(8)]
@@ -102,6 +102,61 @@ def test_a_thousand_shards_are_written_hashed_and_read_a_few_at_a_time(tmp_path:
     with TensorFolder(tmp_path) as written:
         assert len(written.files) == 1000
         assert [written.get(f"layer.{number}").item() for number in range(1000)] == list(range(1000))
+
+
+@pytest.mark.parametrize("workers", [1, 4])
+@pytest.mark.usefixtures("few_files")
+def test_tensors_that_come_bucket_by_bucket_are_cast_to_their_places_in_few_open_files(
+    tmp_path: Path, workers: int
+) -> None:
+    names = [f"layer.{number}" for number in range(1000)]
+    plan = [TensorPlan(name=name, shape=(), dtype=torch.bfloat16) for name in names]
+    with ShardWriter(tmp_path, plan, max_shard_size_bytes=6, workers=workers) as writer:
+        for begin in range(0, 1000, 50):
+            writer.write({name: torch.tensor(float(name[6:])) for name in names[begin : begin + 50]})
+        writer.write({})
+    with TensorFolder(tmp_path) as written:
+        assert len(written.files) == 334
+        found = torch.stack([written.get(name) for name in names])
+    assert torch.equal(found, torch.arange(1000.0).bfloat16())
+
+
+@pytest.mark.parametrize("pieces", [False, True])
+def test_values_are_not_looked_at_where_they_are_brought(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, pieces: bool
+) -> None:
+    if pieces:
+        monkeypatch.setattr("hf_dsvllm.tensors.staging.CHUNK_BYTES", 64)
+    tensor = torch.randn(33, 7).t()
+    tensor[0, 0] = float("nan")
+    with ShardWriter(tmp_path, [TensorPlan(name="a", shape=(7, 33), dtype=torch.float16)]) as writer:
+        writer.write({"a": tensor})
+    found = load_file(tmp_path / "model.safetensors")["a"]
+    assert torch.equal(found.view(torch.int16), tensor.half().contiguous().view(torch.int16))
+
+
+def test_a_tensor_of_another_shape_than_planned_is_refused(tmp_path: Path) -> None:
+    with (
+        pytest.raises(ExportError, match=r"layer\.0 came out as \(0,\), not \(64, 64\)\."),
+        ShardWriter(tmp_path, PLAN) as writer,
+    ):
+        writer.write({"layer.0": torch.empty(0)})
+
+
+@pytest.mark.parametrize("step", ["open", "pwrite", "close"])
+def test_a_disk_that_fails_under_brought_tensors_is_told_with_the_given_advice(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    def refuse(*_: object) -> int:
+        raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shards_module.os, step, refuse)
+        with (
+            pytest.raises(ExportError, match=r"cannot be written: No space left on device; go away\."),
+            ShardWriter(tmp_path, PLAN, remedy="go away") as writer,
+        ):
+            writer.write({planned.name: torch.ones(64, 64) for planned in PLAN})
 
 
 @pytest.mark.parametrize(
