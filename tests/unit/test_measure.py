@@ -1,16 +1,17 @@
-"""How much of the GPU the engine holds: by the driver's numbers where it has them, else all that PyTorch does not."""
+"""Memory of GPUs: the engine's by the driver where it knows it, the trainer's of the fullest process."""
 
 from __future__ import annotations
 
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 import torch
 
 from hf_dsvllm import measure
-from hf_dsvllm.measure import gib_of_others, with_children
+from hf_dsvllm.measure import RunMeasure, gib_of_others, with_children
 
 GIB = 1 << 30
 
@@ -57,3 +58,19 @@ def test_a_driver_that_says_nothing_is_no_error(monkeypatch: pytest.MonkeyPatch)
 
     monkeypatch.setattr(measure, "memory_by_process", silent)
     assert gib_of_others([1]) == 10.0
+
+
+def test_of_several_processes_the_fullest_gpu_counts(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Under ZeRO-2 the first rank is not it."""
+    other = {"steps": {"host_gib": 9.0, "allocated_gib": 119.3, "reserved_gib": 100.0}}
+    monkeypatch.setattr(measure, "from_all", lambda mine: [mine, (7.0, other)])
+    run = RunMeasure()
+    monkeypatch.setattr(RunMeasure, "mark", lambda self, phase: None)
+    run.phases = {
+        "steps": {"host_gib": 1.0, "allocated_gib": 109.1, "reserved_gib": 122.5},
+        "end": {"host_gib": 1.0, "allocated_gib": 48.0, "reserved_gib": 122.5},
+    }
+    run.stop(SimpleNamespace(log_history=[], num_input_tokens_seen=0))
+    assert run.phases["steps"] == {"host_gib": 1.0, "allocated_gib": 119.3, "reserved_gib": 122.5}
+    assert run.highest("allocated_gib") == 119.3
+    assert run.host_peaks[1:] == [7.0]

@@ -207,6 +207,10 @@ def test_the_end_of_a_run_holds_each_moment_against_its_own_prediction() -> None
     assert said["before training"] == max(allocated["load"], allocated["init"])
     assert said["steps"] == found.footprint.peak
     assert said["between steps"] < allocated["optimizer"] <= said["steps"]
+    parts = found.footprint.parts["optimizer"]
+    assert said["between steps"] == parts["weights"] + parts["optimizer"], "ZeRO-2 lets go of gradients"
+    kept = predicted("zero3").footprint.parts["optimizer"]["gradients"]
+    assert forecast.moments(predicted("zero3"))["between steps"] > kept > 0
     phases = {name: {"allocated_gib": size / 2**30 / 1.25, "host_gib": 1.0} for name, size in said.items()}
     lines = forecast.comparison(found, {"phases": {**phases, "end": {"host_gib": 1.0}}})
     assert [line.partition(":")[0] for line in lines] == [f"GPU {words}" for words in forecast.WORDS.values()]
