@@ -72,8 +72,7 @@ class SessionCallback(TrainerCallback):
         self._failures = 0
         self._published: Snapshot | None = None
         self._training, self._ended_with = False, -1
-        self._trained_before = self._sharded = False
-        self._told_undecided = self._moved = False
+        self._trained_before = self._sharded = self._told_undecided = self._moved = False
         self._record_at = 0.0
 
     # -- hooks -----------------------------------------------------------------------------------------------------
@@ -361,11 +360,9 @@ class SessionCallback(TrainerCallback):
         run_dir, name = self.session.run_dir, f"step-{done.step}"
         log_samples(self.trainer.args, run_dir, done.step)
         kept = not (self.streams and self.late)  # one of those that went by disk once is no best
-        if kept:
-            why = None if self._told_undecided else why_undecided(self.trainer.args, done)
-            if why is not None:
-                self._told_undecided = True
-                say(why)
+        if kept and not self._told_undecided and (why := why_undecided(self.trainer.args, done)) is not None:
+            self._told_undecided = True
+            say(why)
         if kept and (run_dir / "snapshots" / name).is_dir():  # neither the untrained model nor streamed away
             kind = "adapter" if hasattr(self.trainer.model, "peft_config") else "full"
             try:
@@ -373,6 +370,8 @@ class SessionCallback(TrainerCallback):
             except OSError as error:  # a full disk ends no training
                 say(f"step {done.step}: whether its weights are the best could not be noted: {error}")
         prune(run_dir, keep=[Path(name), *(Path(f"step-{step}") for step in self._rounds.pending)])
+        if self.late and self.streams and not self._rounds.pending:
+            self.session.evaluator.delivery.meet()
 
     def _load_best(self, args: Any, state: Any, loaded: int) -> int:
         """With load_best_model_at_end: the best snapshot into the model, unless the weights of its step are `loaded`.

@@ -53,7 +53,10 @@ def made(run_dir: Path, **session: Any) -> SessionCallback:
     defaults: dict[str, Any] = {
         "late": False, "streams": False, "evaluates": True, "canary": Canary(), "ranks": OneOfTwoRanks(),
         "run_dir": run_dir, "snapshot_dtype": torch.float32, "stop_engine": lambda: None,
-        "evaluator": SimpleNamespace(evaluate=lambda asked: SimpleNamespace(scores={KEY: 0.5}, line=lambda: "scored")),
+        "evaluator": SimpleNamespace(
+            evaluate=lambda asked: SimpleNamespace(scores={KEY: 0.5}, line=lambda: "scored"),
+            delivery=SimpleNamespace(meet=lambda: None),
+        ),
         "finish": lambda *_: None,
     }  # fmt: skip
     return SessionCallback(SimpleNamespace(**(defaults | session)), trainer)  # type: ignore[arg-type]

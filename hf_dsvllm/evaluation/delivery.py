@@ -22,6 +22,7 @@ from hf_dsvllm.export.adapter_format import servable_adapter
 from hf_dsvllm.export.merged_copy import merged_copy, same_shape
 from hf_dsvllm.export.source import local_base
 from hf_dsvllm.live.snapshot import Snapshot
+from hf_dsvllm.live.stream import meet
 from hf_dsvllm.tensors.fourbit import beside_training
 
 __all__ = ["Asked", "Delivery"]
@@ -184,6 +185,11 @@ class Delivery:
             self.server.stop()
         except EngineError as error:
             logger.warning("%s", error)
+
+    def meet(self) -> None:
+        """After a late evaluation, between two steps: connect for the streams to come, if they go by NCCL."""
+        if self.server.spec.weight_transfer == "nccl":
+            meet(self.sync)
 
     def rest_until_asked(self) -> None:
         """At the start of training, where nothing is asked yet: wait until the engine is there, for it to sleep."""

@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 import time
-from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
@@ -18,47 +16,17 @@ from hf_dsvllm.live import stream as live_weights
 from hf_dsvllm.live.stream import _Plan as Plan
 from hf_dsvllm.transfer import ipc
 from hf_dsvllm.transfer.base import packed
-from hf_dsvllm.transfer.ipc import IpcTransfer, Parcel, merged_handles
+from hf_dsvllm.transfer.ipc import IpcTransfer, Parcel
 from tests import weight_taker
+from tests.streaming import BUCKET_BYTES, checkpoint, same, send, syncing, tiny_model
 from tests.weight_taker import FakeNccl, FakeServer, FakeVllm, gpu_spec, served
 
 FORMS = sorted(weight_taker.KEYS)
-BUCKET_BYTES = 1 << 16  # the tiny model comes in four
-
-
-def tiny_model(**changes: Any) -> Any:
-    from transformers import LlamaConfig, LlamaForCausalLM
-
-    settings: dict[str, Any] = {"vocab_size": 320, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
-    settings |= {"num_attention_heads": 2, "num_key_value_heads": 1, "head_dim": 32, "tie_word_embeddings": True}
-    torch.manual_seed(0)
-    return LlamaForCausalLM(LlamaConfig(**(settings | changes)))
 
 
 @pytest.fixture
 def nccl(monkeypatch: pytest.MonkeyPatch) -> FakeNccl:
     return weight_taker.stand_in(monkeypatch)
-
-
-@contextlib.contextmanager
-def syncing(fake: FakeVllm, **spec: Any) -> Iterator[WeightSync]:
-    with served(fake) as uds:
-        client = EngineClient(uds, default_timeout_s=30.0)
-        yield WeightSync(FakeServer(fake, uds, gpu_spec(fake.backend, **spec)), client)  # type: ignore[arg-type]
-        client.close()
-
-
-def send(model: Any, sync: WeightSync, **changes: Any) -> Any:
-    settings: dict[str, Any] = {"step": 7, "dtype": torch.bfloat16, "bucket_bytes": BUCKET_BYTES, "timeout_s": 30.0}
-    return live_weights.send(model, sync, **(settings | changes))
-
-
-def checkpoint(model: Any, dtype: torch.dtype = torch.bfloat16) -> dict[str, torch.Tensor]:
-    return {name: parameter.detach().to(dtype) for name, parameter in model.named_parameters()}
-
-
-def same(left: dict[str, torch.Tensor], right: dict[str, torch.Tensor]) -> bool:
-    return left.keys() == right.keys() and all(torch.equal(left[name], right[name]) for name in left)
 
 
 @pytest.mark.parametrize(("backend", "release"), FORMS)
@@ -93,40 +61,6 @@ def test_a_build_without_a_version_number_is_asked_too(nccl: FakeNccl) -> None:
     with syncing(fake) as sync:
         send(tiny_model(), sync)
     assert fake.whole
-
-
-@pytest.mark.parametrize("release", [release for backend, release in FORMS if backend == "nccl"])
-def test_several_workers_are_told_nothing_they_could_refuse(release: str, nccl: FakeNccl) -> None:
-    model, fake = tiny_model(), FakeVllm("nccl", release)
-    fake.workers = 4
-    with syncing(fake, tensor_parallel_size=4) as sync:
-        result = send(model, sync)
-    assert same(fake.weights, checkpoint(model))
-    assert result.path_used == "nccl"
-    assert fake.asked.count("/init_weight_transfer_engine") == 1
-
-
-def test_several_workers_that_refused_something_are_started_anew_before_they_are_asked_again(
-    nccl: FakeNccl, tmp_path: Path
-) -> None:
-    fake = FakeVllm("nccl", "0.26.0", says="0.1.dev20+g1f3a")
-    fake.workers = 2
-    with syncing(fake, tensor_parallel_size=2) as sync:
-        with pytest.raises(EngineError, match="unexpected keyword argument"):
-            send(tiny_model(), sync)
-        assert fake.left_behind
-        assert sync.push(tmp_path, "full", 7).path_used == "restart"
-    assert not fake.left_behind
-
-
-def test_so_is_one_whose_workers_refused_an_adapter(tmp_path: Path) -> None:
-    fake = FakeVllm()
-    fake.workers = 2
-    with syncing(fake, tensor_parallel_size=2, max_lora_rank=8) as sync:
-        fake.whole = False
-        with pytest.raises(EngineError, match="the base is gone"):
-            sync.push(tmp_path, "adapter", 1)
-        assert sync.push(tmp_path, "adapter", 2).path_used == "restart"
 
 
 @pytest.mark.parametrize("backend", ["ipc", "nccl"])
@@ -362,11 +296,6 @@ def test_packed_tensors_begin_where_their_dtype_can() -> None:
     buffer, ordered = packed(bucket)
     assert [name for name, _ in ordered] == ["wide", "half", "odd"]
     assert buffer.nbytes == 3 + 6 + 8
-
-
-def test_handles_of_several_gpus_are_offered_together() -> None:
-    left, right = [{"GPU-0": (1,)}, {"GPU-0": (2,)}], [{"GPU-1": (3,)}, {"GPU-1": (4,)}]
-    assert merged_handles([left, right]) == [{"GPU-0": (1,), "GPU-1": (3,)}, {"GPU-0": (2,), "GPU-1": (4,)}]
 
 
 def test_a_refusal_is_told_from_silence() -> None:
