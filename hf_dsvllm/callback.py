@@ -16,7 +16,7 @@ from transformers import TrainerCallback
 from hf_dsvllm._compat import log_through_trainer, note_best
 from hf_dsvllm.console import is_main_process, say
 from hf_dsvllm.errors import DsvllmError, EngineError, WiringError
-from hf_dsvllm.evaluation.delivery import Asked
+from hf_dsvllm.evaluation.delivery import FREE, GONE, Asked
 from hf_dsvllm.evaluation.rounds import Round, Rounds
 from hf_dsvllm.evaluation.sample_tables import log_samples
 from hf_dsvllm.evaluation.steering import (
@@ -190,24 +190,25 @@ class SessionCallback(TrainerCallback):
     def _evaluate_when_free(self, last: bool) -> None:
         """Begin a round, where scores are late at the first step at which vLLM takes weights without being waited for.
 
-        By disk it need not be free, but writing 8B takes longer than all the steps that an evaluation moves by.
+        By disk it need not be free, but writing 8B takes longer than all the steps that an evaluation moves by.  One
+        that falls due meanwhile is the same: the weights of both would be those of that step.
         """
-        busy = self._why_busy() if self.late and self.streams and not last else None
-        if busy is None:
+        state = self._engine_state() if self.late and self.streams and not last else FREE
+        if state in (FREE, GONE):
             self._moved = False
             self._evaluate(wait=last)
         elif not self._moved:
             self._moved = True
             step = self.trainer.state.global_step
-            say(f"step {step}: vLLM {busy}; this evaluation moves to the first step at which it is free")
+            say(f"step {step}: vLLM {state}; this evaluation moves to the first step at which it is free")
 
-    def _why_busy(self) -> str | None:
-        """What vLLM is busy with, or None; collective."""
+    def _engine_state(self) -> str:
+        """What vLLM does where scores are late: FREE, GONE, or what it is busy with; collective."""
         self._take(self._rounds.collect())
         if self._rounds.pending:
             return f"is still busy with step {self._rounds.pending[0]}"
-        starting = is_main_process() and self.session.evaluator.delivery.starting
-        return "is still starting" if self.session.ranks.broadcast(starting) else None
+        asked = is_main_process() and self._failures < FAILURES_BEFORE_GIVING_UP  # after that there is no evaluator
+        return self.session.ranks.broadcast(self.session.evaluator.delivery.state if asked else GONE)
 
     def _evaluate(self, *, publish_first: bool = True, wait: bool = False) -> None:
         """Begin a round on all ranks, and unless rounds are late see it through; a failure is said, never raised."""
@@ -278,11 +279,11 @@ class SessionCallback(TrainerCallback):
     def _send(self, step: int, wait: bool) -> SyncResult | None:
         """The live weights from GPU to GPU into the engine, collective; None, and said why, if they must go by disk.
 
-        Before the first step of a run whose scores are late nobody waits for an engine that starts: a folder does.
+        Where scores are late nobody waits for an engine that is not there: a folder does, and another thread.
         """
         self._take(self._rounds.collect(leave=None if self.late and not wait else 0))
-        if self.late and not wait and (busy := self._why_busy()) is not None:
-            say(f"step {step}: the weights go to vLLM by disk: it {busy}")
+        if self.late and not wait and (state := self._engine_state()) != FREE:
+            say(f"step {step}: the weights go to vLLM by disk: it {state}")
             return None
         sync: WeightSync | None = None
         error: str | None = None

@@ -94,14 +94,15 @@ def _snapshots(
 ) -> tuple[list[Part], list[Part]]:
     """Snapshots on the disk at once: while training the latest, the best and a new one, then the last and the best.
 
-    Never more than are published.  Of streamed weights the best are written, where scores come late the last alone.  A
-    resumed run has some of them already.
+    Never more than are published.  Of streamed weights the best are written, where scores come late the last alone, and
+    before the first step of a resumed run those it begins with.  A resumed run has some of them already.
     """
     if model_args.use_peft:
         return [], []
     while_training, at_end = (0, 1) if place is None else (3, 2)
     if place is not None and place.stream:
-        while_training, at_end = (0, 1) if place.late else (2, 2)
+        begins = int(bool(args.resume_from_checkpoint and args.gen_eval_on_start))
+        while_training, at_end = (begins, 1) if place.late else (2, 2)
     published = _publishing(args)
     while_training, at_end = min(while_training, published), min(at_end, published)
     if args.load_best_model_at_end:  # the last are the best

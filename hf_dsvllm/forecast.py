@@ -15,7 +15,7 @@ from hf_dsvllm.launch import read_launch
 from hf_dsvllm.model_shape import load_shape
 from hf_dsvllm.optimizers import ADAM, optimizer_of, state_bytes
 from hf_dsvllm.planner.cards import Rates, learn, machine_rates
-from hf_dsvllm.planner.footprint import Footprint, Setup, gpu_footprint
+from hf_dsvllm.planner.footprint import Footprint, Setup, between_steps, gpu_footprint
 from hf_dsvllm.planner.host import HostFootprint, host_footprint
 from hf_dsvllm.planner.search import Job, gib, make_plan
 from hf_dsvllm.planner.speed import StepTime, step_time
@@ -82,15 +82,13 @@ def moments(found: Forecast) -> dict[str, int]:
     """Predicted peaks of the moments that a run can tell apart (`hf_dsvllm.measure`).
 
     Loading and engine init are one to it, and so are the parts of a step: callbacks come too late to part them.
-    Between steps it is the least: an evaluation, a snapshot or a save comes on top.  Gradients are gone by then but for
-    ZeRO-3's buffer of them (8B on H200s under ZeRO-2: 45.96 GiB with one GPU and SGD, the same with three and Adam).
+    Between steps it is the least: an evaluation, a snapshot or a save comes on top.
     """
-    allocated, after = found.footprint.allocated, found.footprint.parts["optimizer"]
-    gone = {"optimizer step"} if found.setup.preset.zero_stage == 3 else {"optimizer step", "gradients"}
+    allocated = found.footprint.allocated
     return {
         "before training": max(allocated["load"], allocated["init"]),
         "steps": max(allocated["forward"], allocated["backward"], allocated["optimizer"]),
-        "between steps": sum(size for name, size in after.items() if name not in gone),
+        "between steps": between_steps(found.setup, found.footprint),
     }
 
 

@@ -79,6 +79,11 @@ class EngineServer:
         return self._process is not None and self._process.poll() is None
 
     @property
+    def age_seconds(self) -> float:
+        """Since it was started last."""
+        return time.monotonic() - self._started_at
+
+    @property
     def pid(self) -> int | None:
         """The API server's process number, or None while it is not known or no more."""
         with contextlib.suppress(OSError, ValueError, KeyError, TypeError):

@@ -17,7 +17,7 @@ from typing import Literal, Protocol
 
 from hf_dsvllm.engine.bodies import TransferBackend
 from hf_dsvllm.engine.capabilities import Capabilities, probe
-from hf_dsvllm.engine.client import EngineClient
+from hf_dsvllm.engine.client import EngineClient, EngineRefusal
 from hf_dsvllm.engine.remote import RemoteServer
 from hf_dsvllm.engine.server import EngineServer
 from hf_dsvllm.errors import EngineError
@@ -140,18 +140,17 @@ class WeightSync:
             )
         path_used: SyncPath = "hot-load"
         why = "an adapter, and the engine lives"
+        was_whole = self.broken is None
         try:
             self._must_be_whole()
             self._wake_with_base()
-            self.client.load_adapter(name, folder)
+            self._load_adapter(name, folder)
         except EngineError as error:
-            if self.broken is None and self.client.health():
-                if self.server.spec.tensor_parallel_size > 1:  # see bodies.packed_forms
-                    self.broken = f"several workers are out of step after a call that they refused ({error})"
+            if was_whole and self.client.health():
                 raise  # a living server refused the adapter: a restart would not change its mind
             why = f"the engine was gone ({self.broken or error})"
             self._restart(None)
-            self.client.load_adapter(name, folder)
+            self._load_adapter(name, folder)
             path_used = "restart"
         previous, self._adapter = self._adapter, name
         if previous is not None:
@@ -160,6 +159,14 @@ class WeightSync:
             except EngineError as error:  # the new weights are in place all the same, and vLLM evicts unused adapters
                 logger.warning("The previous adapter %s could not be unloaded: %s", previous, error)
         return name, path_used, why
+
+    def _load_adapter(self, name: str, folder: Path) -> None:
+        try:
+            self.client.load_adapter(name, folder)
+        except EngineRefusal as refusal:
+            if self.server.spec.tensor_parallel_size > 1:  # see bodies.packed_forms
+                self.broken = f"several workers are out of step after a call that they refused ({refusal})"
+            raise
 
     def _push_full(self, folder: Path) -> tuple[str, SyncPath, str]:
         served_name = self.server.spec.served_name

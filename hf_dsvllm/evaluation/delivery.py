@@ -25,7 +25,9 @@ from hf_dsvllm.live.snapshot import Snapshot
 from hf_dsvllm.live.stream import meet
 from hf_dsvllm.tensors.fourbit import beside_training
 
-__all__ = ["Asked", "Delivery"]
+__all__ = ["FREE", "GONE", "STARTING", "Asked", "Delivery"]
+
+FREE, STARTING, GONE = "is free", "is still starting", "does not run"  # what an engine may be found to do
 
 logger = logging.getLogger(__name__)
 
@@ -150,11 +152,15 @@ class Delivery:
         return () if pid is None else (pid,)
 
     @property
-    def starting(self) -> bool:
-        """Whether the engine runs and does not answer yet: who asks it now has to wait."""
+    def state(self) -> str:
+        """FREE, STARTING or GONE: dead, or silent for longer than a start may take; then it has to be started anew."""
         with contextlib.suppress(EngineError):  # stopped meanwhile
-            return self.server.alive and not self.server.answers()
-        return False
+            if self.server.alive:
+                if self.server.answers():
+                    return FREE
+                if isinstance(self.server, EngineServer) and self.server.age_seconds < self.timeout_s:
+                    return STARTING
+        return GONE
 
     def rest(self) -> None:
         """After an evaluation, whatever came of it: the GPU's memory back to training, if the engine was started so.
@@ -163,7 +169,7 @@ class Delivery:
         What the engine can do is asked here, and not in the stall of the first stream: it took 1.0 to 1.4 s.
         """
         self.sleep_seconds = None
-        if not self.server.alive:
+        if isinstance(self.server, RemoteServer) or not self.server.alive:
             return
         if not self.sleeps:
             if self.server.spec.weight_transfer is not None:

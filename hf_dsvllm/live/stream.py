@@ -15,6 +15,7 @@ import torch
 
 from hf_dsvllm.console import is_main_process
 from hf_dsvllm.engine.bodies import TransferBackend, packed_forms
+from hf_dsvllm.engine.client import EngineRefusal
 from hf_dsvllm.engine.sync import SyncResult, WeightSync
 from hf_dsvllm.errors import DsvllmError, EngineError
 from hf_dsvllm.live.sources import Source, conversions, sources, why_no_stream
@@ -198,6 +199,7 @@ def meet(sync: WeightSync, *, timeout_s: float = MEET_S) -> None:
         with sync.client.until(sender.deadline):
             sender.connect(_Plan(path=path, workers=sync.capabilities().world_size or 1))
     except Exception as problem:
+        sender.begun = sender.begun or not isinstance(problem, EngineRefusal)  # it may wait inside the call for us
         sender.fail(problem)
 
 

@@ -12,7 +12,7 @@ from hf_dsvllm.optimizers import ADAM, state_bytes
 from hf_dsvllm.planner.allocator import held_bytes, outside_bytes, reserved_bytes
 from hf_dsvllm.planner.cards import Rates
 from hf_dsvllm.planner.engine import Engine, EnginePlace, engine_footprint, places, settled_place
-from hf_dsvllm.planner.footprint import Footprint, Loss, Setup, Traced, gpu_footprint
+from hf_dsvllm.planner.footprint import Footprint, Loss, Setup, Traced, between_steps, gpu_footprint
 from hf_dsvllm.planner.host import HostFootprint, disk_bytes, host_footprint
 from hf_dsvllm.planner.speed import StepTime, step_time
 from hf_dsvllm.presets import Preset, get_preset
@@ -124,8 +124,7 @@ class Candidate:
         if not self.place.sleeps:
             return self.footprint.peak + self.engine.awake
         start = max(self.footprint.allocated["load"], self.footprint.allocated["init"])
-        after = self.footprint.parts["optimizer"]
-        rest = sum(size for name, size in after.items() if name != "optimizer step")
+        rest = between_steps(self.setup, self.footprint)
         return max(self.footprint.peak + self.engine.asleep, max(start, rest) + self.engine.awake)
 
     @property

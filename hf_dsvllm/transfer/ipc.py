@@ -87,16 +87,17 @@ class IpcTransfer:
         if self._opened:
             return
         forms: Sequence[PackedIn | None] = self._forms if self.staged else (None,)
-        refusals = []
+        refusals: list[EngineRefusal] = []
         for form in forms:
             try:
                 self.client.init_weight_transfer(init_info("ipc", form), timeout_s=left_of(deadline))
             except EngineRefusal as refusal:
-                refusals.append(str(refusal))
+                refusals.append(refusal)
                 continue
             self._packed_in, self._opened = form, True
             return
-        raise EngineError(f"vLLM refused to take weights by CUDA IPC: {'; '.join(refusals)}")
+        why = "; ".join(map(str, refusals))
+        raise EngineRefusal(f"vLLM refused to take weights by CUDA IPC: {why}", refusals[-1].status)
 
     def send(self, bucket: Bucket, *, deadline: float) -> None:
         """Offer a bucket of this rank's GPU alone, and wait until the server has it."""

@@ -44,7 +44,7 @@ class NcclTransfer:
             return
         if self._nccl is None:
             self._nccl = Nccl()
-        refusals = []
+        refusals: list[EngineRefusal] = []
         for form in self._forms:
             meeting = Meeting(self.world_size, left_of(deadline))
             joined = in_background(lambda meeting=meeting: self._join(meeting, deadline), "dsvllm-nccl-join")
@@ -60,7 +60,7 @@ class NcclTransfer:
                 if meeting.someone_came:
                     raise  # the form was right, something else is not
                 meeting.call_off()
-                refusals.append(str(refusal))
+                refusals.append(refusal)
                 continue
             except EngineError:
                 meeting.call_off()
@@ -70,7 +70,8 @@ class NcclTransfer:
                 raise EngineError("vLLM says its workers are connected by NCCL, but none came to the meeting point.")
             self._communicator, self._packed_in = communicator, form
             return
-        raise EngineError(f"vLLM refused to take weights by NCCL: {'; '.join(refusals)}")
+        why = "; ".join(map(str, refusals))
+        raise EngineRefusal(f"vLLM refused to take weights by NCCL: {why}", refusals[-1].status)
 
     def _join(self, meeting: Meeting, deadline: float) -> int | None:
         assert self._nccl is not None

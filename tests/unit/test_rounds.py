@@ -13,11 +13,12 @@ import pytest
 import torch
 
 from hf_dsvllm.engine.remote import RemoteServer
+from hf_dsvllm.engine.server import EngineServer
 from hf_dsvllm.engine.spec import EngineSpec
 from hf_dsvllm.engine.sync import SyncResult
 from hf_dsvllm.errors import EngineError, WiringError
 from hf_dsvllm.evaluation.canary import WrongWeights
-from hf_dsvllm.evaluation.delivery import Asked, Delivery
+from hf_dsvllm.evaluation.delivery import FREE, GONE, STARTING, Asked, Delivery
 from hf_dsvllm.evaluation.rounds import Rounds
 from hf_dsvllm.live.restore import restore
 from hf_dsvllm.live.snapshot import Snapshot
@@ -224,6 +225,22 @@ def test_a_dead_or_hanging_engine_is_not_loaded_beside_training_on_its_gpu(tmp_p
     assert server.restarts == 1
 
 
+@pytest.mark.parametrize(
+    ("alive", "answers", "age_s", "state"),
+    [(True, True, 9.0, FREE), (True, False, 1.0, STARTING), (True, False, 9.0, GONE), (False, False, 1.0, GONE)],
+)
+def test_an_engine_that_never_answers_is_gone_once_a_start_may_not_take_longer(
+    alive: bool, answers: bool, age_s: float, state: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Otherwise evaluations would wait for it to the end of the run, and nobody would start it anew."""
+    server = EngineServer(EngineSpec(model=tmp_path, python=tmp_path, device="cpu"), tmp_path)
+    monkeypatch.setattr(EngineServer, "alive", alive)
+    monkeypatch.setattr(EngineServer, "age_seconds", age_s)
+    monkeypatch.setattr(EngineServer, "answers", lambda self: answers)
+    monkeypatch.setattr(EngineServer, "uds", tmp_path / "socket")
+    assert Delivery(server, run_dir=tmp_path, timeout_s=5.0).state == state
+
+
 @pytest.mark.parametrize("ready", [True, False])
 def test_an_engine_nobody_asks_at_the_start_sleeps_once_it_is_there(ready: bool, tmp_path: Path) -> None:
     sync = Sync()
@@ -264,3 +281,8 @@ def test_adapters_are_merged_on_the_cpu_while_training_may_need_the_gpu(
     delivery.deliver(Asked(step=4, late=late))
     assert places == ["cpu" if late else "cuda"]
     assert merge_place(1 << 20)[0].type == "cuda"
+
+
+def test_a_remote_server_that_never_answered_keeps_its_own_error(tmp_path: Path) -> None:
+    """Rest comes after every evaluation, whatever came of it."""
+    Delivery(RemoteServer("http://127.0.0.1:1"), run_dir=tmp_path, timeout_s=1.0).rest()

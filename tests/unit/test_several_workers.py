@@ -83,3 +83,12 @@ def test_one_that_cannot_be_met_ends_nothing_and_several_workers_start_anew(work
 def test_handles_of_several_gpus_are_offered_together() -> None:
     left, right = [{"GPU-0": (1,)}, {"GPU-0": (2,)}], [{"GPU-1": (3,)}, {"GPU-1": (4,)}]
     assert merged_handles([left, right]) == [{"GPU-0": (1,), "GPU-1": (3,)}, {"GPU-0": (2,), "GPU-1": (4,)}]
+
+
+def test_one_that_hangs_while_it_is_met_is_not_streamed_into(nccl: FakeNccl) -> None:
+    """It would wait inside the call, and the next stream for it."""
+    fake = FakeVllm("nccl")
+    fake.failing["/init_weight_transfer_engine"] = "hang"
+    with syncing(fake) as sync:
+        live_weights.meet(sync, timeout_s=0.3)
+        assert sync.broken is not None

@@ -82,9 +82,9 @@ def test_wherever_it_fails_it_says_so_and_the_next_push_makes_the_server_whole(
     fake = FakeVllm(backend)
     fake.failing[path] = failure
     with syncing(fake) as sync:
-        sync.client.default_timeout_s = 30.0 if failure == "refuse" else 0.3
+        sync.client.default_timeout_s = 30.0 if failure == "refuse" else 1.0
         with pytest.raises(EngineError, match=r"step 7: the weights could not be streamed to vLLM: .*" + path):
-            send(tiny_model(), sync, timeout_s=30.0 if failure == "refuse" else 0.5)
+            send(tiny_model(), sync, timeout_s=30.0 if failure == "refuse" else 1.5)
         assert (sync.broken is not None) == marked
         fake.release_hanging.set()
         fake.failing.clear()

@@ -50,17 +50,15 @@ def look_at_models_in_a_fork() -> None:
     def in_a_fork(look: Callable[[], Any]) -> Any:
         receiver, sender = multiprocessing.Pipe(duplex=False)
         child = multiprocessing.get_context("fork").Process(target=lambda: sender.send(look()), daemon=True)
-        child.start()
-        sender.close()
-        try:
-            if receiver.poll(LOOK_S):
-                return receiver.recv()
-        except EOFError:  # it has said why
-            pass
-        finally:
-            child.kill()
-            child.join()
-            receiver.close()
+        with receiver, contextlib.suppress(EOFError, OSError, AssertionError):  # it failed, or there can be no child
+            with sender:
+                child.start()
+            try:
+                if receiver.poll(LOOK_S):
+                    return receiver.recv()
+            finally:
+                child.kill()
+                child.join()
         return in_its_own_python(look)
 
     registry._run_in_subprocess = in_a_fork
