@@ -50,7 +50,10 @@ def test_an_engine_that_sleeps_takes_it_beside_what_training_holds_between_steps
     for found in candidates("shared", sleeps=True):
         assert found.engine is not None
         after = found.footprint.parts["optimizer"]
-        rest = sum(after.values()) - after.get("optimizer step", 0)
+        gone = after.get("optimizer step", 0)
+        if found.setup.preset.zero_stage != 3:  # which keeps a buffer for gradients
+            gone += after.get("gradients", 0)
+        rest = sum(after.values()) - gone
         assert found.gpu_bytes >= max(found.footprint.peak + found.engine.asleep, rest + found.engine.awake)
         assert found.gpu_bytes < found.footprint.peak + found.engine.awake
 
