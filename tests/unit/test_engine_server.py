@@ -353,5 +353,5 @@ def test_a_folder_that_cannot_be_written_is_an_error_with_its_path_and_leaves_no
     before = set(os.listdir("/proc/self/fd"))
     with pytest.raises(EngineError, match=f"vLLM cannot be started: .*run/engine: {os.strerror(number)}"):
         EngineServer.start(CPU, tmp_path / "run")
-    assert set(os.listdir("/proc/self/fd")) == before
+    assert set(os.listdir("/proc/self/fd")) <= before, "others may close theirs meanwhile"
     assert list(tmp_path.iterdir()) == []
