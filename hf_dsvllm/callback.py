@@ -190,8 +190,7 @@ class SessionCallback(TrainerCallback):
     def _evaluate_when_free(self, last: bool) -> None:
         """Begin a round, where scores are late at the first step at which vLLM takes weights without being waited for.
 
-        By disk it need not be free, but writing 8B takes longer than all the steps that an evaluation moves by.  One
-        that falls due meanwhile is the same: the weights of both would be those of that step.
+        Writing 8B would hold training up for longer than the steps it moves by.  One that falls due meanwhile is the same.
         """
         state = self._engine_state() if self.late and self.streams and not last else FREE
         if state in (FREE, GONE):
@@ -281,8 +280,9 @@ class SessionCallback(TrainerCallback):
 
         Where scores are late nobody waits for an engine that is not there: a folder does, and another thread.
         """
-        self._take(self._rounds.collect(leave=None if self.late and not wait else 0))
-        if self.late and not wait and (state := self._engine_state()) != FREE:
+        if not self.late or wait:
+            self._take(self._rounds.collect(leave=0))
+        elif (state := self._engine_state()) != FREE:
             say(f"step {step}: the weights go to vLLM by disk: it {state}")
             return None
         sync: WeightSync | None = None
