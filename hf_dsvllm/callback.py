@@ -190,7 +190,7 @@ class SessionCallback(TrainerCallback):
     def _evaluate_when_free(self, last: bool) -> None:
         """Begin a round, where scores are late at the first step at which vLLM takes weights without being waited for.
 
-        Writing 8B would hold training up for longer than the steps it moves by.  One that falls due meanwhile is the same.
+        Writing 8B would hold training up longer than the steps it moves by.  One that falls due meanwhile is the same.
         """
         state = self._engine_state() if self.late and self.streams and not last else FREE
         if state in (FREE, GONE):
