@@ -57,6 +57,12 @@ class Job:
     killed: str | None = None
 
 
+def gpu_of(lane: Lane) -> str:
+    """The lane's GPU as CUDA names it, among those that this process may see."""
+    seen = os.environ.get("CUDA_VISIBLE_DEVICES", "")
+    return seen.split(",")[lane.index] if seen else str(lane.index)
+
+
 class Measurement:
     script = HERE / "worker.py"
 
@@ -252,7 +258,7 @@ class Measurement:
         several = len(lanes) > 1
         for rank, lane in enumerate(lanes):
             files[rank].unlink(missing_ok=True)
-            visible = {"CUDA_VISIBLE_DEVICES": ",".join(str(other.index) for other in lanes)}
+            visible = {"CUDA_VISIBLE_DEVICES": ",".join(gpu_of(other) for other in lanes)}
             ranks = {"RANK": str(rank), "LOCAL_RANK": str(rank), "WORLD_SIZE": str(len(lanes))}
             ranks |= {"LOCAL_WORLD_SIZE": str(len(lanes)), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
             task = {
