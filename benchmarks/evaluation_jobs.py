@@ -138,6 +138,7 @@ def four_gpus() -> list[Job]:
         sharded(3),
         sharded(2),
         in_copies[0],
+        *pair("zero2", "8b", 2, 95),
         pair("zero2", "14b", 3, 115)[0],
         pair("zero3", "14b", 3, 90)[1],
         pair("zero2", "14b", 3, 115)[1],

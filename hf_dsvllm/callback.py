@@ -2,10 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import time
 from collections.abc import Callable, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import torch
@@ -15,24 +15,15 @@ from transformers import TrainerCallback
 
 from hf_dsvllm._compat import log_through_trainer, note_best
 from hf_dsvllm.console import is_main_process, say
-from hf_dsvllm.errors import DsvllmError, EngineError, WiringError
+from hf_dsvllm.errors import DsvllmError, EngineError
 from hf_dsvllm.evaluation.delivery import FREE, GONE, Asked
+from hf_dsvllm.evaluation.keeping import Keeping
 from hf_dsvllm.evaluation.rounds import Round, Rounds
 from hf_dsvllm.evaluation.sample_tables import log_samples
-from hf_dsvllm.evaluation.steering import (
-    beats,
-    best_snapshot,
-    is_best,
-    keep_best,
-    loaded_step,
-    score_at,
-    why_undecided,
-)
+from hf_dsvllm.evaluation.steering import is_best, load_best, loaded_step, why_undecided
 from hf_dsvllm.fields import metric_key, steers
-from hf_dsvllm.files import write_json
-from hf_dsvllm.live.restore import restore
-from hf_dsvllm.live.snapshot import Snapshot, adapters_act, point_to_latest, prune, publish
-from hf_dsvllm.live.stream import send
+from hf_dsvllm.live.snapshot import SNAPSHOTS, Snapshot, adapters_act, point_to_latest, prune, publish
+from hf_dsvllm.live.stream import make_room, send
 from hf_dsvllm.measure import RunMeasure
 from hf_dsvllm.ranks import from_all, is_distributed
 from hf_dsvllm.wiring import check_wiring, read_wiring
@@ -49,7 +40,6 @@ logger = logging.getLogger(__name__)
 FAILURES_BEFORE_GIVING_UP = 3
 # Late rounds that may be under way when another is due: one is answered, one is ready to follow.
 UNDER_WAY = 2
-RECORD_EVERY_S = 30.0
 
 
 class SessionCallback(TrainerCallback):
@@ -73,7 +63,7 @@ class SessionCallback(TrainerCallback):
         self._published: Snapshot | None = None
         self._training, self._ended_with = False, -1
         self._trained_before = self._sharded = self._told_undecided = self._moved = False
-        self._record_at = 0.0
+        self._keeping = Keeping(session, trainer, self.measure)
 
     # -- hooks -----------------------------------------------------------------------------------------------------
 
@@ -107,6 +97,7 @@ class SessionCallback(TrainerCallback):
         self.measure.count_skipped(self.trainer)
         if not self.session.evaluates:
             return
+        self._keeping.settle(wait=False)
         last = state.global_step >= state.max_steps or control.should_training_stop
         every = args.gen_eval_steps
         with_trainers_own = control.should_evaluate and (every is None or steers(args))
@@ -134,28 +125,24 @@ class SessionCallback(TrainerCallback):
 
     def on_log(self, args: Any, state: Any, control: Any, logs: Any = None, **kwargs: Any) -> None:
         self.measure.look_at(logs or {}, self.trainer)
-        self._record_so_far(state)
-
-    def _record_so_far(self, state: Any) -> None:
-        """measured.json of a run in progress, twice a minute at most: what one that is killed has measured."""
-        now = time.monotonic()
-        if not (self._training and self.measure.durations and is_main_process()) or now < self._record_at:
-            return
-        self._record_at = now + RECORD_EVERY_S
-        try:
-            write_json(self.session.run_dir / "measured.json", self.measure.so_far(state))
-        except OSError as error:  # a full disk ends no training
-            logger.warning("measured.json could not be written: %s", error)
+        if self._training and is_main_process():
+            self.measure.record_so_far(self.session.run_dir / "measured.json", state)
 
     def on_train_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         self.measure.stop(state)
         loaded = loaded_step(args, state)  # before late scores make another step the best: the Trainer is done loading
         self._take(self._rounds.collect(leave=0))
+        self._keeping.settle(wait=True)
+        if self.session.evaluates and self.session.ranks.broadcast(self._keeping.lost):
+            self._published = None
         for step, scores in self.fresh if steers(args) else ():
             if metric_key(args) in scores:  # a judge may have been away
                 note_best(self.trainer, scores, step=step)
         self._training = False
-        step = self._ended_with = self._load_best(args, state, loaded)
+        best = load_best(self.trainer.model, args, state, self.session.run_dir, loaded, self.session.ranks)
+        if best is not None:
+            self._published = best  # written once more, it would be removed first, and lost on a full disk
+        step = self._ended_with = loaded if best is None else best.step
         if self.session.evaluates and step == state.global_step and step not in self._evaluated:
             self._evaluate(wait=True)  # something stopped training between two steps
         snapshot, error = self._together(lambda: self._last_snapshot(step))
@@ -213,6 +200,7 @@ class SessionCallback(TrainerCallback):
         """Begin a round on all ranks, and unless rounds are late see it through; a failure is said, never raised."""
         if self._failures >= FAILURES_BEFORE_GIVING_UP:
             return
+        self._keeping.settle(wait=True)  # a copy has the memory that vLLM wakes into, and its score is the one to beat
         step = self.trainer.state.global_step
         if self.late:
             self._make_room()
@@ -221,20 +209,17 @@ class SessionCallback(TrainerCallback):
         started = time.monotonic()
         phases: dict[str, float] = {}
         snapshot: Snapshot | None = None
-        ours: LogProbs | None = None
-        sent, error = self._together(lambda: self._send(step, wait) if publish_first and self.streams else None)
-        if sent is not None:
-            phases["stream"] = time.monotonic() - started
+        ours, error = self._ask_trainer(phases, waking=publish_first and self.streams and not self.late)
+        sent: SyncResult | None = None
+        sending = time.monotonic()
+        if error is None and publish_first and self.streams:
+            sent, error = self._together(lambda: self._send(step, wait))
+            phases |= {} if sent is None else {"stream": time.monotonic() - sending}
         if error is None and publish_first and not self.session.ranks.broadcast(sent is not None):
             snapshot, error = self._together(lambda: self._publish(step))
             if error is not None:
                 self._published = None  # on every rank, whichever failed: publishing again takes all of them
-            phases["snapshot"] = time.monotonic() - started
-        canary = self.session.canary
-        if error is None and canary is not None:
-            asking = time.monotonic()
-            ours, error = self._together(lambda: canary.ask_trainer(self.trainer))
-            phases["trainer's canary"] = time.monotonic() - asking
+            phases["snapshot"] = time.monotonic() - sending
         self.trainer.model.train(training)
         if error is not None:
             if self.streams:  # which may have woken the engine
@@ -255,6 +240,19 @@ class SessionCallback(TrainerCallback):
         self._rounds.begin(asked)
         if wait or not self.late:
             self._take(self._rounds.collect(leave=0))
+
+    def _ask_trainer(self, phases: dict[str, float], *, waking: bool) -> tuple[LogProbs | None, str | None]:
+        """The trainer's own numbers for the canary, an engine that sleeps woken meanwhile; and main's error."""
+        canary = self.session.canary
+        if canary is None:
+            return None, None
+        began = time.monotonic()
+        if waking:
+            make_room()
+        with self.session.evaluator.delivery.waking() if waking and is_main_process() else contextlib.nullcontext():
+            found = self._together(lambda: canary.ask_trainer(self.trainer))
+        phases["trainer's canary"] = time.monotonic() - began
+        return found
 
     def _together(self, work: Callable[[], T]) -> tuple[T | None, str | None]:
         """What `work` returns on this rank, and main's error on every rank: known to all before anything else begins.
@@ -346,55 +344,29 @@ class SessionCallback(TrainerCallback):
         args, run_dir = self.trainer.args, self.session.run_dir
         if self.late or done.step != self.trainer.state.global_step or not done.step:
             return
-        wanted = is_main_process() and not (run_dir / "snapshots" / f"step-{done.step}").is_dir()
-        if self.session.ranks.broadcast(wanted and is_best(run_dir, args, done)):
+        wanted = is_main_process() and not (run_dir / SNAPSHOTS / f"step-{done.step}").is_dir()
+        if not self.session.ranks.broadcast(wanted and is_best(run_dir, args, done)):
+            return
+        snapshot, error = self._together(lambda: self._keeping.begin_behind(done) if is_main_process() else None)
+        snapshot = self.session.ranks.broadcast(snapshot)
+        if error is None and snapshot is not None:
+            self._published = snapshot
+        elif error is None:
             _, error = self._together(lambda: self._publish(done.step))
-            if error is not None:
-                self._published = None
-                say(f"step {done.step}: its weights, the best so far, could not be kept: {error}")
+        if error is not None:
+            self._published = None
+            say(f"step {done.step}: its weights, the best so far, could not be kept: {error}")
 
     def _keep(self, done: Round) -> None:
         """Say the scores, keep the best snapshot and those still to be answered, delete the others; rank 0."""
         now = self.trainer.state.global_step
         self.measure.evaluations.append(done.result)
         say(done.result.line() + ("" if done.step == now else f", known at step {now}"))
-        run_dir, name = self.session.run_dir, f"step-{done.step}"
-        log_samples(self.trainer.args, run_dir, done.step)
+        log_samples(self.trainer.args, self.session.run_dir, done.step)
         kept = not (self.streams and self.late)  # one of those that went by disk once is no best
         if kept and not self._told_undecided and (why := why_undecided(self.trainer.args, done)) is not None:
             self._told_undecided = True
             say(why)
-        if kept and (run_dir / "snapshots" / name).is_dir():  # neither the untrained model nor streamed away
-            kind = "adapter" if hasattr(self.trainer.model, "peft_config") else "full"
-            try:
-                keep_best(run_dir, self.trainer.args, done, kind=kind)
-            except OSError as error:  # a full disk ends no training
-                say(f"step {done.step}: whether its weights are the best could not be noted: {error}")
-        prune(run_dir, keep=[Path(name), *(Path(f"step-{step}") for step in self._rounds.pending)])
+        self._keeping.note(done, kept=kept, answering=self._rounds.pending)
         if self.late and self.streams and not self._rounds.pending:
             self.session.evaluator.delivery.meet()
-
-    def _load_best(self, args: Any, state: Any, loaded: int) -> int:
-        """With load_best_model_at_end: the best snapshot into the model, unless the weights of its step are `loaded`.
-
-        Returns the step whose weights the model has now.  The Trainer can only load a step it wrote a checkpoint of;
-        the best score may belong to one between them, or to one whose checkpoint save_total_limit has deleted.
-        """
-        if not (args.load_best_model_at_end and steers(args)):
-            return loaded
-        found = best_snapshot(self.session.run_dir, args) if is_main_process() else None
-        best = self.session.ranks.broadcast(found)
-        if best is None or best["step"] == loaded:
-            return loaded
-        if not beats(best["score"], score_at(args, state, loaded), higher=args.greater_is_better is not False):
-            return loaded
-        folder = self.session.run_dir / "snapshots" / best["path"]
-        try:
-            restore(self.trainer.model, folder, best["kind"])
-        except WiringError as error:
-            say(f"the best weights, of step {best['step']}, stay in {folder}; those of step {loaded} are kept: {error}")
-            return loaded
-        # Written once more, it would be removed first, and lost on a full disk.
-        self._published = Snapshot(path=folder, kind=best["kind"], step=int(best["step"]))
-        say(f"the weights of step {best['step']} ({best['metric']} {best['score']:.4g}) are loaded from its snapshot")
-        return int(best["step"])

@@ -4,24 +4,30 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import logging
 import math
 import os
 import resource
 import statistics
 import time
 from collections.abc import Collection, Mapping
+from pathlib import Path
 from typing import Any
 
 import torch
 
 from hf_dsvllm.console import say
+from hf_dsvllm.files import write_json
 from hf_dsvllm.ranks import from_all
 
 __all__ = ["RunMeasure", "gib_of_others"]
 
+logger = logging.getLogger(__name__)
 GIB = 1 << 30
 SAID_EACH, SAID_EVERY = 3, 100  # skipped steps that are spoken of: the first ones, then every so many
 TRAINING = ("steps", "between steps", "end")
+BESIDE = "beside a snapshot"  # what they are called while a copy is held that training would not need
+RECORD_EVERY_S = 30.0
 
 
 @dataclasses.dataclass(slots=True)
@@ -42,12 +48,15 @@ class RunMeasure:
     phases: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
     pauses: list[float] = dataclasses.field(default_factory=list)
     evaluation_pauses: list[dict[str, float]] = dataclasses.field(default_factory=list)
+    _copy_held: bool = False
+    _recorded_at: float = -math.inf
     _begun: float | None = None
     _ended_at: float | None = None  # by time.time(), as evaluations record theirs
     _evaluating: int | None = None
 
     def mark(self, phase: str) -> None:
         """Close a phase: its peaks since the last mark; of a phase that comes again the highest is kept."""
+        phase = BESIDE if self._copy_held and phase in TRAINING else phase
         now = {"host_gib": host_peak_gib()}
         if torch.cuda.is_available():
             now["allocated_gib"] = torch.cuda.max_memory_allocated() / GIB
@@ -55,6 +64,12 @@ class RunMeasure:
             torch.cuda.reset_peak_memory_stats()
         before = self.phases.get(phase, {})
         self.phases[phase] = {name: round(max(value, before.get(name, 0.0)), 3) for name, value in now.items()}
+
+    def copy_held(self, held: bool) -> None:
+        """Whether there is a copy of the weights beside training from now on; call it once the memory is free again."""
+        if self._copy_held and not held and torch.cuda.is_available():
+            torch.cuda.reset_peak_memory_stats()
+        self._copy_held = held
 
     def start(self) -> None:
         """Training begins; what came before, the evaluation of the untrained model too, is no part of it."""
@@ -134,10 +149,20 @@ class RunMeasure:
                 figures[name] = max(phases[phase][name] for _, phases in everybody if phase in phases)
         self.tokens = tokens_of(state)
 
-    def so_far(self, state: Any) -> dict[str, Any]:
-        """The figures until now, what a run that is killed leaves: `finished` is false, the host peak our own."""
+    def record_so_far(self, file: Path, state: Any) -> None:
+        """The figures until now, what a run that is killed leaves, to `file`; twice a minute at most.
+
+        `finished` is false there, the host peak our own.
+        """
+        now = time.monotonic()
+        if not self.durations or now < self._recorded_at + RECORD_EVERY_S:
+            return
+        self._recorded_at = now
         self.tokens = tokens_of(state)
-        return self.as_record() | {"finished": False, "host_peak_gib": round(host_peak_gib(), 2)}
+        try:
+            write_json(file, self.as_record() | {"finished": False, "host_peak_gib": round(host_peak_gib(), 2)})
+        except OSError as error:  # a full disk ends no training
+            logger.warning("%s could not be written: %s", file, error)
 
     @property
     def steps(self) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -55,7 +56,7 @@ def made(run_dir: Path, **session: Any) -> SessionCallback:
         "run_dir": run_dir, "snapshot_dtype": torch.float32, "stop_engine": lambda: None,
         "evaluator": SimpleNamespace(
             evaluate=lambda asked: SimpleNamespace(scores={KEY: 0.5}, line=lambda: "scored"),
-            delivery=SimpleNamespace(meet=lambda: None),
+            delivery=SimpleNamespace(meet=lambda: None, waking=contextlib.nullcontext),
         ),
         "finish": lambda *_: None,
     }  # fmt: skip

@@ -71,6 +71,7 @@ class WeightSync:
         self.connection: Connection | None = None
         self.broken: str | None = None
         self.phases: dict[str, float] = {}
+        self._early: dict[str, float] = {}  # phases of the next stream that are over
         self._capabilities: Capabilities | None = None
         self._state: State = "awake"
         self._adapter: str | None = None
@@ -225,7 +226,7 @@ class WeightSync:
 
     def begin_stream(self) -> None:
         """Wake the weights' memory, or let running requests end; after it the sender may start the update."""
-        self.phases = {}
+        self.phases, self._early = self._early, {}
         self._pushes += 1
         if self._state == "awake" and self.capabilities().pauses:
             self._paused = True  # also if the answer does not come: it may be paused all the same
@@ -297,6 +298,12 @@ class WeightSync:
                 self.client.wake_up(["weights"])
             self._state = "weights due" if self._state == "weights gone" else "no cache"
 
+    def wake_early(self) -> None:
+        """`wake_for_weights` while something else goes on that the next stream comes after."""
+        self.phases = {}
+        self.wake_for_weights()
+        self._early, self.phases = self.phases, {}
+
     def wake_for_answers(self) -> None:
         """Wake what still sleeps and forget cached prefixes; EngineError while the weights are those of nobody."""
         if self._state in ("weights gone", "weights due"):
@@ -325,6 +332,11 @@ class WeightSync:
                 self.client.reload_weights(Path(self.server.spec.model))
             self._weights_are_there()
         self.wake_for_answers()
+
+    @property
+    def asleep(self) -> bool:
+        """Whether the engine sleeps, as far as is known here."""
+        return self.broken is None and self._state in ("asleep", "weights gone")
 
     @property
     def whole(self) -> bool:

@@ -1,8 +1,8 @@
 """The proof that the engine answers with the weights of this step: log-probabilities of fixed prompts, side by side.
 
 The trainer's own forward gives one set of numbers, vLLM's `prompt_logprobs` the other.  `judge` compares them, and also
-with the last evaluation's: weights that stayed the same where they should have changed are found, although a small
-learning rate moves the numbers less than 16-bit rounding does.
+with the last evaluation's: weights that stayed the same where they should have changed are found, unless the step was
+so small that 16-bit rounding hides it.
 
     canary = Canary(prompts_of(tasks, tokenizer), dtype="bfloat16")    # every rank, once
     ours = canary.ask_trainer(trainer)                                 # every rank: one forward
@@ -16,6 +16,7 @@ import dataclasses
 import math
 import sys
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from hf_dsvllm.console import say
@@ -45,8 +46,8 @@ TokenIds = tuple[int, ...]
 PROMPTS = 3
 PROSE = "The capital of France is Paris. Water boils at 100 degrees. Two and two are four."
 LONGEST = 64  # tokens of one prompt: the whole is one batch of a small evaluation
-# Two sets of numbers are told apart where they are this many standard errors from each other.
-CERTAIN = 8.0
+# Two sets of numbers are told apart where each is this many standard errors from the middle between them.
+CERTAIN = 6.0
 
 
 class WrongWeights(EngineError):
@@ -93,6 +94,7 @@ class CanaryVerdict:
     mean_abs: float
     max_abs: float
     sentence: str
+    rms: float = math.inf
 
 
 class Canary:
@@ -103,6 +105,7 @@ class Canary:
         self.prompts = tuple(prompts)
         self.tolerance = TOLERANCES[dtype]
         self._proven: LogProbs | None = None
+        self._rounding = 0.0  # rms difference of trainer and engine when that was proven
 
     def ask_trainer(self, trainer: Any) -> LogProbs:
         """`trainer_logprobs` of a live Trainer; collective, call it on every rank between two optimizer steps."""
@@ -110,22 +113,29 @@ class Canary:
             return trainer_logprobs(trainer.model, self.prompts, deepspeed_engine=trainer.model_wrapped)
 
     def prove(
-        self, client: EngineClient, model: str, ours: LogProbs, *, copies: int = 1, timeout_s: float | None = None
+        self,
+        client: EngineClient,
+        model: str,
+        ours: LogProbs,
+        *,
+        copies: int = 1,
+        at_once: bool = False,
+        timeout_s: float | None = None,
     ) -> str:
         """Ask every copy of the engine, judge, remember; the sentence of the verdict that is furthest from equal.
 
-        WrongWeights unless all are proven.
+        `at_once` as in `engine_logprobs`.  WrongWeights unless all are proven.
         """
         verdicts = []
         for copy in range(copies):
             asked = None if copies == 1 else copy
-            engines = engine_logprobs(client, model, self.prompts, copy=asked, timeout_s=timeout_s)
-            verdict = judge(ours, engines, self._proven, tolerance=self.tolerance)
+            engines = engine_logprobs(client, model, self.prompts, copy=asked, at_once=at_once, timeout_s=timeout_s)
+            verdict = judge(ours, engines, self._proven, rounding=self._rounding, tolerance=self.tolerance)
             if not verdict.ok:
                 which = f" (copy {copy + 1} of {copies})" if copies > 1 else ""
                 raise WrongWeights(f"{verdict.sentence}{which} No score is logged for weights that are not proven.")
             verdicts.append(verdict)
-        self._proven = ours
+        self._proven, self._rounding = ours, max(verdict.rms for verdict in verdicts)
         furthest = max(verdicts, key=lambda verdict: verdict.mean_abs).sentence
         return furthest if copies == 1 else f"{furthest}; the furthest of {copies} copies"
 
@@ -212,25 +222,38 @@ def engine_logprobs(
     prompts: Sequence[TokenIds],
     *,
     copy: int | None = None,
+    at_once: bool = False,
     timeout_s: float | None = None,
 ) -> LogProbs:
     """The same numbers from vLLM, for the weights served as `model`; `copy` as in EngineClient.prompt_logprobs.
 
-    One by one: two at a time end a vLLM that serves adapters (0.32 on CPUs, the output head's LoRA takes a batch of
-    prompts for one of answers: docs/lab-notes.md).
+    `at_once`: all prompts in one batch, for an engine without adapters.  Two at a time end a vLLM that serves them
+    (0.32 on CPUs, the output head's LoRA takes a batch of prompts for one of answers: docs/lab-notes.md).
     """
-    return tuple(tuple(client.prompt_logprobs(tokens, model, copy=copy, timeout_s=timeout_s)) for tokens in prompts)
+
+    def ask(tokens: TokenIds) -> tuple[float, ...]:
+        return tuple(client.prompt_logprobs(tokens, model, copy=copy, timeout_s=timeout_s))
+
+    with ThreadPoolExecutor(len(prompts) if at_once else 1) as pool:
+        return tuple(pool.map(ask, prompts))
 
 
 def judge(
-    ours: LogProbs, engines: LogProbs, previous: LogProbs | None = None, *, tolerance: Tolerance
+    ours: LogProbs,
+    engines: LogProbs,
+    previous: LogProbs | None = None,
+    *,
+    rounding: float = 0.0,
+    tolerance: Tolerance,
 ) -> CanaryVerdict:
     """Whether `engines` are the numbers of the weights that gave `ours`, and not those of `previous`.
 
-    Not ok if a number is missing or not finite, if the differences exceed `tolerance`, or if the engine's numbers are
-    nearer to `previous` although `previous` and `ours` differ by more than the noise: with e = engines - ours and
-    d = previous - ours, the share of the way gone is t = <e, d> / <d, d> (0 fresh, 1 stale), its standard error
-    rms(e - t d) / |d|.
+    `rounding` is how far right weights were apart when `previous` was proven (rms, in nats).  Not ok if a number is
+    missing or not finite, if the differences exceed `tolerance`, or if the engine's numbers are nearer to `previous`
+    and the step is large enough to tell.  With e = engines - ours and d = previous - ours the share of the way gone is
+    t = <e, d> / <d, d>.  It is not 0 for fresh weights and 1 for stale ones: the rounding of `ours`, variance r, is in
+    both e and d, so that t is r / D and 1 - r / D, where D = mean(d^2) is the step's own square plus 2 r.  Both are at
+    least (D - 2 r) / 2 D from the middle, and that must be CERTAIN standard errors rms(e - t d) / |d|.
     """
     if [len(row) for row in ours] != [len(row) for row in engines]:
         return _refused(math.inf, math.inf, "it sent another number of log-probabilities than the prompts have tokens")
@@ -244,20 +267,37 @@ def judge(
     limit = tolerance.mean_for(ours)
     if mean_abs > limit or max_abs > tolerance.max:
         return _refused(mean_abs, max_abs, f"{found}; rounding explains {limit:.2g} and {tolerance.max:g}")
+    proven = CanaryVerdict(
+        ok=True, mean_abs=mean_abs, max_abs=max_abs, rms=_rms(errors), sentence=f"weights proven: {found}"
+    )
     moved = _moved(ours, previous)
     if moved is None:
-        return CanaryVerdict(ok=True, mean_abs=mean_abs, max_abs=max_abs, sentence=f"weights proven: {found}")
-    size = math.sqrt(math.fsum(d * d for d in moved))
-    share = math.fsum(e * d for e, d in zip(errors, moved, strict=True)) / size**2
-    noise = math.sqrt(math.fsum((e - share * d) ** 2 for e, d in zip(errors, moved, strict=True)) / len(errors))
+        return proven
     step = math.fsum(map(abs, moved)) / len(moved)
-    if size <= CERTAIN * noise:
+    share, from_middle, standard_error = _share(errors, moved, rounding)
+    if from_middle <= CERTAIN * standard_error:
         unsure = f"the last evaluation's weights are only {step:.2g} away, too little to tell them apart"
-        return CanaryVerdict(ok=True, mean_abs=mean_abs, max_abs=max_abs, sentence=f"weights proven: {found}; {unsure}")
+        return dataclasses.replace(proven, sentence=f"{proven.sentence}; {unsure}")
     if share > 0.5:
         return _refused(mean_abs, max_abs, f"its numbers are those of the last evaluation's weights, {step:.2g} away")
     fresh = f"the last evaluation's weights are {step:.2g} away"
-    return CanaryVerdict(ok=True, mean_abs=mean_abs, max_abs=max_abs, sentence=f"weights proven: {found}; {fresh}")
+    return dataclasses.replace(proven, sentence=f"{proven.sentence}; {fresh}")
+
+
+def _share(errors: Sequence[float], moved: Sequence[float], rounding: float) -> tuple[float, float, float]:
+    """t of `judge`, how far from the middle it is for fresh and for stale weights at least, and its standard error."""
+    square = math.fsum(d * d for d in moved)
+    share = math.fsum(e * d for e, d in zip(errors, moved, strict=True)) / square
+    rest = _rms([e - share * d for e, d in zip(errors, moved, strict=True)])
+    mean_square = square / len(moved)
+    # Both have the engine's rounding in them, too; of the trainer's, `rest` has half at least.
+    rounded = max(rounding, rest if rounding else math.sqrt(2) * rest)
+    from_middle = (mean_square - 2 * rounded**2) / (2 * mean_square)
+    return share, from_middle, rest / math.sqrt(square)
+
+
+def _rms(values: Sequence[float]) -> float:
+    return math.sqrt(math.fsum(value * value for value in values) / len(values))
 
 
 def _refused(mean_abs: float, max_abs: float, why: str) -> CanaryVerdict:

@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import logging
+import threading
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 
 import torch
@@ -28,7 +29,7 @@ from hf_dsvllm.tensors.fourbit import beside_training
 __all__ = ["FREE", "GONE", "STARTING", "Asked", "Delivery"]
 
 FREE, STARTING, GONE = "is free", "is still starting", "does not run"  # what an engine may be found to do
-
+WAKE_S = 30.0
 logger = logging.getLogger(__name__)
 
 
@@ -122,10 +123,34 @@ class Delivery:
 
     def _prove(self, canary: Canary, pushed: SyncResult, ours: LogProbs) -> str:
         started = time.monotonic()
-        copies = self.server.spec.data_parallel_size
-        sentence = canary.prove(self.client, pushed.model_name, ours, copies=copies)
+        spec = self.server.spec
+        at_once = spec.max_lora_rank is None and not isinstance(self.server, RemoteServer)  # a stranger may serve some
+        sentence = canary.prove(self.client, pushed.model_name, ours, copies=spec.data_parallel_size, at_once=at_once)
         self.proof_seconds = time.monotonic() - started
         return sentence
+
+    @contextlib.contextmanager
+    def waking(self) -> Iterator[None]:
+        """Give a sleeping engine's weights their memory while the block runs: 0.13 to 0.17 s for 8B on an H200.
+
+        A failure is the stream's to find: it wakes what sleeps.
+        """
+        thread: threading.Thread | None = None
+        if self.server.alive and self.sync.asleep:
+            thread = threading.Thread(target=self._wake_early, name="waking", daemon=True)
+            thread.start()
+        try:
+            yield
+        finally:
+            if thread is not None:
+                thread.join()
+
+    def _wake_early(self) -> None:
+        try:
+            with self.client.until(time.monotonic() + WAKE_S):
+                self.sync.wake_early()
+        except EngineError as error:
+            logger.info("vLLM could not be woken beside the trainer's canary: %s", error)
 
     def revive(self) -> None:
         """After a failure, start an engine that died or hangs again at once: it loads while training goes on.

@@ -10,13 +10,17 @@ from typing import TYPE_CHECKING, Any
 from transformers import TrainerCallback
 
 from hf_dsvllm._compat import note_best, quiet_early_stopping
+from hf_dsvllm.console import is_main_process, say
+from hf_dsvllm.errors import WiringError
 from hf_dsvllm.evaluation.rounds import Round
 from hf_dsvllm.fields import metric_key, steers
 from hf_dsvllm.files import write_json
-from hf_dsvllm.live.snapshot import SNAPSHOTS
+from hf_dsvllm.live.restore import restore
+from hf_dsvllm.live.snapshot import SNAPSHOTS, Snapshot
 
 if TYPE_CHECKING:
     from hf_dsvllm.callback import SessionCallback
+    from hf_dsvllm.ranks import Ranks
 
 __all__ = [
     "BestSnapshot",
@@ -26,6 +30,7 @@ __all__ = [
     "deciding_key",
     "is_best",
     "keep_best",
+    "load_best",
     "loaded_step",
     "score_at",
     "why_undecided",
@@ -151,6 +156,30 @@ def loaded_step(args: Any, state: Any) -> int:
     if not args.load_best_model_at_end or state.best_model_checkpoint is None:
         return int(state.global_step)
     return int(Path(state.best_model_checkpoint).name.rpartition("-")[2])
+
+
+def load_best(model: Any, args: Any, state: Any, run_dir: Path, loaded: int, ranks: Ranks) -> Snapshot | None:
+    """With load_best_model_at_end: the best snapshot into `model`, unless the weights of its step are `loaded`.
+
+    Returns that snapshot, None where the model keeps its weights; collective.  The Trainer can only load a step it
+    wrote a checkpoint of; the best score may belong to one between them, or to one whose checkpoint save_total_limit
+    has deleted.
+    """
+    if not (args.load_best_model_at_end and steers(args)):
+        return None
+    best = ranks.broadcast(best_snapshot(run_dir, args) if is_main_process() else None)
+    if best is None or best["step"] == loaded:
+        return None
+    if not beats(best["score"], score_at(args, state, loaded), higher=args.greater_is_better is not False):
+        return None
+    folder = run_dir / SNAPSHOTS / best["path"]
+    try:
+        restore(model, folder, best["kind"])
+    except WiringError as error:
+        say(f"the best weights, of step {best['step']}, stay in {folder}; those of step {loaded} are kept: {error}")
+        return None
+    say(f"the weights of step {best['step']} ({best['metric']} {best['score']:.4g}) are loaded from its snapshot")
+    return Snapshot(path=folder, kind=best["kind"], step=int(best["step"]))
 
 
 def read_pointer(pointer: Path) -> BestSnapshot | None:

@@ -99,8 +99,8 @@ def _proof(report: ExportReport) -> str:
     found = report.verification
     text = (
         f"## Export\n\n{report.parameters:,} parameters in {report.dtype}, {report.tensors} tensors, "
-        f"{report.changed_tensors} of them trained. `{REPORT}` has the figures, `{MANIFEST}` the SHA-256 of everything "
-        "it was made from and of every file."
+        f"{report.changed_tensors} of them trained. `{REPORT}` has the figures, `{MANIFEST}` the BLAKE3 hashes of "
+        "everything it was made from and of every file."
     )
     if found is None:
         return f"{text}\n\nNot compared with the trained model: {report.verification_skipped}."

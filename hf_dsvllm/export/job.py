@@ -20,7 +20,7 @@ from hf_dsvllm.export.merge import Adapter, read_adapter
 from hf_dsvllm.export.naming import Skeleton, read_skeleton
 from hf_dsvllm.export.source import RunRecord, Source, find_tokenizer, local_base, tokenizer_files
 from hf_dsvllm.export.trained import GENERATION_CONFIG
-from hf_dsvllm.tensors.hashing import sha256_of
+from hf_dsvllm.tensors.hashing import hash_of
 from hf_dsvllm.tensors.weights import TensorFolder, TensorSource, has_safetensors, torch_dtype
 from hf_dsvllm.tensors.zero_adapter import write_adapter
 from hf_dsvllm.tensors.zero_checkpoint import ZeroCheckpoint
@@ -129,17 +129,17 @@ def layout_of(job: Job) -> Layout:
 
 
 def inputs_of(job: Job, max_shard_size_bytes: int, format: str) -> dict[str, Any]:  # noqa: A002
-    """Everything that decides the exported bytes: SHA-256 of every file read, and the settings."""
+    """Everything that decides the exported bytes: BLAKE3 of every file read, and the settings."""
     weights = "weights" if job.adapter is None else "base"
-    hashes: dict[str, Any] = {f"{weights}/{name}": digest for name, digest in job.tensors.sha256().items()}
+    hashes: dict[str, Any] = {f"{weights}/{name}": digest for name, digest in job.tensors.hashes().items()}
     if job.adapter is not None:
-        hashes |= {f"adapter/{name}": digest for name, digest in job.adapter.tensors.sha256().items()}
-        hashes["adapter/adapter_config.json"] = sha256_of(job.adapter.path / "adapter_config.json")
-    hashes[f"{weights}/config.json"] = sha256_of(job.config_dir / "config.json")
+        hashes |= {f"adapter/{name}": digest for name, digest in job.adapter.tensors.hashes().items()}
+        hashes["adapter/adapter_config.json"] = hash_of(job.adapter.path / "adapter_config.json")
+    hashes[f"{weights}/config.json"] = hash_of(job.config_dir / "config.json")
     if job.generation_file is not None:
-        hashes[f"{weights}/{GENERATION_CONFIG}"] = sha256_of(job.generation_file)
+        hashes[f"{weights}/{GENERATION_CONFIG}"] = hash_of(job.generation_file)
     if job.tokenizer is not None:
-        hashes |= {f"tokenizer/{name}": sha256_of(job.tokenizer / name) for name in tokenizer_files(job.tokenizer)}
+        hashes |= {f"tokenizer/{name}": hash_of(job.tokenizer / name) for name in tokenizer_files(job.tokenizer)}
     return hashes | {
         "format": format,
         "dtype": str(job.dtype),

@@ -180,7 +180,7 @@ def _write(
     format: Format,  # noqa: A002
     stack: contextlib.ExitStack,
 ) -> dict[str, HashBehind]:
-    """The weights and what belongs to them; files of weights, their SHA-256 under way until `stack` ends."""
+    """The weights and what belongs to them; files of weights, their hashes under way until `stack` ends."""
     merged = format == "merged"
     with tqdm(total=len(layout.plan), desc="export", unit="tensor", disable=not progress) as bar:
 

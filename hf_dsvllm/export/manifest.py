@@ -14,7 +14,7 @@ from hf_dsvllm.errors import ExportError
 from hf_dsvllm.export.verify import Verification
 from hf_dsvllm.export.verify_engine import EngineVerification
 from hf_dsvllm.files import write_json
-from hf_dsvllm.tensors.hashing import hash_files
+from hf_dsvllm.tensors.hashing import ALGORITHM, hash_files
 
 __all__ = ["MANIFEST", "REPORT", "ExportReport", "check_manifest", "reusable", "versions", "write_manifest"]
 
@@ -27,7 +27,7 @@ EMPTY: Mapping[str, str] = {}
 class ExportReport:
     """What was exported from what, and the proof; written as `export_report.json` into the export itself.
 
-    `inputs` (file name -> SHA-256, and the settings) decides whether an existing export may be reused.
+    `inputs` (file name -> BLAKE3, and the settings) decides whether an existing export may be reused.
     `write_seconds` is merging and writing alone, `seconds` everything.
     """
 
@@ -72,7 +72,7 @@ def write_manifest(folder: Path, inputs: Mapping[str, Any], hashed: Mapping[str,
     for key, value in inputs.items():
         group, slash, name = key.partition("/")
         groups.setdefault(group if slash else "settings", {})[name if slash else key] = value
-    write_json(folder / MANIFEST, {"format": 1, "made_from": groups, "result": written})
+    write_json(folder / MANIFEST, {"format": 2, "hash": ALGORITHM, "made_from": groups, "result": written})
 
 
 def check_manifest(folder: Path) -> None:

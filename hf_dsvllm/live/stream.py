@@ -24,7 +24,7 @@ from hf_dsvllm.ranks import from_all, from_main, is_distributed
 from hf_dsvllm.transfer import IpcTransfer, NcclTransfer, ipc
 from hf_dsvllm.transfer.ipc import Handles, Parcel, merged_handles
 
-__all__ = ["gathered", "meet", "send", "stream", "why_no_stream"]
+__all__ = ["gathered", "make_room", "meet", "send", "stream", "why_no_stream"]
 
 T = TypeVar("T")
 BUCKET_BYTES = 1 << 30
@@ -357,13 +357,21 @@ class _Sender:
             self.sync.break_off(self.failure, begun=self.begun)
 
 
-def _make_room(plan: _Plan) -> None:
-    """Give cached memory back where vLLM wakes on the same GPU: torch keeps what training no longer needs."""
-    if plan.path == "ipc" and torch.cuda.is_available():
+def make_room(*, everywhere: bool = True) -> None:
+    """Give cached memory back before vLLM wakes on the same GPU: torch keeps what training no longer needs.
+
+    `everywhere`: on the GPU of each rank before any goes on, for rank 0 wakes the workers of all; COLLECTIVE.
+    """
+    if torch.cuda.is_available():
         torch.cuda.ipc_collect()
         torch.cuda.empty_cache()
-    if plan.every_gpu:
-        from_all(None)  # rank 0 wakes the workers of all GPUs
+    if everywhere:
+        from_all(None)
+
+
+def _make_room(plan: _Plan) -> None:
+    if plan.path == "ipc":
+        make_room(everywhere=plan.every_gpu)
 
 
 def _roomy(bucket_bytes: int) -> int:

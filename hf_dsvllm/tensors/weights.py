@@ -112,8 +112,8 @@ class TensorSource(Protocol):
     def flat(self, name: str, begin: int, end: int) -> torch.Tensor:
         """The elements `begin` to `end` of a flattened tensor, and nothing else read."""
 
-    def sha256(self) -> dict[str, str]:
-        """File name -> SHA-256 of it, or `name#read` -> SHA-256 of the parts of it that are read."""
+    def hashes(self) -> dict[str, str]:
+        """File name -> BLAKE3 of it, or `name#read` -> BLAKE3 of the parts of it that are read."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -198,8 +198,8 @@ class TensorFolder:
         itemsize = self.dtype(name).itemsize
         return self._read(name, begin * itemsize, end * itemsize)
 
-    def sha256(self) -> dict[str, str]:
-        """File name -> SHA-256 of every safetensors file and of the index, if there is one."""
+    def hashes(self) -> dict[str, str]:
+        """File name -> BLAKE3 of every safetensors file and of the index, if there is one."""
         index = self.path / INDEX
         files = [*self.files, *([index] if self.path.is_dir() and index.is_file() else [])]
         return {file.name: digest for file, digest in hash_files(files).items()}

@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import ctypes
 import dataclasses
-import hashlib
 import math
 import mmap
 import pickle
@@ -22,6 +21,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from blake3 import blake3
 
 from hf_dsvllm.errors import ExportError
 from hf_dsvllm.tensors.hashing import PIECE_BYTES, hash_files
@@ -104,8 +104,8 @@ class ZeroCheckpoint:
             at += piece.numel()
         return out
 
-    def sha256(self) -> dict[str, str]:
-        """`name#read` -> SHA-256 of a file's header and weights; moments, and copies of the weights, are left out."""
+    def hashes(self) -> dict[str, str]:
+        """`name#read` -> BLAKE3 of a file's header and weights; moments, and copies of the weights, are left out."""
         found = hash_files(self._parts, lambda file: _hash_parts(file, self._parts[file]))
         return {f"{file.name}#read": digest for file, digest in found.items()}
 
@@ -304,8 +304,8 @@ def _natural(path: Path) -> list[int | str]:
 
 
 def _hash_parts(file: Path, parts: Sequence[torch.Tensor]) -> str:
-    """SHA-256 of the pickle in `file`, which says where every tensor belongs, and of `parts` of its tensors."""
-    digest = hashlib.sha256()
+    """BLAKE3 of the pickle in `file`, which says where every tensor belongs, and of `parts` of its tensors."""
+    digest = blake3()
     with zipfile.ZipFile(file) as archive:
         digest.update(archive.read(next(name for name in archive.namelist() if name.endswith("/data.pkl"))))
     for part in parts:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import weakref
 from collections.abc import Callable
@@ -13,6 +12,7 @@ import huggingface_hub
 import pytest
 import torch
 import yaml
+from blake3 import blake3
 from datasets import Dataset
 from peft import LoraConfig, PeftModel, get_peft_model
 from safetensors.torch import load_file
@@ -316,7 +316,7 @@ def test_the_manifest_and_the_card_say_what_was_made_from_what(run: Path, tmp_pa
     export(run, tmp_path / "out")
     manifest = json.loads((tmp_path / "out" / MANIFEST).read_text())
     assert set(manifest["made_from"]) == {"base", "adapter", "tokenizer", "settings"}
-    digest = hashlib.sha256((tmp_path / "base" / "model.safetensors").read_bytes()).hexdigest()
+    digest = blake3((tmp_path / "base" / "model.safetensors").read_bytes()).hexdigest()
     assert manifest["made_from"]["base"]["model.safetensors"] == digest
     assert set(manifest["result"]) == {file.name for file in (tmp_path / "out").iterdir()} - {MANIFEST}
     card = (tmp_path / "out" / "README.md").read_text()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +13,9 @@ import torch
 from transformers import TrainerControl
 
 from hf_dsvllm import callback as callback_module
+from hf_dsvllm import measure
 from hf_dsvllm.errors import EngineError, ExportError
+from hf_dsvllm.evaluation import steering
 from hf_dsvllm.evaluation.rounds import Round
 from hf_dsvllm.evaluation.steering import keep_best
 from hf_dsvllm.live.snapshot import Snapshot
@@ -24,14 +27,23 @@ def published(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     return publishing(monkeypatch)
 
 
-def test_a_rank_whose_main_could_not_publish_is_not_alone_in_the_canarys_forward(
-    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+def test_a_rank_whose_main_failed_in_the_canarys_forward_is_not_alone_in_gathering(
+    tmp_path: Path, published: list[int], capsys: pytest.CaptureFixture[str]
 ) -> None:
     callback = made(tmp_path)
-    # rank 0: sending nothing went well, nothing was sent, the disk is full
+    callback.session.ranks.main_says = ["RuntimeError: no kernel"]  # type: ignore[attr-defined]
+    callback._evaluate()
+    assert callback.session.canary.forwards == 1  # type: ignore[union-attr, attr-defined]
+    assert published == []
+    assert "failed and is skipped. RuntimeError: no kernel" in capsys.readouterr().err
+
+
+def test_a_rank_whose_main_could_not_publish_asks_nothing(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    callback = made(tmp_path)
+    # rank 0: its forward went well, nothing was sent, the disk is full
     callback.session.ranks.main_says = [None, False, "OSError: no space left"]  # type: ignore[attr-defined]
     callback._evaluate()
-    assert callback.session.canary.forwards == 0  # type: ignore[union-attr, attr-defined]
+    assert not callback._evaluated
     assert "failed and is skipped. OSError: no space left" in capsys.readouterr().err
 
 
@@ -124,7 +136,7 @@ def test_a_best_that_is_known_after_the_trainer_has_loaded_another_is_loaded_too
 ) -> None:
     """Early stopping at step 7, checkpoint-2 is loaded, then the score of step 6 comes: the best, with a checkpoint."""
     restored: list[Path] = []
-    monkeypatch.setattr(callback_module, "restore", lambda model, folder, kind: restored.append(folder))
+    monkeypatch.setattr(steering, "restore", lambda model, folder, kind: restored.append(folder))
     monkeypatch.setattr(callback_module, "prune", lambda *_, **__: None)
 
     def note_best(trainer: Any, scores: dict[str, float], *, step: int) -> bool:
@@ -157,14 +169,15 @@ def test_a_snapshot_of_a_resumed_run_is_loaded_only_over_weights_that_scored_les
     of_the_loaded: float | None, restored: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     loads: list[Path] = []
-    monkeypatch.setattr(callback_module, "restore", lambda model, folder, kind: loads.append(folder))
+    monkeypatch.setattr(steering, "restore", lambda model, folder, kind: loads.append(folder))
     callback = made(tmp_path)
     args, state = callback.trainer.args, callback.trainer.state
     args.load_best_model_at_end = True
     state.log_history = [] if of_the_loaded is None else [{"step": 2, KEY: of_the_loaded}]
     (tmp_path / "snapshots" / "step-4").mkdir(parents=True)
     keep_best(tmp_path, args, streamed(4, 0.3), kind="full")
-    assert callback._load_best(args, state, 2) == (4 if restored else 2)
+    best = steering.load_best(callback.trainer.model, args, state, tmp_path, 2, callback.session.ranks)
+    assert (best.step if best is not None else None) == (4 if restored else None)
     assert bool(loads) == restored
 
 
@@ -209,8 +222,8 @@ def test_a_run_that_is_killed_leaves_what_it_measured_until_then(
     file.unlink()
     callback.on_log(args, state, TrainerControl(), logs={})
     assert not file.exists(), "a moment later"
-    monkeypatch.setattr(callback_module, "write_json", full)
-    callback._record_at = 0.0
+    monkeypatch.setattr(measure, "write_json", full)
+    callback.measure._recorded_at = -math.inf
     callback.on_log(args, state, TrainerControl(), logs={})
 
 
@@ -279,7 +292,7 @@ def test_a_gpu_out_of_memory_amid_a_gathering_ends_the_rank_for_the_others_hear_
             callback._evaluate()
 
 
-def test_weights_that_were_sent_and_not_asked_about_put_the_engine_to_sleep_again(tmp_path: Path) -> None:
+def test_an_engine_that_was_woken_and_got_no_weights_goes_to_sleep_again(tmp_path: Path) -> None:
     rested: list[int] = []
 
     class Fails(Canary):

@@ -68,6 +68,36 @@ def test_a_step_smaller_than_the_noise_is_said_to_be_too_small_to_tell() -> None
         assert "too little to tell" in verdict.sentence
 
 
+@pytest.mark.parametrize("rounding", [0.03, 1e-6])
+def test_two_roundings_of_the_same_weights_are_no_proof_of_stale_ones(rounding: float) -> None:
+    """At the end of a learning rate's decay nothing moves but the trainer's own rounding, which is in both differences.
+
+    SmolLM2 on an H200: an engine that computes more exactly than the trainer seemed to be half way back, and right
+    weights were refused.
+    """
+    refused = 0
+    for seed in range(40):
+        previous, ours = numbers(100 + seed, rounding, OURS), numbers(200 + seed, rounding, OURS)
+        engines = numbers(300 + seed, rounding / 10, OURS)
+        known = math.sqrt(rounding**2 + (rounding / 10) ** 2)
+        refused += not judge(ours, engines, previous, rounding=known, tolerance=BF16).ok
+        refused += not judge(ours, engines, previous, tolerance=BF16).ok  # what the residual alone tells
+    assert refused == 0
+
+
+@pytest.mark.parametrize("step", [2.0, 3.0, 10.0])
+def test_stale_weights_are_caught_where_the_step_is_three_times_what_rounding_is(step: float) -> None:
+    for seed in range(20):
+        before = numbers(400 + seed, 0.01 * step, OURS)
+        previous, ours = numbers(100 + seed, 0.01, before), numbers(200 + seed, 0.01, OURS)
+        known = math.sqrt(2) * 0.01
+        fresh = judge(ours, numbers(300 + seed, 0.01, OURS), previous, rounding=known, tolerance=BF16)
+        stale = judge(ours, numbers(300 + seed, 0.01, before), previous, rounding=known, tolerance=BF16)
+        assert fresh.ok, fresh.sentence
+        assert not stale.ok or "too little" in stale.sentence, stale.sentence
+        assert not stale.ok or step < 3
+
+
 def test_what_no_right_engine_sends_is_refused() -> None:
     for wrong in (numbers(9, 0), numbers(1, 0.5, OURS), OURS[:2], (*OURS[:2], OURS[2][:-1])):
         assert not judge(OURS, wrong, tolerance=BF16).ok

@@ -67,6 +67,22 @@ def test_level_1_keeps_the_weights_so_answers_need_no_push() -> None:
     assert not fake.asleep
 
 
+def test_what_wakes_before_its_stream_is_counted_in_it_and_not_woken_again() -> None:
+    fake = FakeVllm()
+    with syncing(fake) as sync:
+        assert not sync.asleep
+        sync.wake_early()  # nothing sleeps
+        assert sync.rest() is None
+        assert sync.asleep
+        sync.wake_early()
+        assert not sync.asleep
+        sync.begin_stream()
+        assert list(sync.phases) == ["wake weights"]
+        sync.begin_stream()
+        assert not sync.phases
+    assert fake.asked.count("/wake_up?tags=weights") == 1
+
+
 def test_resting_twice_is_once_and_waking_twice_is_once() -> None:
     fake = FakeVllm()
     with syncing(fake) as sync:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import os
 import random
 import threading
@@ -11,10 +10,11 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from blake3 import blake3
 
 from hf_dsvllm.errors import ExportError
 from hf_dsvllm.tensors import hashing, staging
-from hf_dsvllm.tensors.hashing import HashBehind, sha256_of
+from hf_dsvllm.tensors.hashing import HashBehind, hash_of
 from hf_dsvllm.tensors.shards import write_shards
 from hf_dsvllm.tensors.weights import TensorFolder, TensorPlan
 
@@ -43,7 +43,7 @@ def test_parts_written_in_any_order_by_several_threads_give_the_files_own_hash(
     threads = [threading.Thread(target=write, args=(starts[number::3],)) for number in range(3)]
     for thread in threads:
         thread.start()
-    assert behind.finish() == hashlib.sha256(data).hexdigest() == sha256_of(tmp_path / "file")
+    assert behind.finish() == blake3(data).hexdigest() == hash_of(tmp_path / "file")
     behind.close()
     os.close(descriptor)
 
@@ -53,7 +53,7 @@ def test_a_hash_that_will_never_be_whole_can_be_given_up(descriptor: int) -> Non
     os.pwrite(descriptor, b"12345", 0)
     behind.wrote(0, 5)
     behind.close()
-    assert not any(thread.name == "sha256" for thread in threading.enumerate())
+    assert not any(thread.name == "hash-behind" for thread in threading.enumerate())
     os.close(descriptor)
 
 
@@ -93,10 +93,10 @@ def test_shards_are_hashed_while_they_are_written(tmp_path: Path, workers: int) 
     found = write_shards(tmp_path, plan, tensors.__getitem__, max_shard_size_bytes=4000, workers=workers, hashed=True)
     assert len(found) > 2
     hashes = {name: under_way.finish() for name, under_way in found.items()}
-    assert hashes == {name: sha256_of(tmp_path / name) for name in found}
+    assert hashes == {name: hash_of(tmp_path / name) for name in found}
     with TensorFolder(tmp_path) as written:
         assert all(torch.equal(written.get(name), tensor) for name, tensor in tensors.items())
-    assert not any(thread.name == "sha256" for thread in threading.enumerate())
+    assert not any(thread.name == "hash-behind" for thread in threading.enumerate())
 
 
 @pytest.mark.parametrize("size", [0, 1, 999, 1000, 1001, 5432])

@@ -12,6 +12,7 @@ import torch
 
 from hf_dsvllm.engine import EngineClient, EngineRefusal, WeightSync
 from hf_dsvllm.errors import EngineError
+from hf_dsvllm.evaluation.delivery import Delivery
 from hf_dsvllm.live import stream as live_weights
 from hf_dsvllm.live.stream import _Plan as Plan
 from hf_dsvllm.transfer import ipc
@@ -269,6 +270,26 @@ def test_weights_go_into_a_sleeping_engine_before_its_cache_wakes(nccl: FakeNccl
     assert not fake.asleep
     assert {"wake weights", "wake cache"} <= result.phases.keys()
     assert "/pause?mode=wait" not in fake.asked, "nobody asks a sleeping engine"
+
+
+@pytest.mark.parametrize("refuses", [False, True])
+def test_a_sleeping_engine_wakes_beside_the_trainers_own_forward(refuses: bool, nccl: FakeNccl, tmp_path: Path) -> None:
+    fake = FakeVllm()
+    with served(fake) as uds:
+        server: Any = FakeServer(fake, uds, gpu_spec("ipc", sleep_mode=True))
+        delivery = Delivery(server, run_dir=tmp_path, timeout_s=5.0)
+        with delivery.waking():
+            pass
+        assert fake.asleep == set()
+        delivery.rest()
+        fake.failing = {"/wake_up": "refuse"} if refuses else {}
+        with delivery.waking():
+            pass
+        assert fake.asleep == ({"weights", "kv_cache"} if refuses else {"kv_cache"})
+        fake.failing = {}
+        assert "wake weights" in send(tiny_model(), delivery.sync).phases
+        assert fake.asked.count("/wake_up?tags=weights") == (2 if refuses else 1)
+        delivery.client.close()
 
 
 def test_tensors_that_lie_ready_are_offered_where_they_are_and_others_as_a_copy_that_lives_until_the_answer(

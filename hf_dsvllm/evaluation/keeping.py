@@ -1,0 +1,76 @@
+"""Rank 0's snapshots: which is the best and stays, which go, and the best one's way to the disk beside training."""
+
+from __future__ import annotations
+
+from collections.abc import Collection
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from hf_dsvllm.console import say
+from hf_dsvllm.evaluation.rounds import Round
+from hf_dsvllm.evaluation.steering import keep_best
+from hf_dsvllm.live.behind import Behind
+from hf_dsvllm.live.snapshot import SNAPSHOTS, Snapshot, prune
+from hf_dsvllm.measure import RunMeasure
+
+if TYPE_CHECKING:
+    from hf_dsvllm.session import Session
+
+__all__ = ["Keeping"]
+
+
+class Keeping:
+    """Used on rank 0, where `note` and `settle` never raise; on other ranks nothing is ever begun.
+
+    `lost`: the last snapshot that was begun did not get to the disk.
+    """
+
+    def __init__(self, session: Session, trainer: Any, measure: RunMeasure) -> None:
+        self.session = session
+        self.trainer = trainer
+        self.measure = measure
+        self.lost = False
+        self._behind: tuple[Behind, Round] | None = None
+
+    def begin_behind(self, done: Round) -> Snapshot | None:
+        """A copy of the weights that `done` scored on its way to the disk; None where all ranks have to write them."""
+        behind = Behind.begin(
+            self.trainer.model,
+            self.session.run_dir,
+            step=done.step,
+            dtype=self.session.snapshot_dtype,
+            tokenizer=self.trainer.processing_class,
+            peak_bytes=self.measure.highest("reserved_gib") * 2**30,
+        )
+        if behind is None:
+            return None
+        self._behind, self.lost = (behind, done), False
+        self.measure.copy_held(True)
+        return behind.snapshot
+
+    def settle(self, *, wait: bool) -> None:
+        """Note the weights that were begun as the best, once they are on the disk, or `wait` for them."""
+        if self._behind is None or not (wait or self._behind[0].done):
+            return
+        (behind, done), self._behind = self._behind, None
+        try:
+            behind.finish()
+        except Exception as error:  # whatever it is, training goes on
+            self.lost = True
+            say(f"step {done.step}: its weights, the best so far, could not be kept: {type(error).__name__}: {error}")
+        self.measure.copy_held(False)
+        self.note(done, kept=True)
+
+    def note(self, done: Round, *, kept: bool, answering: Collection[int] = ()) -> None:
+        """Point to the weights of `done`, if they are `kept` on disk and the best; delete those that nobody needs.
+
+        `answering`: steps whose snapshots vLLM still has to answer with.
+        """
+        run_dir, name = self.session.run_dir, f"step-{done.step}"
+        if kept and (run_dir / SNAPSHOTS / name).is_dir():  # neither the untrained model nor streamed away
+            kind = "adapter" if hasattr(self.trainer.model, "peft_config") else "full"
+            try:
+                keep_best(run_dir, self.trainer.args, done, kind=kind)
+            except OSError as error:  # a full disk ends no training
+                say(f"step {done.step}: whether its weights are the best could not be noted: {error}")
+        prune(run_dir, keep=[Path(name), *(Path(f"step-{step}") for step in answering)])
