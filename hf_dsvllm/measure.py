@@ -206,8 +206,8 @@ class RunMeasure:
         }
 
     def highest(self, name: str) -> float:
-        """The peak of a figure from the beginning of training on."""
-        return max((self.phases[phase][name] for phase in TRAINING if phase in self.phases), default=0.0)
+        """The peak of a figure from the beginning of training on; 0 where it was not measured."""
+        return max((self.phases[phase].get(name, 0.0) for phase in TRAINING if phase in self.phases), default=0.0)
 
 
 def tokens_of(state: Any) -> int:

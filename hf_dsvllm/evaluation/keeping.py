@@ -6,6 +6,8 @@ from collections.abc import Collection
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import torch
+
 from hf_dsvllm.console import say
 from hf_dsvllm.evaluation.rounds import Round
 from hf_dsvllm.evaluation.steering import keep_best
@@ -58,6 +60,9 @@ class Keeping:
         except Exception as error:  # whatever it is, training goes on
             self.lost = True
             say(f"step {done.step}: its weights, the best so far, could not be kept: {type(error).__name__}: {error}")
+        del behind
+        if torch.cuda.is_available():
+            torch.cuda.empty_cache()  # the copy's memory would count as what training reserves
         self.measure.copy_held(False)
         self.note(done, kept=True)
 

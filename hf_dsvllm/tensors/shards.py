@@ -33,6 +33,7 @@ DEFAULT_SHARD_BYTES = 2 * 10**9
 WORKERS = 16
 WINDOW = 16  # files written at a time; those of the window before may still be open to be hashed
 SMALL_BYTES = 64 << 20  # below it threads cost more than they bring
+LARGE_BYTES = 256 << 20  # one thread takes 0.2 s and more: an output head of 1.2 GB that came last would hold all up
 CODES = {dtype: code for code, dtype in (FLOATS | OTHERS).items()}
 REMEDY = "free some space, or name another folder with --out"
 
@@ -172,13 +173,14 @@ def _write_index(folder: Path, groups: Mapping[str, Sequence[TensorPlan]], remed
 
 
 def _interleaved(shards: Sequence[_Shard], groups: Iterable[Sequence[TensorPlan]]) -> list[tuple[_Shard, TensorPlan]]:
-    """The first tensor of each shard, the second of each, and so on."""
-    return [
+    """The first tensor of each shard, the second of each, and so on; before them those that would be waited for."""
+    found = [
         (shard, planned)
         for row in zip_longest(*groups)
         for shard, planned in zip(shards, row, strict=True)
         if planned is not None
     ]
+    return sorted(found, key=lambda task: task[1].size_bytes < LARGE_BYTES)  # which keeps the order of the rest
 
 
 def _write_window(

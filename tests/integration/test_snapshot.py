@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from hf_dsvllm.errors import ExportError
-from hf_dsvllm.live import snapshot as snapshot_module
+from hf_dsvllm.live import full_model
 from hf_dsvllm.live.snapshot import prune, publish
 from tests.scripts.runs import Runs, train_all
 from tests.tiny import write_tiny_model
@@ -269,7 +269,7 @@ def test_empty_tensors_are_never_published(tmp_path: Path, monkeypatch: pytest.M
     model = load_tiny(tmp_path / "model")
     model.model.norm.weight = torch.nn.Parameter(torch.empty(0))
     for alone in (True, False):
-        monkeypatch.setattr(snapshot_module, "_changes_names_alone", lambda *_, alone=alone: alone)
+        monkeypatch.setattr(full_model, "changes_names_alone", lambda *_, alone=alone: alone)
         with pytest.raises(ExportError, match=r"1 tensors are empty after gathering.*'model\.norm\.weight'"):
             publish(model, tmp_path / "run", step=3, dtype=torch.float32)
         assert not list((tmp_path / "run").rglob("*step*"))

@@ -16,6 +16,7 @@ from typing import Any
 import pytest
 import torch
 
+from hf_dsvllm.live import full_model
 from hf_dsvllm.live import snapshot as snapshot_module
 from hf_dsvllm.live.snapshot import publish
 from hf_dsvllm.ranks import from_all
@@ -33,7 +34,7 @@ def try_all(model: Any, out: Path, name: str) -> None:
         patch.setattr(snapshot_module, "_GATHER_BYTES", BUCKET_BYTES)
         patch.setattr("hf_dsvllm.tensors.shards.SMALL_BYTES", 0)  # by several threads
         with patch.context() as slow:
-            slow.setattr(snapshot_module, "_changes_names_alone", lambda *_: False)
+            slow.setattr(full_model, "changes_names_alone", lambda *_: False)
             found["whole"] = one_try(model, folder / "whole")
         with patch.context() as watched:
             found["buckets"] = watch(watched, model)

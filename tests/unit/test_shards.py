@@ -174,3 +174,23 @@ def test_shards_are_of_one_size(sizes: list[int], limit: int, files: list[int]) 
     groups = list(shards_module._grouped(plan, limit))
     assert [sum(planned.size_bytes for planned in group) for group in groups] == files
     assert [planned for group in groups for planned in group] == plan
+
+
+def test_what_would_be_waited_for_begins_first_and_the_rest_goes_through_the_files_in_turn(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(shards_module, "LARGE_BYTES", 100_000)
+    head = TensorPlan(name="head", shape=(300, 100), dtype=torch.float32)
+    order: list[str] = []
+
+    def produce(name: str) -> torch.Tensor:
+        order.append(name)
+        return torch.zeros(300, 100) if name == "head" else torch.ones(64, 64)
+
+    write_shards(tmp_path, [*PLAN, head], produce, max_shard_size_bytes=70_000, workers=1)
+    assert order[0] == "head"
+    assert sorted(order[1:]) == [planned.name for planned in PLAN]
+    assert order[1:3] != ["layer.0", "layer.1"]
+    with TensorFolder(tmp_path) as written:
+        assert torch.equal(written.get("head"), torch.zeros(300, 100))
+        assert torch.equal(written.get("layer.7"), torch.ones(64, 64))
