@@ -62,19 +62,22 @@ class SessionCallback(TrainerCallback):
         self._failures = 0
         self._published: Snapshot | None = None
         self._training, self._ended_with = False, -1
-        self._trained_before = self._sharded = self._told_undecided = self._moved = False
+        self._trained_before = self._sharded = self._told_undecided = self._moved = self._sleeps = False
         self._keeping = Keeping(session, trainer, self.measure)
 
     # -- hooks -----------------------------------------------------------------------------------------------------
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
+        self._keeping.settle(wait=True)  # of a training before, which something ended
         self._published = self.passing_on = None
         self._evaluated, self.fresh, self._failures = {}, [], 0  # a second train() begins with nothing of the first
         self.passed_on, self._training, self._moved = set(), True, False
         self._rounds.abandon()
         self.session.ready_engine(self.trainer)
         # Rank 0 knows where vLLM runs, and what it was started for.
-        self.late, self.streams = self.session.ranks.broadcast((self.late, self.session.streams))
+        sleeps = self.session.evaluates and is_main_process() and self.session.evaluator.delivery.sleeps
+        known = self.session.ranks.broadcast((self.late, self.session.streams, sleeps))
+        self.late, self.streams, self._sleeps = known
         wiring = read_wiring(self.trainer)
         self._sharded = wiring.zero_stage == 3
         check_wiring(wiring, self.session.preset, self.session.ds_config, resumed=state.global_step > 0)
@@ -132,9 +135,7 @@ class SessionCallback(TrainerCallback):
         self.measure.stop(state)
         loaded = loaded_step(args, state)  # before late scores make another step the best: the Trainer is done loading
         self._take(self._rounds.collect(leave=0))
-        self._keeping.settle(wait=True)
-        if self.session.evaluates and self.session.ranks.broadcast(self._keeping.lost):
-            self._published = None
+        self._settle()
         for step, scores in self.fresh if steers(args) else ():
             if metric_key(args) in scores:  # a judge may have been away
                 note_best(self.trainer, scores, step=step)
@@ -145,6 +146,7 @@ class SessionCallback(TrainerCallback):
         step = self._ended_with = loaded if best is None else best.step
         if self.session.evaluates and step == state.global_step and step not in self._evaluated:
             self._evaluate(wait=True)  # something stopped training between two steps
+            self._settle()
         snapshot, error = self._together(lambda: self._last_snapshot(step))
         if self.session.evaluates and error is None:
             prune(self.session.run_dir, keep=[])
@@ -153,6 +155,10 @@ class SessionCallback(TrainerCallback):
         if error is not None or snapshot is None:
             self.session.end_without_weights(error or "this process could not take part in writing them")
         self.session.finish(self.measure, snapshot)
+
+    def make_room_to_evaluate(self) -> None:
+        """Before the Trainer's own evaluation, whose batches may take more memory than training: rank 0's copy ends."""
+        self._keeping.settle(wait=True)
 
     # -- steps -----------------------------------------------------------------------------------------------------
 
@@ -173,6 +179,17 @@ class SessionCallback(TrainerCallback):
             snapshot = self._publish(step)
         point_to_latest(self.session.run_dir, snapshot, trained_to=self.trainer.state.global_step)
         return snapshot
+
+    def _settle(self) -> None:
+        """Wait for the best weights on their way to the disk; all ranks learn whether they got there; collective.
+
+        The others wait for rank 0's word as long as a disk takes, and not in a collective of the Trainer's.
+        """
+        self._keeping.settle(wait=True)
+        if self.session.evaluates and self.streams:
+            lost = self.session.ranks.broadcast(self._keeping.lost)
+            if self._published is not None and self._published.step == lost:
+                self._published = None
 
     def _evaluate_when_free(self, last: bool) -> None:
         """Begin a round, where scores are late at the first step at which vLLM takes weights without being waited for.
@@ -200,7 +217,7 @@ class SessionCallback(TrainerCallback):
         """Begin a round on all ranks, and unless rounds are late see it through; a failure is said, never raised."""
         if self._failures >= FAILURES_BEFORE_GIVING_UP:
             return
-        self._keeping.settle(wait=True)  # a copy has the memory that vLLM wakes into, and its score is the one to beat
+        self._settle()  # a copy has the memory that vLLM wakes into, and its score is the one to beat
         step = self.trainer.state.global_step
         if self.late:
             self._make_room()
@@ -209,7 +226,7 @@ class SessionCallback(TrainerCallback):
         started = time.monotonic()
         phases: dict[str, float] = {}
         snapshot: Snapshot | None = None
-        ours, error = self._ask_trainer(phases, waking=publish_first and self.streams and not self.late)
+        ours, error = self._ask_trainer(phases, waking=publish_first and self.streams and self._sleeps)
         sent: SyncResult | None = None
         sending = time.monotonic()
         if error is None and publish_first and self.streams:

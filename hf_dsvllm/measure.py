@@ -48,7 +48,8 @@ class RunMeasure:
     phases: dict[str, dict[str, float]] = dataclasses.field(default_factory=dict)
     pauses: list[float] = dataclasses.field(default_factory=list)
     evaluation_pauses: list[dict[str, float]] = dataclasses.field(default_factory=list)
-    _copy_held: bool = False
+    needed_bytes: int = 0  # the most PyTorch has reserved since training began, without copies beside it
+    _copy_bytes: int = 0
     _recorded_at: float = -math.inf
     _begun: float | None = None
     _ended_at: float | None = None  # by time.time(), as evaluations record theirs
@@ -56,20 +57,22 @@ class RunMeasure:
 
     def mark(self, phase: str) -> None:
         """Close a phase: its peaks since the last mark; of a phase that comes again the highest is kept."""
-        phase = BESIDE if self._copy_held and phase in TRAINING else phase
+        training = phase in TRAINING
+        phase = BESIDE if self._copy_bytes and training else phase
         now = {"host_gib": host_peak_gib()}
         if torch.cuda.is_available():
             now["allocated_gib"] = torch.cuda.max_memory_allocated() / GIB
             now["reserved_gib"] = torch.cuda.max_memory_reserved() / GIB
+            if training:
+                self.needed_bytes = max(self.needed_bytes, torch.cuda.max_memory_reserved() - self._copy_bytes)
             torch.cuda.reset_peak_memory_stats()
         before = self.phases.get(phase, {})
         self.phases[phase] = {name: round(max(value, before.get(name, 0.0)), 3) for name, value in now.items()}
 
-    def copy_held(self, held: bool) -> None:
-        """Whether there is a copy of the weights beside training from now on; call it once the memory is free again."""
-        if self._copy_held and not held and torch.cuda.is_available():
-            torch.cuda.reset_peak_memory_stats()
-        self._copy_held = held
+    def copy_held(self, size_bytes: int) -> None:
+        """A copy of the weights is beside training from now on; 0 once its memory is free again."""
+        self.mark("between steps")  # what was until now
+        self._copy_bytes = size_bytes
 
     def start(self) -> None:
         """Training begins; what came before, the evaluation of the untrained model too, is no part of it."""

@@ -56,7 +56,7 @@ def made(run_dir: Path, **session: Any) -> SessionCallback:
         "run_dir": run_dir, "snapshot_dtype": torch.float32, "stop_engine": lambda: None,
         "evaluator": SimpleNamespace(
             evaluate=lambda asked: SimpleNamespace(scores={KEY: 0.5}, line=lambda: "scored"),
-            delivery=SimpleNamespace(meet=lambda: None, waking=contextlib.nullcontext),
+            delivery=SimpleNamespace(meet=lambda: None, waking=contextlib.nullcontext, sleeps=False),
         ),
         "finish": lambda *_: None,
     }  # fmt: skip

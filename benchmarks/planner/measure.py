@@ -60,7 +60,8 @@ class Job:
 def gpu_of(lane: Lane) -> str:
     """The lane's GPU as CUDA names it, among those that this process may see."""
     seen = os.environ.get("CUDA_VISIBLE_DEVICES", "")
-    return seen.split(",")[lane.index] if seen else str(lane.index)
+    names = seen.split(",") if seen else []
+    return names[lane.index] if lane.index < len(names) else str(lane.index)
 
 
 class Measurement:

@@ -47,7 +47,7 @@ PROMPTS = 3
 PROSE = "The capital of France is Paris. Water boils at 100 degrees. Two and two are four."
 LONGEST = 64  # tokens of one prompt: the whole is one batch of a small evaluation
 # Two sets of numbers are told apart where each is this many standard errors from the middle between them.
-CERTAIN = 6.0
+CERTAIN = 5.0
 
 
 class WrongWeights(EngineError):
@@ -95,6 +95,7 @@ class CanaryVerdict:
     max_abs: float
     sentence: str
     rms: float = math.inf
+    told: bool = False  # that the weights are not those of the last proof
 
 
 class Canary:
@@ -106,6 +107,7 @@ class Canary:
         self.tolerance = TOLERANCES[dtype]
         self._proven: LogProbs | None = None
         self._rounding = 0.0  # rms difference of trainer and engine when that was proven
+        self._generation = 0  # of the server it was proven for
 
     def ask_trainer(self, trainer: Any) -> LogProbs:
         """`trainer_logprobs` of a live Trainer; collective, call it on every rank between two optimizer steps."""
@@ -120,22 +122,28 @@ class Canary:
         *,
         copies: int = 1,
         at_once: bool = False,
+        generation: int = 0,
         timeout_s: float | None = None,
     ) -> str:
         """Ask every copy of the engine, judge, remember; the sentence of the verdict that is furthest from equal.
 
-        `at_once` as in `engine_logprobs`.  WrongWeights unless all are proven.
+        `at_once` as in `engine_logprobs`; a server of another `generation` than the last one proven never had the
+        weights of then.  WrongWeights unless all are proven.
         """
+        previous = self._proven if generation == self._generation else None
         verdicts = []
         for copy in range(copies):
             asked = None if copies == 1 else copy
             engines = engine_logprobs(client, model, self.prompts, copy=asked, at_once=at_once, timeout_s=timeout_s)
-            verdict = judge(ours, engines, self._proven, rounding=self._rounding, tolerance=self.tolerance)
+            verdict = judge(ours, engines, previous, rounding=self._rounding, tolerance=self.tolerance)
             if not verdict.ok:
                 which = f" (copy {copy + 1} of {copies})" if copies > 1 else ""
                 raise WrongWeights(f"{verdict.sentence}{which} No score is logged for weights that are not proven.")
             verdicts.append(verdict)
-        self._proven, self._rounding = ours, max(verdict.rms for verdict in verdicts)
+        # After a step too small to tell, the one before stays what is told from: an engine that is stuck is found then.
+        if previous is None or all(verdict.told for verdict in verdicts):
+            self._proven, self._rounding = ours, max(verdict.rms for verdict in verdicts)
+            self._generation = generation
         furthest = max(verdicts, key=lambda verdict: verdict.mean_abs).sentence
         return furthest if copies == 1 else f"{furthest}; the furthest of {copies} copies"
 
@@ -253,7 +261,8 @@ def judge(
     and the step is large enough to tell.  With e = engines - ours and d = previous - ours the share of the way gone is
     t = <e, d> / <d, d>.  It is not 0 for fresh weights and 1 for stale ones: the rounding of `ours`, variance r, is in
     both e and d, so that t is r / D and 1 - r / D, where D = mean(d^2) is the step's own square plus 2 r.  Both are at
-    least (D - 2 r) / 2 D from the middle, and that must be CERTAIN standard errors rms(e - t d) / |d|.
+    least (D - 2 r) / 2 D from the middle, and that must be CERTAIN standard errors: rms(e - t d) / |d|, or where single
+    tokens carry the noise that of HC3, |(e - t d) d / (1 - d^2 / <d, d>)| / <d, d> (MacKinnon and White 1985).
     """
     if [len(row) for row in ours] != [len(row) for row in engines]:
         return _refused(math.inf, math.inf, "it sent another number of log-probabilities than the prompts have tokens")
@@ -281,19 +290,24 @@ def judge(
     if share > 0.5:
         return _refused(mean_abs, max_abs, f"its numbers are those of the last evaluation's weights, {step:.2g} away")
     fresh = f"the last evaluation's weights are {step:.2g} away"
-    return dataclasses.replace(proven, sentence=f"{proven.sentence}; {fresh}")
+    return dataclasses.replace(proven, told=True, sentence=f"{proven.sentence}; {fresh}")
 
 
 def _share(errors: Sequence[float], moved: Sequence[float], rounding: float) -> tuple[float, float, float]:
     """t of `judge`, how far from the middle it is for fresh and for stale weights at least, and its standard error."""
     square = math.fsum(d * d for d in moved)
     share = math.fsum(e * d for e, d in zip(errors, moved, strict=True)) / square
-    rest = _rms([e - share * d for e, d in zip(errors, moved, strict=True)])
+    rests = [e - share * d for e, d in zip(errors, moved, strict=True)]
+    rest = _rms(rests)
+    weighed = [each * d / max(1 - d * d / square, 1e-9) for each, d in zip(rests, moved, strict=True)]
+    robust = math.sqrt(math.fsum(each * each for each in weighed)) / square
     mean_square = square / len(moved)
     # Both have the engine's rounding in them, too; of the trainer's, `rest` has half at least.
     rounded = max(rounding, rest if rounding else math.sqrt(2) * rest)
-    from_middle = (mean_square - 2 * rounded**2) / (2 * mean_square)
-    return share, from_middle, rest / math.sqrt(square)
+    # Few tokens may carry it all, and have been lucky when it was measured: by one standard deviation of a mean square.
+    lucky = math.sqrt(2 * math.fsum(d**4 for d in moved)) / square
+    from_middle = (mean_square - 2 * rounded**2 * (1 + lucky)) / (2 * mean_square)
+    return share, from_middle, max(rest / math.sqrt(square), robust)
 
 
 def _rms(values: Sequence[float]) -> float:

@@ -125,7 +125,8 @@ class Delivery:
         started = time.monotonic()
         spec = self.server.spec
         at_once = spec.max_lora_rank is None and not isinstance(self.server, RemoteServer)  # a stranger may serve some
-        sentence = canary.prove(self.client, pushed.model_name, ours, copies=spec.data_parallel_size, at_once=at_once)
+        how = {"copies": spec.data_parallel_size, "at_once": at_once, "generation": pushed.generation}
+        sentence = canary.prove(self.client, pushed.model_name, ours, **how)
         self.proof_seconds = time.monotonic() - started
         return sentence
 

@@ -52,6 +52,8 @@ class Steering(TrainerCallback):
     def on_step_end(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         """Give early stopping and the best checkpoint the scores that arrived between the Trainer's evaluations."""
         fresh, self.scores.fresh = self.scores.fresh, []
+        if control.should_evaluate:
+            self.scores.make_room_to_evaluate()
         wanted = {name: getattr(control, name) for name in WANTED}
         if not steers(args):
             return

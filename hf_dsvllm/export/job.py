@@ -20,7 +20,7 @@ from hf_dsvllm.export.merge import Adapter, read_adapter
 from hf_dsvllm.export.naming import Skeleton, read_skeleton
 from hf_dsvllm.export.source import RunRecord, Source, find_tokenizer, local_base, tokenizer_files
 from hf_dsvllm.export.trained import GENERATION_CONFIG
-from hf_dsvllm.tensors.hashing import hash_of
+from hf_dsvllm.tensors.hashing import ALGORITHM, hash_of
 from hf_dsvllm.tensors.weights import TensorFolder, TensorSource, has_safetensors, torch_dtype
 from hf_dsvllm.tensors.zero_adapter import write_adapter
 from hf_dsvllm.tensors.zero_checkpoint import ZeroCheckpoint
@@ -148,6 +148,7 @@ def inputs_of(job: Job, max_shard_size_bytes: int, format: str) -> dict[str, Any
         "quantization": None if job.quantization is None else dict(job.quantization),
         "onto_original": job.onto_original,
         "generation": None if job.generation is None else dict(job.generation),
+        "hash": ALGORITHM,
         "hf_dsvllm": __version__,  # another version may merge otherwise
     }
 

@@ -107,6 +107,11 @@ def reusable(out: Path, inputs: Mapping[str, Any], overwrite: bool) -> ExportRep
         return None
     values = json.loads((out / REPORT).read_text(encoding="utf-8"))
     known = values["inputs"]
+    if known.get("hash") != inputs["hash"]:
+        raise ExportError(
+            f"{out} holds an export of an earlier version, whose hashes tell nothing now; use --overwrite to "
+            "replace it, or name another folder."
+        )
     if known != json.loads(json.dumps(inputs)):
         stale = sorted(key for key in inputs.keys() | known.keys() if inputs.get(key) != known.get(key))
         raise ExportError(

@@ -36,9 +36,10 @@ class Behind:
     2 GB/s until all is there.
     """
 
-    def __init__(self, write: Callable[[], None], snapshot: Snapshot) -> None:
-        """Use `begin`."""
+    def __init__(self, write: Callable[[], None], snapshot: Snapshot, size_bytes: int) -> None:
+        """Use `begin`; the copy takes `size_bytes`."""
         self.snapshot = snapshot
+        self.size_bytes = size_bytes
         self._error: Exception | None = None
         self._write: Callable[[], None] | None = write
         # No daemon: a process that ends with an error finishes its best weights, or leaves nothing of them.
@@ -47,12 +48,21 @@ class Behind:
 
     @classmethod
     def begin(
-        cls, model: Any, run_dir: Path, *, step: int, dtype: torch.dtype, tokenizer: Any, peak_bytes: float = 0.0
+        cls,
+        model: Any,
+        run_dir: Path,
+        *,
+        step: int,
+        dtype: torch.dtype,
+        tokenizer: Any,
+        peak_bytes: int = 0,
+        then: Callable[[Snapshot], None] = lambda _: None,
     ) -> Behind | None:
         """Copy the weights and begin to write them as `publish` does; None where `publish` has to.
 
         That is for adapters, for shards, for models that transformers wants whole, and where a GPU has no room for the
-        copy beside the `peak_bytes` that PyTorch has reserved in training.  Raises what `publish` would.
+        copy beside the `peak_bytes` that PyTorch has reserved in training, or that is not known.  `then` is called by
+        the thread as soon as the folder is there.  Raises what `publish` would.
         """
         parameters = dict(model.named_parameters())
         if hasattr(model, "peft_config") or any(hasattr(parameter, "ds_id") for parameter in parameters.values()):
@@ -78,13 +88,16 @@ class Behind:
             assert written is not None, "names alone change"
             unfinished = stack.pop_all()
 
+        snapshot = Snapshot(path=target, kind="full", step=step)
+
         def write() -> None:
             with unfinished, torch.cuda.stream(stream):
                 parts = [[plain_source(name, copy) for name, copy in copies.items()]]
                 stream_to_files(frozen, written, parts, folder, workers=_WORKERS, stream=stream)
                 write_beside_weights(folder, dtype, tokenizer)
+            then(snapshot)
 
-        return cls(write, Snapshot(path=target, kind="full", step=step))
+        return cls(write, snapshot, size)
 
     def _run(self) -> None:
         try:
@@ -109,9 +122,12 @@ class Behind:
         return self.snapshot
 
 
-def _room_beside(device: torch.device, peak_bytes: float) -> float:
-    """Bytes that can be held on `device` while training goes on as before, with a twentieth of it to spare."""
+def _room_beside(device: torch.device, peak_bytes: int) -> float:
+    """Bytes that can be held on `device` while training goes on as before, a tenth of it to spare: batches vary."""
     if device.type != "cuda":
         return math.inf
+    if not peak_bytes:
+        return 0.0
     free, total = torch.cuda.mem_get_info(device)
-    return free + torch.cuda.memory_reserved(device) - max(peak_bytes, torch.cuda.memory_reserved(device)) - total / 20
+    reserved, ever = torch.cuda.memory_reserved(device), torch.cuda.max_memory_reserved(device)
+    return free + reserved - max(peak_bytes, ever) - total / 10

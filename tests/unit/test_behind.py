@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 import threading
 from pathlib import Path
 from types import SimpleNamespace
@@ -14,6 +16,7 @@ from hf_dsvllm import callback as callback_module
 from hf_dsvllm.errors import ExportError
 from hf_dsvllm.evaluation import keeping
 from hf_dsvllm.evaluation.rounds import Round
+from hf_dsvllm.evaluation.steering import Steering
 from hf_dsvllm.live import behind as behind_module
 from hf_dsvllm.live.behind import Behind
 from hf_dsvllm.live.snapshot import Snapshot, publish
@@ -88,9 +91,11 @@ def test_room_is_what_neither_training_nor_anybody_else_takes(monkeypatch: pytes
     gib = 2**30
     monkeypatch.setattr(torch.cuda, "mem_get_info", lambda _: (40 * gib, 140 * gib))
     monkeypatch.setattr(torch.cuda, "memory_reserved", lambda _: 60 * gib)
+    monkeypatch.setattr(torch.cuda, "max_memory_reserved", lambda _: 70 * gib)
     room = behind_module._room_beside
-    assert room(torch.device("cuda", 0), 90 * gib) == (40 + 60 - 90 - 7) * gib
-    assert room(torch.device("cuda", 0), 0.0) == (40 - 7) * gib, "before anything is measured"
+    assert room(torch.device("cuda", 0), 80 * gib) == (40 + 60 - 80 - 14) * gib
+    assert room(torch.device("cuda", 0), 65 * gib) == (40 + 60 - 70 - 14) * gib, "its own evaluation took more"
+    assert room(torch.device("cuda", 0), 0) == 0, "before anything is measured"
 
 
 def test_a_full_disk_is_told_in_the_end_and_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -119,16 +124,23 @@ class Slow:
         self.snapshot = Snapshot(path=path, kind="full", step=4)
         self.error = error
         self.done = False
+        self.size_bytes = 100
+        self.then: Any = None
 
     def finish(self) -> Snapshot:
         if self.error is not None:
             raise self.error
-        self.snapshot.path.mkdir(parents=True)
+        self.snapshot.path.mkdir(parents=True, exist_ok=True)
+        self.then(self.snapshot)
         return self.snapshot
 
 
 def beginning(monkeypatch: pytest.MonkeyPatch, slow: Slow) -> None:
-    monkeypatch.setattr(keeping, "Behind", SimpleNamespace(begin=lambda *_, **__: slow))
+    def begin(*_: Any, then: Any, **__: Any) -> Slow:
+        slow.then = then
+        return slow
+
+    monkeypatch.setattr(keeping, "Behind", SimpleNamespace(begin=begin))
 
 
 def test_training_goes_on_and_the_best_is_noted_once_it_is_there(
@@ -145,7 +157,7 @@ def test_training_goes_on_and_the_best_is_noted_once_it_is_there(
     slow.done = True
     callback._keeping.settle(wait=False)
     assert best.exists()
-    assert not callback._keeping.lost
+    assert callback._keeping.lost is None
     assert callback._last_snapshot(4) == slow.snapshot
     assert published == [], "it is there"
 
@@ -188,10 +200,68 @@ def test_one_that_did_not_get_to_the_disk_is_said_and_the_last_weights_are_writt
 def test_memory_beside_a_copy_is_not_taken_for_what_training_needs() -> None:
     measure = RunMeasure()
     measure.mark("steps")
-    measure.copy_held(True)
+    measure.copy_held(100)
     measure.mark("steps")
-    measure.mark("between steps")
     measure.mark("loading")
-    measure.copy_held(False)
+    measure.copy_held(0)
     measure.mark("end")
-    assert list(measure.phases) == ["steps", BESIDE, "loading", "end"]
+    assert list(measure.phases) == ["steps", "between steps", BESIDE, "loading", "end"]
+
+
+def test_the_folder_is_pointed_to_by_whoever_wrote_it(tmp_path: Path) -> None:
+    """Whatever ends the run after the rename, the weights are found: by the next run, by an export."""
+    pointed: list[Path] = []
+    behind = begun(llama(tmp_path), tmp_path / "run", then=lambda snapshot: pointed.append(snapshot.path))
+    behind._thread.join()
+    assert pointed == [behind.snapshot.path]
+    assert pointed[0].is_dir()
+
+
+def test_a_run_that_something_stops_between_two_steps_ends_with_what_is_on_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    publishing(monkeypatch)
+    slow = Slow(tmp_path / "snapshots" / "step-4")
+    beginning(monkeypatch, slow)
+    finished: list[Any] = []
+    told = SimpleNamespace(scores={KEY: 0.5}, line=lambda: "scored", higher_is_better={KEY: True})
+    evaluator = SimpleNamespace(
+        evaluate=lambda _: told, delivery=SimpleNamespace(waking=contextlib.nullcontext), shut_door=lambda _: None
+    )
+    callback = made(tmp_path, streams=True, evaluator=evaluator, finish=lambda _, found: finished.append(found))
+    callback.trainer.args.metric_for_best_model = None
+    callback._send = lambda step, wait: SimpleNamespace()  # type: ignore[method-assign, assignment, return-value]
+    callback.on_train_end(callback.trainer.args, callback.trainer.state, None)
+    assert finished == [slow.snapshot]
+    assert json.loads((tmp_path / "snapshots" / "latest.json").read_text(encoding="utf-8"))["path"] == "step-4"
+    assert (tmp_path / "snapshots" / "best.json").exists()
+
+
+def test_only_the_weights_that_were_lost_are_written_again(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    published = publishing(monkeypatch)
+    beginning(monkeypatch, Slow(tmp_path / "snapshots" / "step-4", error=ExportError("the disk is full")))
+    callback = made(tmp_path, streams=True)
+    callback.trainer.args.metric_for_best_model = None
+    callback._take([streamed(4, 0.5)])
+    callback._keeping.settle(wait=True)
+    callback.trainer.state.global_step = 8
+    callback._publish(8)
+    callback._evaluated[8] = {KEY: 0.4}
+    callback.on_train_end(callback.trainer.args, callback.trainer.state, None)
+    assert published == [8]
+
+
+def test_the_trainers_own_evaluation_finds_no_copy(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    publishing(monkeypatch)
+    slow = Slow(tmp_path / "snapshots" / "step-4")
+    beginning(monkeypatch, slow)
+    callback = made(tmp_path, streams=True)
+    callback.trainer.args.metric_for_best_model = None
+    callback._take([streamed(4, 0.5)])
+    control = SimpleNamespace(should_evaluate=False, should_save=False, should_log=False)
+    steering = Steering(callback, callback.trainer)
+    steering.on_step_end(callback.trainer.args, callback.trainer.state, control)
+    assert callback._keeping._behind is not None
+    control.should_evaluate = True
+    steering.on_step_end(callback.trainer.args, callback.trainer.state, control)
+    assert callback._keeping._behind is None

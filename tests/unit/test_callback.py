@@ -233,7 +233,7 @@ def test_every_rank_streams_or_not_as_the_main_process_does(tmp_path: Path, monk
     monkeypatch.setattr(callback_module, "check_wiring", lambda *_, **__: None)
     nothing = {"ready_engine": lambda _: None, "start_record": lambda *_: None, "preset": None, "ds_config": None}
     callback = made(tmp_path, streams=True, evaluates=False, **nothing)
-    callback.session.ranks.main_says = [(False, False)]  # type: ignore[attr-defined]
+    callback.session.ranks.main_says = [(False, False, False)]  # type: ignore[attr-defined]
     callback.on_train_begin(callback.trainer.args, callback.trainer.state, TrainerControl())
     assert not callback.streams
 

@@ -208,6 +208,35 @@ def test_a_refusal_is_an_engine_error_and_is_not_remembered_as_proven() -> None:
     assert "proven" in canary.prove(Engine(numbers(3, 0.005, later)), "base", later)
 
 
+def test_an_engine_that_is_stuck_is_found_once_the_steps_add_up() -> None:
+    """Each step is hidden by rounding; what was told from last stays what later numbers are held against."""
+    for seed in range(5):
+        canary: Any = Canary(CANARIES, dtype="bfloat16")
+        weights = OURS
+        canary.prove(Engine(numbers(seed, 0.01, OURS)), "base", numbers(50 + seed, 0.01, OURS))
+        found = None
+        for step in range(1, 12):
+            weights = numbers(1000 * seed + step, 0.015, weights)
+            try:
+                canary.prove(Engine(numbers(100 + step, 0.01, OURS)), "base", numbers(200 + step, 0.01, weights))
+            except EngineError:
+                found = step
+                break
+        assert found is not None
+        assert found > 1, "at first nobody can tell"
+
+
+def test_a_server_that_was_started_anew_never_had_the_weights_of_the_last_proof() -> None:
+    canary: Any = Canary(CANARIES, dtype="bfloat16")
+    later = numbers(2, 0.05, OURS)
+    canary.prove(Engine(numbers(1, 0.005, OURS)), "base", OURS)
+    seems_stale = Engine(numbers(3, 0.005, OURS))
+    with pytest.raises(EngineError, match="last evaluation's weights"):
+        canary.prove(seems_stale, "base", later)
+    assert "proven" in canary.prove(seems_stale, "base", later, generation=1), "by the tolerance alone"
+    assert "proven" in canary.prove(Engine(numbers(4, 0.005, later)), "base", later, generation=1)
+
+
 def test_every_copy_of_an_engine_has_to_be_proven() -> None:
     canary: Any = Canary(CANARIES, dtype="bfloat16")
     right, other = Engine(numbers(1, 0.005, OURS)), Engine(numbers(2, 1.0, OURS))

@@ -17,7 +17,7 @@ from hf_dsvllm.fields import steers
 
 
 def nothing_fresh() -> Any:
-    return SimpleNamespace(fresh=[], passing_on=None, passed_on=set())
+    return SimpleNamespace(fresh=[], passing_on=None, passed_on=set(), make_room_to_evaluate=lambda: None)
 
 
 @pytest.mark.parametrize(
@@ -133,7 +133,7 @@ def test_a_score_between_the_trainers_evaluations_saves_and_stops_like_one_of_th
     trainer_evaluates: bool, strategy: str, is_best: bool, saved: bool, told: bool
 ) -> None:
     fresh = {"eval_gen_a_exact_match": 0.5}
-    scores = SimpleNamespace(fresh=[(4, fresh)], passing_on=None, passed_on=set())
+    scores = SimpleNamespace(fresh=[(4, fresh)], passing_on=None, passed_on=set(), make_room_to_evaluate=lambda: None)
     trainer = FakeTrainer(is_best=is_best)
     args = SimpleNamespace(metric_for_best_model="gen_a_exact_match", save_strategy=strategy, greater_is_better=True)
     control = TrainerControl(should_evaluate=trainer_evaluates)
@@ -144,7 +144,12 @@ def test_a_score_between_the_trainers_evaluations_saves_and_stops_like_one_of_th
 
 
 def test_a_late_score_takes_nothing_from_the_trainers_own_evaluation_of_that_step() -> None:
-    scores = SimpleNamespace(fresh=[(2, {"eval_gen_a_exact_match": 0.5})], passing_on=None, passed_on=set())
+    scores = SimpleNamespace(
+        fresh=[(2, {"eval_gen_a_exact_match": 0.5})],
+        passing_on=None,
+        passed_on=set(),
+        make_room_to_evaluate=lambda: None,
+    )
     trainer = FakeTrainer(is_best=False)
     args = SimpleNamespace(metric_for_best_model="gen_a_exact_match", save_strategy="steps", greater_is_better=True)
     control = TrainerControl(should_evaluate=True, should_save=True, should_log=True)
