@@ -104,10 +104,11 @@ def cast_layout(model_dir: Path, tensors: TensorSource, *, dtype: torch.dtype, b
 
     def cast(key: str) -> torch.Tensor:
         output = outputs[key]
+        wanted = precision.of(output.name, tensors.dtype(output.stored))
         if output.part is None:
-            return precision.cast(output.name, tensors.get(output.stored))
+            return tensors.get(output.stored, dtype=wanted)
         begin, end = output.part.span(tensors.shape(output.stored))
-        part = precision.cast(output.name, tensors.flat(output.stored, begin, end))
+        part = tensors.flat(output.stored, begin, end, wanted)
         return part.reshape(_shape(output, tensors.shape(output.stored)))
 
     return Layout(

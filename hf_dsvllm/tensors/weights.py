@@ -106,10 +106,10 @@ class TensorSource(Protocol):
     def dtype(self, name: str) -> torch.dtype:
         """Dtype of a tensor, without reading it."""
 
-    def get(self, name: str, device: torch.device = CPU) -> torch.Tensor:
-        """Read one tensor onto `device`; safe to call from several threads."""
+    def get(self, name: str, device: torch.device = CPU, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """Read one tensor onto `device`, rounded to `dtype` if given; safe to call from several threads."""
 
-    def flat(self, name: str, begin: int, end: int) -> torch.Tensor:
+    def flat(self, name: str, begin: int, end: int, dtype: torch.dtype | None = None) -> torch.Tensor:
         """The elements `begin` to `end` of a flattened tensor, and nothing else read."""
 
     def hashes(self) -> dict[str, str]:
@@ -188,15 +188,15 @@ class TensorFolder:
             )
         return DTYPES[entry.code]
 
-    def get(self, name: str, device: torch.device = CPU) -> torch.Tensor:
+    def get(self, name: str, device: torch.device = CPU, dtype: torch.dtype | None = None) -> torch.Tensor:
         """Read one tensor into memory of its own, or onto a GPU; safe to call from several threads."""
         entry = self._entry(name)
-        return self._read(name, 0, entry.size_bytes, device).reshape(entry.shape)
+        return self._read(name, 0, entry.size_bytes, device).reshape(entry.shape).to(dtype or self.dtype(name))
 
-    def flat(self, name: str, begin: int, end: int) -> torch.Tensor:
+    def flat(self, name: str, begin: int, end: int, dtype: torch.dtype | None = None) -> torch.Tensor:
         """The elements `begin` to `end` of a flattened tensor, and nothing else read."""
         itemsize = self.dtype(name).itemsize
-        return self._read(name, begin * itemsize, end * itemsize)
+        return self._read(name, begin * itemsize, end * itemsize).to(dtype or self.dtype(name))
 
     def hashes(self) -> dict[str, str]:
         """File name -> BLAKE3 of every safetensors file and of the index, if there is one."""

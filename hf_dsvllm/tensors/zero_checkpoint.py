@@ -8,10 +8,8 @@ containers are replaced by empty ones.
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
 import math
-import mmap
 import pickle
 import re
 import types
@@ -25,11 +23,11 @@ from blake3 import blake3
 
 from hf_dsvllm.errors import ExportError
 from hf_dsvllm.tensors.hashing import PIECE_BYTES, hash_files
+from hf_dsvllm.tensors.pages import Pages
 from hf_dsvllm.tensors.staging import CPU
 
 __all__ = ["ZeroCheckpoint"]
 
-MADV_DONTNEED = 4  # <bits/mman.h> on Linux
 OPTIMIZER = "optimizer_state_dict"
 SAME_IN_EVERY_RANK = ("global_steps", "param_shapes", "frozen_param_shapes")  # keys of *_model_states.pt
 
@@ -58,6 +56,7 @@ class ZeroCheckpoint:
         self._parts: dict[Path, list[torch.Tensor]] = {}  # what is read of each file
         try:
             self._spans = dict(self._whole(self._read()))
+            self._pages = Pages(self._parts)
         except ExportError:
             raise
         except (LookupError, TypeError, ValueError, AttributeError, pickle.UnpicklingError, RuntimeError) as error:
@@ -83,14 +82,14 @@ class ZeroCheckpoint:
         self._span(name)
         return torch.float32
 
-    def get(self, name: str, device: torch.device = CPU) -> torch.Tensor:
-        """One whole tensor in fp32."""
+    def get(self, name: str, device: torch.device = CPU, dtype: torch.dtype | None = None) -> torch.Tensor:
+        """One whole tensor, in fp32 if no `dtype` is given."""
         span = self._span(name)
-        return self.flat(name, 0, math.prod(span.shape)).reshape(span.shape).to(device)
+        return self.flat(name, 0, math.prod(span.shape), dtype).reshape(span.shape).to(device)
 
-    def flat(self, name: str, begin: int, end: int) -> torch.Tensor:
+    def flat(self, name: str, begin: int, end: int, dtype: torch.dtype | None = None) -> torch.Tensor:
         """The elements `begin` to `end` of a flattened tensor, and nothing else read."""
-        out = torch.empty(end - begin, dtype=torch.float32)
+        out = torch.empty(end - begin, dtype=dtype or torch.float32)
         at = 0
         for piece in self._span(name).pieces:
             first, last = max(begin - at, 0), min(end - at, piece.numel())
@@ -99,14 +98,16 @@ class ZeroCheckpoint:
                     raise ExportError(
                         f"{name} is quantised ({piece.dtype}): train without zero_quantized_nontrainable_weights."
                     )
-                out[at + first - begin : at + last - begin].copy_(piece[first:last])
-                _let_go(piece[first:last])
+                for part in piece[first:last].split(PIECE_BYTES // 4):
+                    out[at + first - begin :][: len(part)].copy_(part)
+                    self._pages.let_go(part)
+                    first += len(part)
             at += piece.numel()
         return out
 
     def hashes(self) -> dict[str, str]:
         """`name#read` -> BLAKE3 of a file's header and weights; moments, and copies of the weights, are left out."""
-        found = hash_files(self._parts, lambda file: _hash_parts(file, self._parts[file]))
+        found = hash_files(self._parts, lambda file: _hash_parts(file, self._parts[file], self._pages))
         return {f"{file.name}#read": digest for file, digest in found.items()}
 
     def close(self) -> None:
@@ -303,7 +304,7 @@ def _natural(path: Path) -> list[int | str]:
     return [int(word) if word.isdigit() else word for word in re.split(r"(\d+)", path.name)]
 
 
-def _hash_parts(file: Path, parts: Sequence[torch.Tensor]) -> str:
+def _hash_parts(file: Path, parts: Sequence[torch.Tensor], pages: Pages) -> str:
     """BLAKE3 of the pickle in `file`, which says where every tensor belongs, and of `parts` of its tensors."""
     digest = blake3()
     with zipfile.ZipFile(file) as archive:
@@ -311,17 +312,8 @@ def _hash_parts(file: Path, parts: Sequence[torch.Tensor]) -> str:
     for part in parts:
         for piece in part.detach().reshape(-1).view(torch.uint8).split(PIECE_BYTES):
             digest.update(memoryview(piece.numpy()))
-            _let_go(piece)
+            pages.let_go(piece)
     return digest.hexdigest()
-
-
-def _let_go(piece: torch.Tensor) -> None:
-    """Drop the pages of a mapped file that were just copied, so that they do not count as this process's memory."""
-    page = mmap.PAGESIZE
-    begin = -(-piece.data_ptr() // page) * page
-    end = (piece.data_ptr() + piece.numel() * piece.element_size()) // page * page
-    if end > begin and piece.untyped_storage().filename is not None:
-        ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), MADV_DONTNEED)
 
 
 def _load(file: Path) -> dict[str, Any]:
