@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import time
 from pathlib import Path
@@ -51,7 +52,13 @@ class PresetScores:
         self.lag = lag
         self.trainer: Any = None
         self.asked: list[Any] = []
-        self.delivery = SimpleNamespace(wait_ready=lambda: None, rest_until_asked=lambda: None, sync=None)
+        self.delivery = SimpleNamespace(
+            wait_ready=lambda: None,
+            rest_until_asked=lambda: None,
+            sync=None,
+            sleeps=True,
+            waking=contextlib.nullcontext,
+        )
         self.shut_door = lambda step: None
         self.rest = lambda: None
 
