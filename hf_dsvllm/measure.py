@@ -70,8 +70,9 @@ class RunMeasure:
         self.phases[phase] = {name: round(max(value, before.get(name, 0.0)), 3) for name, value in now.items()}
 
     def copy_held(self, size_bytes: int) -> None:
-        """A copy of the weights is beside training from now on; 0 once its memory is free again."""
-        self.mark("between steps")  # what was until now
+        """A copy of the weights is beside training since the last `mark`; 0 once its memory is free again."""
+        if not size_bytes:
+            self.mark("between steps")
         self._copy_bytes = size_bytes
 
     def start(self) -> None:

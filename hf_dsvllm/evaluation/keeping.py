@@ -36,13 +36,14 @@ class Keeping:
 
     def begin_behind(self, done: Round) -> Snapshot | None:
         """A copy of the weights that `done` scored on its way to the disk; None where all ranks have to write them."""
+        self.measure.mark("between steps")  # the next one has the copy in it
         behind = Behind.begin(
             self.trainer.model,
             self.session.run_dir,
             step=done.step,
             dtype=self.session.snapshot_dtype,
             tokenizer=self.trainer.processing_class,
-            peak_bytes=self.measure.needed_bytes,
+            peak_bytes=self.measure.needed_bytes if self.measure.steps else 0,
             then=lambda snapshot: self._point_to(snapshot, done),
         )
         if behind is None:

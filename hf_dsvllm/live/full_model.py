@@ -189,6 +189,7 @@ def _with_buffers(tensors: ModelState, buckets: Iterable[list[Source]]) -> Itera
 
 
 def refuse_empty(tensors: Mapping[str, torch.Tensor]) -> None:
+    """ExportError if a tensor has nothing in it: a shard that was not gathered."""
     empty = [name for name, tensor in tensors.items() if tensor.numel() == 0]
     if empty:
         raise ExportError(f"{len(empty)} tensors are empty after gathering: {empty[:3]}")

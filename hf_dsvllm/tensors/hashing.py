@@ -1,6 +1,6 @@
 """BLAKE3 of files: of those that are there, several at a time, and of one while it is being written.
 
-Not SHA-256: 1.3 GB/s on a core of an H200 host, whose hyperthreads share its unit, made hashing half of an export.
+Not SHA-256: at 1.3 GB/s on a core of an H200 host, hashes ended 3.8 s after 8B had been written in 3.9 s.
 """
 
 from __future__ import annotations
