@@ -94,9 +94,11 @@ def four_gpus() -> list[Job]:
     sgd = ("--optim", "sgd", "--learning_rate", "1.0")
     adam = ("--learning_rate", "1e-4")
 
-    def pair(preset: str, shape: str, trainers: int, gpu_gib: float = 0.0) -> tuple[Job, Job]:
+    def pair(
+        preset: str, shape: str, trainers: int, gpu_gib: float = 0.0, optimizer: tuple[str, ...] = adam
+    ) -> tuple[Job, Job]:
         """The run with vLLM, then the same alone: in one call where it can be, for cards differ."""
-        flags = ("--ds_preset", preset, *(sgd if trainers == 1 else adam))
+        flags = ("--ds_preset", preset, *(sgd if trainers == 1 else optimizer))
         name = f"{shape}-{preset}-{trainers}"
         size = {"kind": "train", "shape": shape, "trainers": trainers, "gpu_gib": gpu_gib}
         # So far apart that vLLM is there when the first of them comes: 8B took 52 to 72 s, at 1.1 to 1.3 s a step.
@@ -116,6 +118,7 @@ def four_gpus() -> list[Job]:
     wide = f"--ds_preset lora --learning_rate 1e-3 {shared} --gen_eval_on_start false --dummy_engine"
     how = {"kind": "train", "gpus": 4, "trainers": 4, "shape": "32b", "limit_s": 300, "needs_s": 200, "gpu_gib": 110}
     how |= {"every": 5, "evaluations": 2}
+    sharded_base = wide.replace("--ds_preset lora", "--ds_preset zero3+lora")  # for GPUs of 80 GB: 61 GiB are 15
     lora = ("--ds_preset", "lora", "--learning_rate", "1e-3", "--gen_eval_weights", "stream", "--gen_eval_placement")
     copies = {"kind": "train", "shape": "8b"}  # two of the engine share the prompts
     in_copies = [
@@ -124,7 +127,7 @@ def four_gpus() -> list[Job]:
             name="8b-lora-2-dp2", gpus=2, trainers=2, flags=(*lora, "shared", "--gen_eval_data_parallel", "2"), **copies
         ),
     ]
-    # Those on three GPUs come after those on four, and beside them those on one.
+    # Those on three GPUs come after those on four, and beside them those on one.  Adam would take 115 GiB for 14B.
     return [
         *pair("zero2", "8b", 1, ALONE_8B_GIB)[:1],
         *pair("zero3", "8b", 1, ALONE_8B_GIB)[:1],
@@ -135,13 +138,14 @@ def four_gpus() -> list[Job]:
         *pair("zero2", "8b", 3),
         pair("zero3", "14b", 3, 90)[0],
         Job(name="32b-lora-4-tp4", flags=tuple(wide.split()), **how),
+        Job(name="32b-zero3+lora-4-tp4", flags=tuple(sharded_base.split()), **how | {"gpu_gib": 60}),
         sharded(3),
         sharded(2),
         in_copies[0],
         *pair("zero2", "8b", 2, 95),
-        pair("zero2", "14b", 3, 115)[0],
+        pair("zero2", "14b", 3, 76, sgd)[0],
         pair("zero3", "14b", 3, 90)[1],
-        pair("zero2", "14b", 3, 115)[1],
+        pair("zero2", "14b", 3, 76, sgd)[1],
     ]
 
 

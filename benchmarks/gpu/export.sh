@@ -70,7 +70,7 @@ case $STEP in
     done ;;
   zero)
     if [ ! -e "$RESULTS/zero-$ZERO_SHAPE.json" ]; then
-      limited "$LIMIT_S" torchrun --nproc_per_node "$PROCESSES" benchmarks/export_speed.py checkpoint \
+      limited "$LIMIT_S" python3 -m torch.distributed.run --nproc_per_node "$PROCESSES" benchmarks/export_speed.py checkpoint \
         --shape "$ZERO_SHAPE" --work "$FAST" || exit
     fi
     CUDA_VISIBLE_DEVICES= part "zero-$ZERO_SHAPE" "$LIMIT_S" $SPEED zero --shape "$ZERO_SHAPE" --work "$FAST"
