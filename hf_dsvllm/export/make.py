@@ -40,8 +40,8 @@ from hf_dsvllm.export.verify import (
 from hf_dsvllm.export.verify_engine import EngineVerification
 from hf_dsvllm.export.verify_engine import prove_in_vllm as in_vllm
 from hf_dsvllm.files import write_json
-from hf_dsvllm.tensors.hashing import HashBehind
-from hf_dsvllm.tensors.shards import DEFAULT_SHARD_BYTES, write_shards
+from hf_dsvllm.tensors.shard_file import DEFAULT_SHARD_BYTES
+from hf_dsvllm.tensors.shards import write_shards
 from hf_dsvllm.tensors.weights import SINGLE, TensorFolder, check_free_disk, torch_dtype
 
 __all__ = ["REPORT", "ExportReport", "export_model"]
@@ -100,14 +100,13 @@ def export_model(
         check_free_disk(out.resolve(), int(layout.weights_bytes * 1.02) + (64 << 20))
         with replacing(out) as folder:
             before_writing = time.monotonic()
-            shards = _write(folder, job, layout, max_shard_size_bytes, progress, format, stack)
+            hashes = _write(folder, job, layout, max_shard_size_bytes, progress, format)
             write_seconds = time.monotonic() - before_writing
             comparison = _verify(folder, job, layout, format, device) if skipped is None else None
             verification = None if comparison is None else comparison.verification
             proof = None
             if engine is not None and comparison is not None:
                 proof = _prove(folder, job, comparison, engine, format)
-            hashes = {name: under_way.finish() for name, under_way in shards.items()}
             report = ExportReport(
                 out=str(out),
                 source=str(found.model_dir),
@@ -122,7 +121,7 @@ def export_model(
                 untied=layout.untied,
                 parameters=sum(planned.elements for planned in layout.plan),
                 weights_bytes=layout.weights_bytes,
-                shards=len(shards),
+                shards=len(hashes),
                 verification=verification,
                 verification_skipped=skipped,
                 verification_in_vllm=proof,
@@ -178,9 +177,8 @@ def _write(
     max_shard_size_bytes: int,
     progress: bool,
     format: Format,  # noqa: A002
-    stack: contextlib.ExitStack,
-) -> dict[str, HashBehind]:
-    """The weights and what belongs to them; files of weights, their hashes under way until `stack` ends."""
+) -> dict[str, str]:
+    """The weights and what belongs to them; BLAKE3 of the files of weights."""
     merged = format == "merged"
     with tqdm(total=len(layout.plan), desc="export", unit="tensor", disable=not progress) as bar:
 
@@ -189,7 +187,7 @@ def _write(
             bar.update()
             return tensor
 
-        shards = write_shards(
+        hashes = write_shards(
             folder,
             layout.plan,
             produce,
@@ -200,8 +198,6 @@ def _write(
             single=SINGLE if merged else ADAPTER_FILE,
             hashed=True,
         )
-    for under_way in shards.values():
-        stack.callback(under_way.close)
     layout.check_applied()
     _check_written(folder if merged else folder / ADAPTER_FILE, layout)
     if merged:
@@ -216,7 +212,7 @@ def _write(
             shutil.copyfile(job.tokenizer / name, folder / name)
         if has_chat_template(job.tokenizer) and not has_chat_template(folder):
             raise ExportError(f"The chat template of {job.tokenizer} did not reach the export.")
-    return shards
+    return hashes
 
 
 def _check_written(folder: Path, layout: Layout) -> None:

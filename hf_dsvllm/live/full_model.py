@@ -20,7 +20,8 @@ from hf_dsvllm.errors import ExportError
 from hf_dsvllm.files import write_json
 from hf_dsvllm.live.sources import Source, conversions
 from hf_dsvllm.precision import Precision, held_in_fp32
-from hf_dsvllm.tensors.shards import CODES, ShardWriter
+from hf_dsvllm.tensors.shard_file import CODES
+from hf_dsvllm.tensors.shard_writer import ShardWriter
 from hf_dsvllm.tensors.weights import SINGLE, TensorPlan
 
 __all__ = [

@@ -17,6 +17,7 @@ import torch
 __all__ = ["Pages"]
 
 MADV_DONTNEED = 4  # <sys/mman.h>
+_LIBC = ctypes.CDLL(None)
 
 
 class Pages:
@@ -47,4 +48,4 @@ class Pages:
         page = mmap.PAGESIZE
         begin, end = -(-begin // page) * page, end // page * page
         if end > begin:
-            ctypes.CDLL(None).madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), MADV_DONTNEED)
+            _LIBC.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), MADV_DONTNEED)

@@ -22,7 +22,7 @@ from hf_dsvllm.export.claim import claimed
 from hf_dsvllm.export.fingerprint import fingerprint
 from hf_dsvllm.export.make import REPORT
 from hf_dsvllm.export.manifest import MANIFEST
-from hf_dsvllm.tensors import shards as shards_module
+from hf_dsvllm.tensors import shard_file
 from hf_dsvllm.tensors import weights as weights_module
 from tests.export_runs import NF4, export, move, nothing_finished, run, write_run, write_wide_base
 from tests.tiny import write_tiny_model
@@ -242,7 +242,7 @@ def test_an_interrupted_write_leaves_nothing_finished(
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(shards_module, "_write_exactly", interrupted)
+    monkeypatch.setattr(shard_file, "_write_exactly", interrupted)
     with pytest.raises(KeyboardInterrupt):
         export(run, tmp_path / "out")
     assert nothing_finished(tmp_path / "out")
@@ -269,7 +269,7 @@ def test_an_interrupted_overwrite_keeps_the_old_export(
     def interrupted(*_: object, **__: object) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(shards_module, "_write_exactly", interrupted)
+    monkeypatch.setattr(shard_file, "_write_exactly", interrupted)
     with pytest.raises(KeyboardInterrupt):
         export(run, tmp_path / "out", overwrite=True)
     assert (tmp_path / "out" / REPORT).read_text() == before

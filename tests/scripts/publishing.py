@@ -20,7 +20,7 @@ from hf_dsvllm.live import full_model
 from hf_dsvllm.live import snapshot as snapshot_module
 from hf_dsvllm.live.snapshot import publish
 from hf_dsvllm.ranks import from_all
-from hf_dsvllm.tensors.shards import ShardWriter
+from hf_dsvllm.tensors.shard_writer import ShardWriter
 
 BUCKET_BYTES = 1 << 15
 FAILING = ("folder", "config", "first write", "later write", "not cast", "renamed")
@@ -32,7 +32,7 @@ def try_all(model: Any, out: Path, name: str) -> None:
     found: dict[str, Any] = {}
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(snapshot_module, "_GATHER_BYTES", BUCKET_BYTES)
-        patch.setattr("hf_dsvllm.tensors.shards.SMALL_BYTES", 0)  # by several threads
+        patch.setattr("hf_dsvllm.tensors.shard_file.SMALL_BYTES", 0)  # by several threads
         with patch.context() as slow:
             slow.setattr(full_model, "changes_names_alone", lambda *_: False)
             found["whole"] = one_try(model, folder / "whole")
@@ -101,6 +101,6 @@ def fail(patch: pytest.MonkeyPatch, case: str) -> None:
     elif case == "renamed":
         patch.setattr("hf_dsvllm.files.os.rename", full)
     elif case == "not cast":
-        patch.setattr("hf_dsvllm.tensors.shards.download", surprise)
+        patch.setattr("hf_dsvllm.tensors.shard_file.download", surprise)
     else:
-        patch.setattr("hf_dsvllm.tensors.shards.os.pwrite", full if case == "first write" else full_later)
+        patch.setattr("hf_dsvllm.tensors.shard_file.os.pwrite", full if case == "first write" else full_later)

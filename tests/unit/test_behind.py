@@ -21,7 +21,7 @@ from hf_dsvllm.live import behind as behind_module
 from hf_dsvllm.live.behind import Behind
 from hf_dsvllm.live.snapshot import Snapshot, publish
 from hf_dsvllm.measure import BESIDE, RunMeasure
-from hf_dsvllm.tensors import shards as shards_module
+from hf_dsvllm.tensors import shard_file
 from tests.callbacks import KEY, made, publishing
 from tests.full_models import STREAMED, contents, experts, llama, same_bits
 
@@ -100,7 +100,7 @@ def test_a_full_disk_is_told_in_the_end_and_leaves_nothing(tmp_path: Path, monke
     def full(*_: Any) -> int:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr(shards_module.os, "pwrite", full)
+    monkeypatch.setattr(shard_file.os, "pwrite", full)
     behind = begun(llama(tmp_path), tmp_path / "run")
     with pytest.raises(ExportError, match="No space left on device"):
         behind.finish()

@@ -17,8 +17,8 @@ from hf_dsvllm.errors import ExportError
 from hf_dsvllm.live import full_model
 from hf_dsvllm.live import snapshot as snapshot_module
 from hf_dsvllm.live.snapshot import publish
-from hf_dsvllm.tensors import shards as shards_module
-from hf_dsvllm.tensors.shards import ShardWriter
+from hf_dsvllm.tensors import shard_file
+from hf_dsvllm.tensors.shard_writer import ShardWriter
 from tests.full_models import HEADS, SIZES, STREAMED, contents, experts, llama, same_bits
 from tests.tiny import write_tiny_model, write_tiny_tokenizer
 
@@ -60,7 +60,7 @@ def test_a_streamed_snapshot_is_the_folder_that_transformers_writes(
     assert not written
     monkeypatch.setattr(snapshot_module, "_WRITE_BYTES", 1 << 14)
     if dtype == torch.bfloat16:
-        monkeypatch.setattr(shards_module, "SMALL_BYTES", 0)  # by several threads
+        monkeypatch.setattr(shard_file, "SMALL_BYTES", 0)  # by several threads
     found = publish(model, tmp_path / "streamed", **how).path
     assert len(written) > 3
     tensors, files = contents(found)
@@ -140,7 +140,7 @@ def test_a_full_disk_is_told_and_the_snapshot_before_stays(
     wanted = contents(before)
     with torch.no_grad():
         model.model.norm.weight.fill_(7.0)
-    monkeypatch.setattr(shards_module.os, "pwrite", full_after(writes))
+    monkeypatch.setattr(shard_file.os, "pwrite", full_after(writes))
     with pytest.raises(ExportError, match=r"model\.safetensors cannot be written: No space left on device; free some"):
         publish(model, tmp_path / "run", step=3, dtype=torch.float32)
     assert [path.name for path in before.parent.iterdir() if path.is_dir()] == ["step-3"]
@@ -177,8 +177,8 @@ def test_no_tensor_of_a_bucket_is_kept_when_the_next_one_is_gathered(
         assert set(alive) == {0}
     monkeypatch.setattr(full_model, "changes_names_alone", lambda *_: True)
     for small in (1 << 30, 0):
-        monkeypatch.setattr(shards_module, "SMALL_BYTES", small)
-        monkeypatch.setattr(shards_module.os, "pwrite", full_after(7))
+        monkeypatch.setattr(shard_file, "SMALL_BYTES", small)
+        monkeypatch.setattr(shard_file.os, "pwrite", full_after(7))
         with pytest.raises(ExportError) as told:
             publish(llama(tmp_path), tmp_path / "run", step=1, dtype=torch.bfloat16)
         assert told.value.__traceback__ is not None, "which knows every function that had the bucket"
@@ -195,7 +195,7 @@ def test_host_memory_holds_pieces_of_a_model_and_not_the_model(tmp_path: Path, m
 
     sizes = SIZES | {"vocab_size": 64_000, "hidden_size": 512}  # 2 x 131 MB in fp32, written as 131
     model = LlamaForCausalLM(LlamaConfig(**sizes, **HEADS, tie_word_embeddings=False))
-    monkeypatch.setattr(shards_module.os, "cpu_count", lambda: 2)
+    monkeypatch.setattr(shard_file.os, "cpu_count", lambda: 2)
     try:
         Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
     except OSError:

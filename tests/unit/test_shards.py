@@ -5,6 +5,8 @@ from __future__ import annotations
 import errno
 import os
 import resource
+import threading
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -14,8 +16,10 @@ from safetensors.torch import load_file
 
 from hf_dsvllm.errors import ExportError
 from hf_dsvllm.files import atomic_folder
-from hf_dsvllm.tensors import shards as shards_module
-from hf_dsvllm.tensors.shards import ShardWriter, write_shards
+from hf_dsvllm.tensors import shard_file, shard_writer
+from hf_dsvllm.tensors.shard_file import ShardFile, grouped
+from hf_dsvllm.tensors.shard_writer import ShardWriter
+from hf_dsvllm.tensors.shards import write_shards
 from hf_dsvllm.tensors.weights import TensorFolder, TensorPlan
 
 PLAN = [TensorPlan(name=f"layer.{number}", shape=(64, 64), dtype=torch.float32) for number in range(8)]
@@ -57,7 +61,7 @@ def test_every_step_of_writing_a_shard_says_what_the_disk_said(
         raise OSError(number, os.strerror(number))
 
     with monkeypatch.context() as patch:
-        patch.setattr(shards_module.os, step, refuse)
+        patch.setattr(shard_file.os, step, refuse)
         with pytest.raises(
             ExportError, match=rf"safetensors cannot be written: {os.strerror(number)}; free some space"
         ):
@@ -68,7 +72,7 @@ def test_an_index_that_cannot_be_written_is_the_same_error(tmp_path: Path, monke
     def full(*_: object) -> None:
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
-    monkeypatch.setattr(shards_module, "write_json", full)
+    monkeypatch.setattr(shard_file, "write_json", full)
     with pytest.raises(ExportError, match=r"index\.json cannot be written: No space left"):
         write(tmp_path, workers=1)
 
@@ -98,7 +102,7 @@ def test_a_thousand_shards_are_written_hashed_and_read_a_few_at_a_time(tmp_path:
         tmp_path, plan, lambda name: torch.tensor([float(name[6:])]), max_shard_size_bytes=4, workers=workers,
         hashed=True,
     )  # fmt: skip
-    assert len({under_way.finish() for under_way in found.values()}) == 1000
+    assert len(set(found.values())) == 1000
     with TensorFolder(tmp_path) as written:
         assert len(written.files) == 1000
         assert [written.get(f"layer.{number}").item() for number in range(1000)] == list(range(1000))
@@ -151,7 +155,7 @@ def test_a_disk_that_fails_under_brought_tensors_is_told_with_the_given_advice(
         raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
     with monkeypatch.context() as patch:
-        patch.setattr(shards_module.os, step, refuse)
+        patch.setattr(shard_file.os, step, refuse)
         with (
             pytest.raises(ExportError, match=r"cannot be written: No space left on device; go away\."),
             ShardWriter(tmp_path, PLAN, remedy="go away") as writer,
@@ -171,26 +175,123 @@ def test_a_disk_that_fails_under_brought_tensors_is_told_with_the_given_advice(
 )
 def test_shards_are_of_one_size(sizes: list[int], limit: int, files: list[int]) -> None:
     plan = [TensorPlan(name=str(number), shape=(size,), dtype=torch.int8) for number, size in enumerate(sizes)]
-    groups = list(shards_module._grouped(plan, limit))
+    groups = list(grouped(plan, limit))
     assert [sum(planned.size_bytes for planned in group) for group in groups] == files
     assert [planned for group in groups for planned in group] == plan
 
 
-def test_what_would_be_waited_for_begins_first_and_the_rest_goes_through_the_files_in_turn(
+def test_brought_tensors_that_would_be_waited_for_begin_first_and_the_rest_goes_through_the_files_in_turn(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(shards_module, "LARGE_BYTES", 100_000)
+    monkeypatch.setattr(shard_writer, "LARGE_BYTES", 100_000)
     head = TensorPlan(name="head", shape=(300, 100), dtype=torch.float32)
     order: list[str] = []
+    written = ShardFile.write
 
-    def produce(name: str) -> torch.Tensor:
-        order.append(name)
-        return torch.zeros(300, 100) if name == "head" else torch.ones(64, 64)
+    def write(self: ShardFile, planned: TensorPlan, tensor: torch.Tensor) -> None:
+        order.append(planned.name)
+        written(self, planned, tensor)
 
-    write_shards(tmp_path, [*PLAN, head], produce, max_shard_size_bytes=70_000, workers=1)
+    monkeypatch.setattr(ShardFile, "write", write)
+    with ShardWriter(tmp_path, [*PLAN, head], max_shard_size_bytes=70_000, workers=1) as writer:
+        writer.write({planned.name: torch.ones(64, 64) for planned in PLAN} | {"head": torch.zeros(300, 100)})
     assert order[0] == "head"
     assert sorted(order[1:]) == [planned.name for planned in PLAN]
     assert order[1:3] != ["layer.0", "layer.1"]
-    with TensorFolder(tmp_path) as written:
-        assert torch.equal(written.get("head"), torch.zeros(300, 100))
-        assert torch.equal(written.get("layer.7"), torch.ones(64, 64))
+
+
+def test_the_next_tensor_of_a_file_is_made_while_one_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    begun = {planned.name: threading.Event() for planned in PLAN}
+    written = ShardFile.write
+
+    def produce(name: str) -> torch.Tensor:
+        begun[name].set()
+        return torch.full((64, 64), float(name[6:]))
+
+    def write(self: ShardFile, planned: TensorPlan, tensor: torch.Tensor) -> None:
+        following = begun.get(f"layer.{int(planned.name[6:]) + 1}")
+        assert following is None or following.wait(20)
+        written(self, planned, tensor)
+
+    monkeypatch.setattr(ShardFile, "write", write)
+    write_shards(tmp_path, PLAN, produce, workers=4)
+    with TensorFolder(tmp_path) as found:
+        assert all(found.get(planned.name).mean() == float(planned.name[6:]) for planned in PLAN)
+
+
+def test_one_thread_makes_a_tensor_only_when_the_one_before_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    happened: list[str] = []
+    written = ShardFile.write
+
+    def produce(name: str) -> torch.Tensor:
+        happened.append(f"made {name}")
+        return torch.ones(64, 64)
+
+    def write(self: ShardFile, planned: TensorPlan, tensor: torch.Tensor) -> None:
+        written(self, planned, tensor)
+        happened.append(f"wrote {planned.name}")
+
+    monkeypatch.setattr(ShardFile, "write", write)
+    write_shards(tmp_path, PLAN, produce, workers=1)
+    assert happened == [f"{what} {planned.name}" for planned in PLAN for what in ("made", "wrote")]
+
+
+@pytest.mark.parametrize("workers", [2, 16])
+def test_tensors_under_way_take_no_more_memory_than_allowed_and_a_larger_one_is_not_left_to_the_end(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, workers: int
+) -> None:
+    big = TensorPlan(name="big", shape=(64, 400), dtype=torch.float32)
+    plan = [*PLAN, big, *(TensorPlan(name=f"more.{n}", shape=(64, 64), dtype=torch.float32) for n in range(40))]
+    lock = threading.Lock()
+    now = most = 0
+    order: list[str] = []
+    written = ShardFile.write
+
+    def produce(name: str) -> torch.Tensor:
+        nonlocal now, most
+        with lock:
+            order.append(name)
+            now += 102_400 if name == "big" else 16_384
+            most = max(most, now)
+        time.sleep(0.002)
+        return torch.zeros(64, 400 if name == "big" else 64)
+
+    def write(self: ShardFile, planned: TensorPlan, tensor: torch.Tensor) -> None:
+        nonlocal now
+        written(self, planned, tensor)
+        with lock:
+            now -= planned.size_bytes
+
+    monkeypatch.setattr(ShardFile, "write", write)
+    write_shards(
+        tmp_path, plan, produce, max_shard_size_bytes=120_000, memory_bytes=50_000, workers=workers,
+        working_bytes=lambda planned: planned.size_bytes,
+    )  # fmt: skip
+    assert most == 102_400  # alone; and the others at most three at a time
+    assert order.index("big") < len(order) - 5
+    with TensorFolder(tmp_path) as found:
+        assert len(found.names) == len(plan)
+
+
+@pytest.mark.parametrize("workers", [1, 2, 16])
+@pytest.mark.parametrize("at", [0, 5, 47])
+def test_a_tensor_that_cannot_be_made_stops_the_others(tmp_path: Path, workers: int, at: int) -> None:
+    plan = [TensorPlan(name=str(number), shape=(64, 64), dtype=torch.float32) for number in range(48)]
+    made: list[str] = []
+
+    def produce(name: str) -> torch.Tensor:
+        if name == str(at):
+            raise ValueError(f"no {name}")
+        made.append(name)
+        return torch.ones(64, 64)
+
+    with pytest.raises(ValueError, match=f"no {at}"):
+        write_shards(
+            tmp_path, plan, produce, max_shard_size_bytes=60_000, memory_bytes=50_000, workers=workers, hashed=True
+        )
+    assert not any(thread.name.startswith("export") for thread in threading.enumerate())
+    assert at != 0 or len(made) < 40
