@@ -143,9 +143,9 @@ def four_gpus() -> list[Job]:
         sharded(2),
         in_copies[0],
         *pair("zero2", "8b", 2, 95),
-        pair("zero2", "14b", 3, 76, sgd)[0],
+        pair("zero2", "14b", 3, 90, sgd)[0],
         pair("zero3", "14b", 3, 90)[1],
-        pair("zero2", "14b", 3, 76, sgd)[1],
+        pair("zero2", "14b", 3, 90, sgd)[1],
     ]
 
 

@@ -23,7 +23,7 @@ from rows import shared
 
 from hf_dsvllm.hardware import CARDS_MIB
 from hf_dsvllm.model_shape import ModelShape, shape_from_config
-from hf_dsvllm.planner.allocator import reserved_bytes
+from hf_dsvllm.planner.allocator import cannot_give_back, held_bytes, outside_bytes, reserved_bytes
 from hf_dsvllm.planner.cards import Rates, from_record, rates_of
 from hf_dsvllm.planner.footprint import Footprint, Setup, gpu_footprint
 from hf_dsvllm.planner.host import HostFootprint, host_footprint
@@ -63,7 +63,9 @@ class Row:
 
     @property
     def predicted_fit(self) -> bool:
-        return self.footprint.peak <= usable_bytes(CARD_BYTES, self.setup)
+        room = CARD_BYTES - outside_bytes(self.setup)
+        split = cannot_give_back(self.setup) and held_bytes(self.setup, self.footprint) > room
+        return self.footprint.peak <= usable_bytes(CARD_BYTES, self.setup) and not split
 
 
 def load_rows(results: Path) -> list[Row]:

@@ -11,7 +11,7 @@ from collections.abc import Mapping
 
 from hf_dsvllm.planner.footprint import Footprint, Setup
 
-__all__ = ["held_bytes", "outside_bytes", "reserved_bytes"]
+__all__ = ["cannot_give_back", "held_bytes", "outside_bytes", "reserved_bytes"]
 
 GIB = 2**30
 # H200, driver 580: the driver keeps 0.6 GiB of what NVML reports; context and cuBLAS take 0.75 GiB, NCCL 1.3 more.
@@ -65,6 +65,16 @@ def held_bytes(setup: Setup, found: Footprint) -> int:
     if preset.zero_stage == 1:
         return int(max(found.peak, states + passing + max(gradients, step)) + logits)
     return int(states + step + max(passing + gradients, 2 * gradients) + logits)
+
+
+def cannot_give_back(setup: Setup) -> bool:
+    """Whether a card must have all of `held_bytes`: under ZeRO-2 gradients lie in blocks that activations have left.
+
+    Then these cannot be given back when the optimizer wants its copy of a share of the gradients in one piece.  14B,
+    SGD, three H100s: 64.2 GiB held, 49.8 of them tensors, and no room for 18.3 more (docs/lab-notes.md, 2026-11-28).
+    """
+    preset = setup.preset
+    return setup.method == "full" and preset.zero_stage == 2 and preset.offload_optimizer == "none"
 
 
 def transients(parts: Mapping[str, Mapping[str, int]], kept: tuple[str, ...]) -> int:

@@ -9,7 +9,7 @@ from typing import Literal
 from hf_dsvllm.hardware import Gpu, Machine
 from hf_dsvllm.model_shape import ModelShape
 from hf_dsvllm.optimizers import ADAM, state_bytes
-from hf_dsvllm.planner.allocator import held_bytes, outside_bytes, reserved_bytes
+from hf_dsvllm.planner.allocator import cannot_give_back, held_bytes, outside_bytes, reserved_bytes
 from hf_dsvllm.planner.cards import Rates
 from hf_dsvllm.planner.engine import Engine, EnginePlace, engine_footprint, places, settled_place
 from hf_dsvllm.planner.footprint import Footprint, Loss, Setup, Traced, between_steps, gpu_footprint
@@ -306,15 +306,26 @@ def usable_bytes(card_bytes: int, setup: Setup) -> int:
 def shortfalls(job: Job, candidate: Candidate) -> Iterator[str]:
     """What the machine has too little of."""
     if job.device == "cuda":
-        usable = usable_bytes(job.gpu.memory_bytes, candidate.setup)
+        setup, beside = candidate.setup, " with vLLM beside it" if candidate.placement == "shared" else ""
+        usable = usable_bytes(job.gpu.memory_bytes, setup)
+        held = held_bytes(setup, candidate.footprint) + beside_training(candidate)
+        room = job.gpu.memory_bytes - outside_bytes(setup)
         if candidate.gpu_bytes > usable:
-            beside = " with vLLM beside it" if candidate.placement == "shared" else ""
             yield f"needs {gib(candidate.gpu_bytes)} of GPU memory, {gib(usable)} are usable{beside}"
+        elif cannot_give_back(setup) and held > room:
+            yield f"needs {gib(held)} of GPU memory with what PyTorch cannot give back, {gib(room)} are there{beside}"
         yield from engine_shortfalls(candidate, usable)
     if job.host_bytes is not None and candidate.host_bytes > job.host_bytes * (1 - HOST_MARGIN):
         yield f"needs {gib(candidate.host_bytes)} of host RAM, {gib(job.host_bytes * (1 - HOST_MARGIN))} are usable"
     if candidate.host.nvme and job.nvme_bytes is not None and candidate.host.nvme > job.nvme_bytes:
         yield f"needs {gib(candidate.host.nvme)} of NVMe, {gib(job.nvme_bytes)} are free"
+
+
+def beside_training(candidate: Candidate) -> int:
+    """What an engine on the same GPU holds during a step."""
+    if candidate.engine is None or candidate.placement != "shared":
+        return 0
+    return candidate.engine.asleep if candidate.place.sleeps else candidate.engine.awake
 
 
 def engine_shortfalls(candidate: Candidate, usable: int) -> Iterator[str]:
