@@ -26,7 +26,10 @@ from arms import Arm, arms  # noqa: E402
 from train_speed import SpeedMeasurement  # noqa: E402
 
 FULL = "plain:z2; zero2 no; zero2 no +fused; zero2 no +unmasked; zero2 no +padding_free; zero3 no; zero2 sel; none no"
-LORA = "plain:lora; lora no; lora no +lean_adapters; lora no +bf16_adapters; lora no +all; lora_zero2 no"
+LORA = (
+    "plain:lora; lora no; lora no +lean_adapters; lora no +fused_adapters; lora no +bf16_adapters; lora no +all; "
+    "lora_zero2 no"
+)
 MORE = (
     "zero1 no; zero2_offload no; zero3_offload_optimizer no; plain:qlora; qlora no; qlora_zero2 no"  # after the others
 )

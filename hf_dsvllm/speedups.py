@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+from collections import Counter
 from collections.abc import Collection, Iterator
 from typing import Any
 
 import torch
 
 from hf_dsvllm.attention import drop_masks, use_varlen, why_not
+from hf_dsvllm.low_rank import FusedAdapter, why_not_fused
 
 __all__ = ["OutsideAutocast", "apply", "attention_order"]
 
@@ -24,6 +26,8 @@ def apply(trainer: Any, features: Collection[str]) -> list[str]:
         lines += bf16_adapters(trainer)
     elif "lean_adapters" in features:
         lines += lean_adapters(trainer)
+    if "fused_adapters" in features:
+        lines += fused_adapters(trainer)
     if "cudnn" in features and not torch.cuda.is_available():
         lines.append("speed: cudnn left out, because there is no GPU")
     return lines
@@ -149,6 +153,28 @@ def bf16_adapters(trainer: Any) -> list[str]:
     for parameter in found:
         parameter.data = parameter.data.to(torch.bfloat16)
     return [f"speed: {len(found)} adapter matrices and their optimizer states in bf16 (bf16_adapters)"]
+
+
+def fused_adapters(trainer: Any) -> list[str]:
+    """Every layer that allows it becomes one operation; the others are counted with what keeps them."""
+    from peft.tuners.lora import LoraLayer
+
+    layers = [module for module in trainer.model.modules() if isinstance(module, LoraLayer)]
+    kept = Counter(reason for layer in layers if (reason := why_not_fused(layer)) is not None)
+    reason = None
+    if not layers:
+        reason = "there are no LoRA layers"
+    elif any(hasattr(parameter, "ds_id") for parameter in trainer.model.parameters()):
+        reason = "ZeRO-3 gathers adapters only where their own modules are called"
+    elif kept.total() == len(layers):
+        reason = f"of {' and '.join(kept)}"
+    if reason is not None:
+        return [f"speed: fused_adapters left out, because {reason}"]
+    for layer in layers:
+        if why_not_fused(layer) is None:
+            layer.forward = FusedAdapter(layer)
+    besides = f", {kept.total()} are not because of {' and '.join(kept)}" if kept else ""
+    return [f"speed: {len(layers) - kept.total()} adapted layers are one operation each (fused_adapters){besides}"]
 
 
 def casts_its_input(module: Any) -> bool:

@@ -164,26 +164,26 @@ def changed(arm: Arm, word: str) -> Arm:
 # A preset starts from the default features.  First what is to be shown: full fine-tunes, offload and scaling on 4 and 2
 # GPUs, then one GPU; after them each feature alone, then those that help together.
 FIRST = """
-full8 8b 4 4096 b2       | plain:z3; zero2 b2x4 no +fused; zero2 no +fused; zero3 no +fused
+full8 8b 4 4096 b2       | plain:z3; zero2 b2x8 no +fused +cudnn; zero2 b3x4 no +fused +cudnn; zero3 b2x4 no +fused +cudnn; zero2 no +fused; zero3 no +fused
 off14 14b 4 4096 b1x8    | zero2 no +fused; zero2_offload no +fused; plain:z3o
 scale8 8b 4 4096 b2      | zero2 rc +fused; zero3 rc +fused
 scale 4b 4 4096 b2       | zero2 no +fused; zero3 no +fused
-full14 14b 4 4096 b2     | plain:z3; zero3 no +fused
+full14 14b 4 4096 b2     | plain:z3; zero2 b1x8 no +fused +cudnn; zero3 b2x4 no +fused +cudnn
 scale8 8b 2 4096 b2      | zero2 rc +fused; zero3 rc +fused
 scale 4b 2 4096 b2       | zero2 no +fused; zero3 no +fused
 off8 8b 2 4096 b2x8      | zero2 b1x16 no +fused; zero2_offload no +fused; zero2_offload b4x4 sel +fused; plain:z3o
 scale 4b 1 4096 b2       | zero2 no +fused; zero3 no +fused
-full4 4b 1 4096 b2       | plain:z2; zero2 b2x4 no +fused; zero2 b4 no +fused
-lora8 8b 1 4096 b4       | plain:lora; lora b2x2 no +lean_adapters +fused; lora b2x2 no +lean_adapters +fused +cudnn; lora b2x2 no +bf16_adapters +fused +cudnn; lora no +lean_adapters +fused
-mix8 8b 1 4096 b8 mix    | plain:lora; lora b2 no pack +varlen +lean_adapters +fused
+full4 4b 1 4096 b2       | plain:z2; zero2 b2x8 no +fused +cudnn; zero2 b4x4 no +fused +cudnn; zero2 b4 no +fused
+lora8 8b 1 4096 b4       | plain:lora; lora b2x2 no +fused_adapters +fused +cudnn; lora no +fused_adapters +bf16_adapters +fused +cudnn; lora b2x2 no +lean_adapters +fused +cudnn; lora b2x2 no +fused_adapters +fused +cudnn compile; lora b2x2 no +lean_adapters +fused
+mix8 8b 1 4096 b8 mix    | plain:lora; lora b2 no pack +varlen +fused_adapters +fused
 mix4 4b 1 4096 b8 mix    | plain:z2; zero2 b2 no pack +varlen +fused
-qlora8 8b 1 4096 b4      | lora rc +lean_adapters +fused; qlora rc +fused; lora sel +lean_adapters +fused; qlora sel +fused; plain:qlora
-lora14 14b 1 4096 b2     | plain:lora; lora b1x2 no +lean_adapters +fused; lora no +lean_adapters +fused
-lora32 32b 1 4096 b1     | plain:lora; lora rc +lean_adapters +fused
+qlora8 8b 1 4096 b4      | lora rc +fused_adapters +fused +cudnn; qlora rc +fused_adapters +fused +cudnn; lora sel +fused_adapters +fused +cudnn; qlora sel +fused_adapters +fused +cudnn; plain:qlora
+lora14 14b 1 4096 b2     | plain:lora; lora b1x2 no +fused_adapters +fused +cudnn; lora no +fused_adapters +fused +cudnn
+lora32 32b 1 4096 b1     | plain:lora; lora rc +fused_adapters +fused +cudnn
 """  # noqa: E501 - a table
 
 LATER = """
-lora8 8b 1 4096 b4       | lora rc; lora b2x2 no; lora b1x4 no +lean_adapters +fused; lora b2x2 no +cudnn; lora b2x2 no +lean_adapters; lora b2x2 no +fused; lora_zero2 b2x2 no +fused; lora b2x2 no +lean_adapters +fused segments; lora b2x2 no compile; lora sel +lean_adapters +fused
+lora8 8b 1 4096 b4       | lora rc; lora b2x2 no; lora b2x2 no +fused_adapters; lora no +lean_adapters +fused; lora b1x4 no +lean_adapters +fused; lora b2x2 no +cudnn; lora b2x2 no +lean_adapters; lora b2x2 no +fused; lora_zero2 b2x2 no +fused; lora_zero2 b2x2 no +fused_adapters +fused +cudnn; lora b2x2 no +lean_adapters +fused segments; lora b2x2 no compile; lora sel +lean_adapters +fused
 full4 4b 1 4096 b2       | zero2 rc; zero2 no; zero2 no +cudnn; zero2 no +fused; zero2 b3 no +fused; zero2 b4 sel +fused; zero2 no compile; none no +fused
 mix8 8b 1 4096 b8 mix    | lora rc +unmasked; lora rc group +unmasked; lora rc +unmasked +cudnn; lora rc +padding_free; lora rc pack; lora rc pack +varlen; lora b4 no pack +varlen +lean_adapters +fused
 qlora8 8b 1 4096 b4      | qlora no; qlora no +fused; lora no +lean_adapters +fused
@@ -191,7 +191,7 @@ mix4 4b 1 4096 b8 mix    | zero2 rc group +unmasked; zero2 rc pack +varlen; zero
 lora14 14b 1 4096 b2     | lora b4 sel +lean_adapters +fused
 lora32 32b 1 4096 b1     | lora sel +lean_adapters +fused; lora no +lean_adapters +fused s2048
 full8x2 8b 2 4096 b2     | plain:z2; plain:z3; zero2 b1x2 no; zero2 b1x2 no +fused; zero2 no +fused; zero3 no; zero3 no +fused; zero3 sel +fused; zero2 b4 sel +fused; zero2 b1x2 no +fused zero_optimization.reduce_bucket_size=500000000; zero3 no +fused zero_optimization.stage3_prefetch_bucket_size=500000000
-full8 8b 4 4096 b2       | plain:z2; zero2 no; zero2 b3 no +fused; zero2 no +fused zero_optimization.reduce_bucket_size=500000000; zero3 no +fused zero_optimization.stage3_prefetch_bucket_size=500000000; zero2 no +fused +cudnn; zero2 b4 sel +fused; zero2 no +fused zero_optimization.round_robin_gradients=true; zero2 no compile
+full8 8b 4 4096 b2       | plain:z2; zero2 no; zero2 b2x4 no +fused; zero2 b3 no +fused; zero2 no +fused zero_optimization.reduce_bucket_size=500000000; zero3 no +fused zero_optimization.stage3_prefetch_bucket_size=500000000; zero2 no +fused +cudnn; zero2 b4 sel +fused; zero2 no +fused zero_optimization.round_robin_gradients=true; zero2 no compile
 full14 14b 4 4096 b2     | zero3 b1x2 no; zero3 b1x2 no +fused; zero3 sel +fused; zero2 b1x2 no +fused
 off8 8b 2 4096 b2x8      | plain:z2o; zero3 b1x16 no +fused; zero3_offload_optimizer no +fused; zero3_offload_optimizer no +fused zero_optimization.offload_optimizer.super_offload=true; zero3_offload_optimizer no +fused zero_optimization.offload_optimizer.ratio=0.5
 off14 14b 4 4096 b1x8    | zero3 no +fused; zero3_offload_optimizer no +fused; zero2_offload b4x2 sel +fused; zero3_offload_optimizer no +fused zero_optimization.offload_optimizer.super_offload=true

@@ -170,17 +170,19 @@ def prediction(arm: Arm, rates: Rates) -> tuple[float | None, float | None]:
 def traffic_share(arm: Arm, setup: Setup) -> float:
     """Bytes between products with the arm's features / without: fused kernels, and inputs that adapters do not cast.
 
-    An fp32 adapter reads its bf16 input as fp32: 10 bytes an element (planner/speed.py).
+    An fp32 adapter reads its bf16 input as fp32: 10 bytes an element (planner/speed.py).  An adapted layer that is one
+    operation makes 9 passes of 17 (hf_dsvllm/low_rank.py).
     """
     layers, adapters = between_bytes(setup.shape) * setup.shape.layers, adapter_traffic(setup)
     casts = 10.0 * sum(linear.count * linear.inputs for linear in setup.shape.linears if linear.kind != "lm_head")
     lean = (
-        bool({"lean_adapters", "bf16_adapters"} & set(arm.features))
+        bool({"lean_adapters", "bf16_adapters", "fused_adapters"} & set(arm.features))
         and setup.method != "full"
         and setup.numerics.adapter_bytes == 4
     )
     fused = fused_share(setup.shape) if "fused" in arm.features else 1.0
-    return (layers * fused + adapters - lean * casts) / (layers + adapters)
+    passes = 9 / 17 if "fused_adapters" in arm.features else 1.0
+    return (layers * fused + (adapters - lean * casts) * passes) / (layers + adapters)
 
 
 def fused_share(shape: ModelShape) -> float:

@@ -1,0 +1,233 @@
+"""An adapted layer as one operation computes what PEFT's own computes, and steps aside where it cannot."""
+
+from __future__ import annotations
+
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from torch import nn
+
+from hf_dsvllm.low_rank import FusedAdapter, why_not_fused
+from hf_dsvllm.speedups import apply
+
+SIZES = (24, 40)  # in, out
+
+
+class Net(nn.Module):
+    def __init__(self, bias: bool = False) -> None:
+        super().__init__()
+        self.embed = nn.Embedding(10, SIZES[0])
+        self.one = nn.Linear(*SIZES, bias=bias)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        made: torch.Tensor = self.one(x)
+        return made
+
+
+def adapted(seed: int = 0, *, with_bias: bool = False, dtype: torch.dtype = torch.float32, **settings: Any) -> Any:
+    torch.manual_seed(seed)
+    net = Net(with_bias).to(dtype)
+    config = LoraConfig(**{"r": 4, "lora_alpha": 12, "target_modules": ["one"], "lora_dropout": 0.0, **settings})
+    model = get_peft_model(net, config, autocast_adapter_dtype=True)
+    for name, parameter in model.named_parameters():
+        if "lora_" in name:  # B is zero at first: then nothing would be told apart
+            torch.nn.init.normal_(parameter, std=0.5)
+    return model
+
+
+def layer_of(model: Any) -> Any:
+    return model.base_model.model.one
+
+
+def fuse(model: Any) -> Any:
+    layer = layer_of(model)
+    assert why_not_fused(layer) is None
+    layer.forward = FusedAdapter(layer)
+    return model
+
+
+def quantised(model: Any) -> Any:
+    """The layer's base in NF4, as bitsandbytes has it; PEFT's own layer for it."""
+    import bitsandbytes as bnb
+    from peft.tuners.lora.bnb import Linear4bit
+
+    old = layer_of(model)
+    base = bnb.nn.Linear4bit(*SIZES, bias=False, compute_dtype=torch.bfloat16, quant_type="nf4")
+    base.weight = bnb.nn.Params4bit(old.base_layer.weight.data.clone(), requires_grad=False, quant_type="nf4")
+    base = base.to("cpu")  # quantises
+    config = LoraConfig(r=4, lora_alpha=12, target_modules=["one"], lora_dropout=0.0)
+    made = Linear4bit(base, "default", config, r=4, lora_alpha=12)
+    made.lora_A, made.lora_B = old.lora_A, old.lora_B
+    model.base_model.model.one = made
+    return model
+
+
+def results(model: Any, x: torch.Tensor, *, autocast: bool = False) -> dict[str, torch.Tensor]:
+    """Output, and the gradients of the input and of the adapter, for a loss that weighs every output differently."""
+    x = x.clone().requires_grad_()
+    with torch.autocast("cpu", torch.bfloat16, enabled=autocast):
+        made = model(x)
+    weights = torch.linspace(-1, 1, made.numel()).view(made.shape)
+    (made.float() * weights).sum().backward()
+    layer = layer_of(model)
+    return {
+        "output": made.detach(),
+        "x": x.grad,
+        "A": layer.lora_A["default"].weight.grad,
+        "B": layer.lora_B["default"].weight.grad,
+    }
+
+
+@pytest.mark.parametrize("shape", [(7, SIZES[0]), (2, 5, SIZES[0])])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("rslora", [False, True])
+def test_output_and_gradients_are_those_of_peft(shape: tuple[int, ...], bias: bool, rslora: bool) -> None:
+    torch.manual_seed(1)
+    x = torch.randn(shape)
+    plain = results(adapted(with_bias=bias, use_rslora=rslora), x)
+    fused = results(fuse(adapted(with_bias=bias, use_rslora=rslora)), x)
+    for name, found in fused.items():
+        torch.testing.assert_close(found, plain[name], rtol=1e-5, atol=1e-5)
+        assert found.abs().max() > 0.1
+
+
+@pytest.mark.parametrize("four_bit", [False, True])
+def test_under_autocast_it_is_closer_to_fp32_than_peft(four_bit: bool) -> None:
+    torch.manual_seed(1)
+    x = torch.randn(6, SIZES[0]).bfloat16()
+
+    def model() -> Any:
+        made = adapted(dtype=torch.bfloat16)
+        return quantised(made) if four_bit else made
+
+    exact = results(model().float(), x.float()) if not four_bit else None
+    plain, fused = results(model(), x, autocast=True), results(fuse(model()), x, autocast=True)
+    for name, found in fused.items():
+        assert found.dtype == plain[name].dtype
+        torch.testing.assert_close(found.float(), plain[name].float(), rtol=0.02, atol=0.25)
+    if exact is not None:
+        off = [(some["output"].float() - exact["output"]).abs().mean() for some in (fused, plain)]
+        assert off[0] < off[1]
+    assert fused["A"].dtype == torch.float32
+
+
+def test_the_input_needs_no_gradient_and_frozen_adapters_get_none() -> None:
+    model = fuse(adapted())
+    layer_of(model).lora_A["default"].weight.requires_grad_(False)
+    model(torch.randn(3, SIZES[0])).sum().backward()
+    assert layer_of(model).lora_A["default"].weight.grad is None
+    assert layer_of(model).lora_B["default"].weight.grad is not None
+
+
+def test_recomputed_layers_have_the_same_gradients() -> None:
+    from torch.utils.checkpoint import checkpoint
+
+    torch.manual_seed(1)
+    x = torch.randn(5, SIZES[0])
+    plain = results(fuse(adapted()), x)
+    model = fuse(adapted())
+    inner = model.base_model.model.forward
+    model.base_model.model.forward = lambda *given: checkpoint(inner, *given, use_reentrant=False)
+    for name, found in results(model, x).items():
+        assert torch.equal(found, plain[name])
+
+
+def test_without_adapters_merged_or_with_two_of_them_it_is_peft_that_answers() -> None:
+    model, x = fuse(adapted()), torch.randn(3, SIZES[0])
+    adapted_to = model(x)
+    with model.disable_adapter():
+        base = model(x)
+    assert torch.equal(base, layer_of(model).base_layer(x))
+    assert not torch.allclose(base, adapted_to)
+    model.merge_adapter()
+    torch.testing.assert_close(model(x), adapted_to, rtol=1e-4, atol=1e-4)
+    model.unmerge_adapter()
+    torch.testing.assert_close(model(x), adapted_to, rtol=1e-4, atol=1e-4)
+    layer = layer_of(model)
+    model.add_adapter("second", LoraConfig(r=4, target_modules=["one"], init_lora_weights=False))
+    model.base_model.set_adapter(["default", "second"])
+    both = model(x)
+    torch.testing.assert_close(both, layer.forward.original(x))
+    assert not torch.allclose(both, adapted_to)
+
+
+def test_fp32_adapters_on_16_bit_weights_without_autocast_are_computed_in_fp32_as_peft_does() -> None:
+    x = torch.randn(3, SIZES[0]).bfloat16()
+    plain, fused = adapted(dtype=torch.bfloat16), fuse(adapted(dtype=torch.bfloat16))
+    assert torch.equal(plain(x), fused(x))
+
+
+@pytest.mark.parametrize(
+    ("settings", "why"),
+    [
+        ({"lora_dropout": 0.1}, "--lora_dropout"),
+        ({"use_dora": True}, "DoRA"),
+        ({"lora_bias": True}, "an adapter with a bias"),
+        ({"bias": "all"}, "a layer that is trained itself"),
+    ],
+)
+def test_layers_that_need_more_are_left_to_peft(settings: dict[str, Any], why: str) -> None:
+    assert why in str(why_not_fused(layer_of(adapted(with_bias=True, **settings))))
+
+
+def test_an_adapted_embedding_is_left_to_peft() -> None:
+    model = adapted(target_modules=["embed", "one"])
+    assert why_not_fused(model.base_model.model.embed) == "an adapter on Embedding"
+    assert why_not_fused(layer_of(model)) is None
+
+
+def said(model: Any) -> str:
+    [line] = apply(SimpleNamespace(model=model, args=SimpleNamespace(parallelism_config=None)), {"fused_adapters"})
+    return line
+
+
+def test_the_run_says_which_layers_are_one_operation_and_why_others_are_not() -> None:
+    model = adapted(target_modules=["embed", "one"])
+    assert said(model) == (
+        "speed: 1 adapted layers are one operation each (fused_adapters), 1 are not because of an adapter on Embedding"
+    )
+    assert isinstance(layer_of(model).forward, FusedAdapter)
+    assert said(adapted(lora_dropout=0.1)) == (
+        "speed: fused_adapters left out, because of --lora_dropout, which needs a tensor of its own"
+    )
+    assert said(Net()) == "speed: fused_adapters left out, because there are no LoRA layers"
+
+
+def test_sharded_adapters_are_left_to_their_own_modules() -> None:
+    model = adapted()
+    layer_of(model).lora_A["default"].weight.ds_id = 1
+    assert said(model).startswith("speed: fused_adapters left out, because ZeRO-3 gathers adapters only")
+
+
+@pytest.mark.parametrize("checkpointing", [False, True])
+def test_training_with_it_learns_what_training_without_it_learns(tmp_path: Any, checkpointing: bool) -> None:
+    from datasets import Dataset
+    from transformers import AutoModelForCausalLM
+    from trl import SFTConfig, SFTTrainer
+
+    from tests.tiny import write_tiny_model
+
+    path = str(write_tiny_model(tmp_path / "model"))
+    rows = [{"input_ids": [4 + (7 * i + 3 * j) % 300 for j in range(24)]} for i in range(16)]
+
+    def losses(features: set[str]) -> list[float]:
+        args = SFTConfig(
+            output_dir=str(tmp_path / "run"), per_device_train_batch_size=4, max_steps=4, learning_rate=1e-2,
+            logging_steps=1, save_strategy="no", report_to=[], use_cpu=True, bf16=False, disable_tqdm=True,
+            gradient_checkpointing=checkpointing, max_length=32, seed=0,
+        )  # fmt: skip
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
+        config = LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.0, task_type="CAUSAL_LM")
+        trainer = SFTTrainer(model=model, args=args, train_dataset=Dataset.from_list(rows), peft_config=config)
+        lines = apply(trainer, features)
+        assert all("14 adapted layers are one operation each" in line for line in lines)
+        trainer.train()
+        return [row["loss"] for row in trainer.state.log_history if "loss" in row]
+
+    plain, fused = losses(set()), losses({"fused_adapters"})
+    assert fused == pytest.approx(plain, abs=2e-5)
+    assert plain[-1] < plain[0] - 0.01
