@@ -67,7 +67,11 @@ class ShardFile:
         self._closed = False
         with _writing(path, remedy):
             self._descriptor = os.open(path, os.O_CREAT | os.O_EXCL | os.O_RDWR, 0o666)
-            _write_exactly(self._descriptor, memoryview(len(header).to_bytes(8, "little") + header), 0)
+            try:
+                _write_exactly(self._descriptor, memoryview(len(header).to_bytes(8, "little") + header), 0)
+            except BaseException:
+                os.close(self._descriptor)
+                raise
         self._size = self._start + offset
         self._hash = blake3(len(header).to_bytes(8, "little") + header) if hashed else None
         self._hashed = self._start
@@ -100,7 +104,7 @@ class ShardFile:
             with _writing(self._path, self._remedy):
                 _write_exactly(self._descriptor, data, offset + at)
             _start_writeback(self._descriptor, offset + at, len(data))
-            if self._hash is not None:  # while the bytes are still in the core's cache
+            if self._hash is not None:
                 assert self._hashed == offset + at, "hashed in the order of the file"
                 self._hash.update(data)
                 self._hashed += len(data)

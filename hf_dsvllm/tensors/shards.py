@@ -1,17 +1,17 @@
 """Writes safetensors shards as a stream: several files at a time, in each one tensor after the other, none kept.
 
-A thread writes a file and hashes it on the way, while another one makes the tensor that comes next.  So no two threads
-write to one file, where they would wait for each other in the kernel, and nothing is read back.
+A thread writes a file and hashes it on the way, while others make the tensors that come next.  So no two threads write
+to one file, where they would wait for each other in the kernel, and nothing is read back.
 """
 
 from __future__ import annotations
 
 import dataclasses
 import threading
-from collections.abc import Callable, Iterable, Sequence
+from collections import deque
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from functools import partial
-from itertools import zip_longest
 from pathlib import Path
 from typing import Protocol
 
@@ -46,7 +46,8 @@ def write_shards(
 ) -> dict[str, str]:
     """Write `produce(name)` for every planned tensor to `folder`; return the BLAKE3 of each file, {} if not `hashed`.
 
-    `workers` files are written at a time, and `produce` is called from as many threads; its tensors may lie on a GPU.
+    At most `workers` files are written at a time, and `produce` is called from as many threads; its tensors may lie on
+    a GPU.
     `working_bytes` is the memory one takes there while it is made and written; tensors under way together take at most
     `memory_bytes` (two shards if not given), a larger one is made alone.  `single` is the file's name if one holds
     everything.  A tensor of another shape or dtype than planned, or with NaN or infinity, and a disk that is full or
@@ -55,33 +56,41 @@ def write_shards(
     groups = list(grouped(plan, max_shard_size_bytes))
     files = dict(zip(shard_names(len(groups), single), groups, strict=True))
     gate = _MemoryGate(2 * max_shard_size_bytes if memory_bytes is None else memory_bytes)
+    workers = workers or workers_for(plan)
+    ahead = -(-workers // max(len(files), 1)) if workers > 1 else 0  # of each file, while one of its tensors is written
 
     def make(planned: TensorPlan) -> torch.Tensor:
-        gate.take(working_bytes(planned))
         try:
-            return _checked(planned, produce(planned.name))
-        except BaseException:
-            gate.give_back(working_bytes(planned))
+            gate.check()
+            tensor = _checked(planned, produce(planned.name))
+        except BaseException as problem:
+            gate.close(problem)
             raise
+        gate.give_back(working_bytes(planned) - planned.size_bytes)
+        return tensor
 
     def write(name: str, begin: Callable[[TensorPlan], _Coming]) -> str:
-        group = files[name]
-        with ShardFile(folder / name, group, hashed=hashed) as file:
-            coming: _Coming | None = begin(group[0])
-            for planned, following in zip_longest(group, group[1:]):
-                assert coming is not None
-                tensor = coming.result()
-                coming = None if following is None else begin(following)  # what came before holds its tensor
-                try:
+        waiting, coming = deque(files[name]), deque[tuple[TensorPlan, _Coming]]()
+        with ShardFile(folder / name, files[name], hashed=hashed) as file:
+            try:
+                while waiting or coming:
+                    # Room is taken in the order of the file, and waited for only where nothing of the file holds any.
+                    while waiting and len(coming) <= ahead and gate.take(working_bytes(waiting[0]), wait=not coming):
+                        planned = waiting.popleft()
+                        coming.append((planned, begin(planned)))
+                    planned, made = coming.popleft()
+                    tensor = made.result()
+                    del made  # which holds the tensor
+                    gate.check()
                     file.write(planned, tensor)
-                finally:
                     del tensor
-                    gate.give_back(working_bytes(planned))
+                    gate.give_back(planned.size_bytes)
+            finally:
+                coming.clear()
         return file.digest if hashed else ""
 
-    workers = workers or workers_for(plan)
     if workers == 1:
-        digests = {name: write(name, lambda planned: _Later(make, planned)) for name in files}
+        digests = {name: write(name, partial(_Later, make)) for name in files}
     else:
         digests = _beside_each_other(files, write, make, gate, workers)
     write_index(folder, files, REMEDY)
@@ -106,7 +115,7 @@ class _Later:
 
 
 def _beside_each_other(
-    names: Iterable[str],
+    names: Collection[str],
     write: Callable[[str, Callable[[TensorPlan], _Coming]], str],
     make: Callable[[TensorPlan], torch.Tensor],
     gate: _MemoryGate,
@@ -115,41 +124,58 @@ def _beside_each_other(
     """Name of a file -> what `write` returns; the first failure (or an interrupt) stops the others and is raised."""
     with (
         ThreadPoolExecutor(workers, thread_name_prefix="export-make") as makers,
-        ThreadPoolExecutor(workers, thread_name_prefix="export-write") as writers,
+        ThreadPoolExecutor(min(workers, max(len(names), 1)), thread_name_prefix="export-write") as writers,
     ):
+        under_way = {name: writers.submit(write, name, partial(makers.submit, make)) for name in names}
         try:
-            under_way = {name: writers.submit(write, name, partial(makers.submit, make)) for name in names}
-            done, _ = wait(under_way.values(), return_when=FIRST_EXCEPTION)
+            wait(under_way.values(), return_when=FIRST_EXCEPTION)
         finally:
             gate.close()
-    for future in done:
-        if not isinstance(future.exception(), _Stopped):
-            future.result()
+            writers.shutdown(wait=False, cancel_futures=True)  # of which no file is begun
+    problems = [gate.problem, *(future.exception() for future in under_way.values() if not future.cancelled())]
+    for problem in problems:
+        if problem is not None and not isinstance(problem, _Stopped):
+            raise problem
     return {name: future.result() for name, future in under_way.items()}
 
 
 class _MemoryGate:
     """Lets tensors through as long as they take no more than `limit` bytes together, a larger one only alone.
 
-    In the order they come, or a large one would wait for all others.  Nobody who holds something waits for the gate.
+    Who cannot wait is not let through before one who does: a large tensor would wait for all others.  Who waits must
+    hold nothing.
     """
 
     def __init__(self, limit_bytes: int) -> None:
         self._limit = limit_bytes
         self._held = 0
+        self._waiting = 0
         self._closed = False
+        self.problem: BaseException | None = None
         self._turn = threading.Lock()
         self._changed = threading.Condition()
 
-    def take(self, size_bytes: int) -> None:
-        """Wait for so much room; _Stopped if the gate is closed."""
-        with self._turn, self._changed:
-            self._changed.wait_for(
-                lambda: self._closed or self._held == 0 or self._held + size_bytes <= self._limit,
-            )
-            if self._closed:
-                raise _Stopped
-            self._held += size_bytes
+    def take(self, size_bytes: int, *, wait: bool) -> bool:
+        """Whether there is so much room now, or has come; _Stopped if the gate is closed."""
+        if not wait:
+            with self._changed:
+                return self._waiting == 0 and self._let_through(size_bytes)
+        with self._changed:
+            self._waiting += 1
+        try:
+            with self._turn, self._changed:
+                return self._changed.wait_for(lambda: self._let_through(size_bytes))
+        finally:
+            with self._changed:
+                self._waiting -= 1
+
+    def _let_through(self, size_bytes: int) -> bool:
+        if self._closed:
+            raise _Stopped
+        if self._held and self._held + size_bytes > self._limit:
+            return False
+        self._held += size_bytes
+        return True
 
     def give_back(self, size_bytes: int) -> None:
         """What was taken."""
@@ -157,9 +183,15 @@ class _MemoryGate:
             self._held -= size_bytes
             self._changed.notify_all()
 
-    def close(self) -> None:
-        """Nothing is let through any more: all is done, another tensor failed, or the user interrupts."""
+    def check(self) -> None:
+        """_Stopped if the gate is closed."""
+        if self._closed:
+            raise _Stopped
+
+    def close(self, problem: BaseException | None = None) -> None:
+        """Nothing is let through any more: all is done, a tensor has failed, or the user interrupts."""
         with self._changed:
+            self.problem = self.problem if self._closed else problem
             self._closed = True
             self._changed.notify_all()
 

@@ -202,7 +202,7 @@ class TensorFolder:
         """File name -> BLAKE3 of every safetensors file and of the index, if there is one."""
         index = self.path / INDEX
         files = [*self.files, *([index] if self.path.is_dir() and index.is_file() else [])]
-        return {file.name: digest for file, digest in hash_files(files).items()}
+        return {file.name: digest for file, digest in hash_files(files, large=len(self.files)).items()}
 
     def _find_files(self) -> Sequence[Path]:
         if self.path.is_file():

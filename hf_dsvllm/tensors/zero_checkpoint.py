@@ -22,7 +22,7 @@ import torch
 from blake3 import blake3
 
 from hf_dsvllm.errors import ExportError
-from hf_dsvllm.tensors.hashing import PIECE_BYTES, hash_files
+from hf_dsvllm.tensors.hashing import PIECE_BYTES, hash_files, piece_bytes
 from hf_dsvllm.tensors.pages import Pages
 from hf_dsvllm.tensors.staging import CPU
 
@@ -107,7 +107,10 @@ class ZeroCheckpoint:
 
     def hashes(self) -> dict[str, str]:
         """`name#read` -> BLAKE3 of a file's header and weights; moments, and copies of the weights, are left out."""
-        found = hash_files(self._parts, lambda file: _hash_parts(file, self._parts[file], self._pages))
+        large = sum(bool(parts) for parts in self._parts.values())
+        found = hash_files(
+            self._parts, lambda file, threads: _hash_parts(file, self._parts[file], self._pages, threads), large=large
+        )
         return {f"{file.name}#read": digest for file, digest in found.items()}
 
     def close(self) -> None:
@@ -304,13 +307,13 @@ def _natural(path: Path) -> list[int | str]:
     return [int(word) if word.isdigit() else word for word in re.split(r"(\d+)", path.name)]
 
 
-def _hash_parts(file: Path, parts: Sequence[torch.Tensor], pages: Pages) -> str:
+def _hash_parts(file: Path, parts: Sequence[torch.Tensor], pages: Pages, threads: int) -> str:
     """BLAKE3 of the pickle in `file`, which says where every tensor belongs, and of `parts` of its tensors."""
-    digest = blake3()
+    digest = blake3(max_threads=threads)
     with zipfile.ZipFile(file) as archive:
         digest.update(archive.read(next(name for name in archive.namelist() if name.endswith("/data.pkl"))))
     for part in parts:
-        for piece in part.detach().reshape(-1).view(torch.uint8).split(PIECE_BYTES):
+        for piece in part.detach().reshape(-1).view(torch.uint8).split(piece_bytes(threads)):
             digest.update(memoryview(piece.numpy()))
             pages.let_go(piece)
     return digest.hexdigest()

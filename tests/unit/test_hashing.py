@@ -9,11 +9,37 @@ from types import SimpleNamespace
 
 import pytest
 import torch
+from blake3 import blake3
 
-from hf_dsvllm.tensors import staging
-from hf_dsvllm.tensors.hashing import hash_of
+from hf_dsvllm.tensors import hashing, staging
+from hf_dsvllm.tensors.hashing import hash_files, hash_of
 from hf_dsvllm.tensors.shards import write_shards
 from hf_dsvllm.tensors.weights import TensorFolder, TensorPlan
+
+
+@pytest.mark.parametrize("size", [0, 1, 4096, 100_000])
+@pytest.mark.parametrize("threads", [1, 3])
+def test_a_hash_does_not_depend_on_threads_or_pieces(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, size: int, threads: int
+) -> None:
+    monkeypatch.setattr(hashing, "READ_BYTES", 1000)
+    monkeypatch.setattr(hashing, "SHARE_BYTES", 7000)
+    data = random.Random(0).randbytes(size)
+    (tmp_path / "file").write_bytes(data)
+    assert hash_of(tmp_path / "file", threads) == blake3(data).hexdigest()
+
+
+@pytest.mark.parametrize(
+    ("cores", "files", "large", "threads"),
+    [(2, 9, None, 1), (16, 4, None, 2), (16, 1, None, 8), (64, 8, 4, 4), (16, 20, 1, 8), (1, 1, None, 1)],
+)
+def test_few_large_files_are_hashed_by_several_threads_each(
+    monkeypatch: pytest.MonkeyPatch, cores: int, files: int, large: int | None, threads: int
+) -> None:
+    monkeypatch.setattr(hashing.os, "cpu_count", lambda: cores)
+    paths = [Path(str(number)) for number in range(files)]
+    found = hash_files(paths, lambda path, threads: f"{path} {threads}", large=large)
+    assert found == {path: f"{path} {threads}" for path in paths}
 
 
 @pytest.mark.parametrize("workers", [1, 4])

@@ -295,3 +295,75 @@ def test_a_tensor_that_cannot_be_made_stops_the_others(tmp_path: Path, workers: 
         )
     assert not any(thread.name.startswith("export") for thread in threading.enumerate())
     assert at != 0 or len(made) < 40
+
+
+@pytest.mark.parametrize("number_of_files", [1, 4])
+def test_few_files_have_several_tensors_made_at_a_time(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, number_of_files: int
+) -> None:
+    plan = [TensorPlan(name=str(number), shape=(64, 64), dtype=torch.float32) for number in range(64)]
+    lock, all_there = threading.Lock(), threading.Event()
+    now = 0
+
+    def produce(name: str) -> torch.Tensor:
+        nonlocal now
+        with lock:
+            now += 1
+            if now == 8:
+                all_there.set()
+        assert all_there.wait(20)
+        with lock:
+            now -= 1
+        return torch.full((64, 64), float(name))
+
+    size = sum(planned.size_bytes for planned in plan) // number_of_files
+    found = write_shards(tmp_path, plan, produce, max_shard_size_bytes=size, memory_bytes=10**9, workers=8)
+    assert found == {}
+    with TensorFolder(tmp_path) as written:
+        assert len(written.files) == number_of_files
+        assert all(written.get(planned.name).mean() == float(planned.name) for planned in plan)
+
+
+@pytest.mark.parametrize("writes", [0, 40])
+def test_after_a_full_disk_no_other_file_is_begun_and_none_stays_open(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, writes: int
+) -> None:
+    plan = [TensorPlan(name=str(number), shape=(16,), dtype=torch.float32) for number in range(300)]
+    before, pwrite, done = len(os.listdir("/proc/self/fd")), os.pwrite, [0]
+
+    def full(descriptor: int, data: memoryview, offset: int) -> int:
+        done[0] += 1
+        if done[0] > writes:
+            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+        return pwrite(descriptor, data, offset)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shard_file.os, "pwrite", full)
+        with pytest.raises(ExportError, match="No space left on device"):
+            write_shards(tmp_path, plan, lambda _: torch.ones(16), max_shard_size_bytes=64, workers=16)
+    assert len(list(tmp_path.iterdir())) < 100
+    assert len(os.listdir("/proc/self/fd")) == before
+
+
+def test_after_a_failure_what_was_made_ahead_is_not_written(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    plan = [TensorPlan(name=str(number), shape=(64, 64), dtype=torch.float32) for number in range(48)]
+    failed = threading.Event()
+    late: list[str] = []
+    written = ShardFile.write
+
+    def produce(name: str) -> torch.Tensor:
+        if name == "30":
+            failed.set()
+            raise ValueError("no 30")
+        return torch.ones(64, 64)
+
+    def write(self: ShardFile, planned: TensorPlan, tensor: torch.Tensor) -> None:
+        if failed.is_set():
+            time.sleep(0.2)  # until the gate is closed
+        late.append(planned.name) if failed.is_set() else None
+        written(self, planned, tensor)
+
+    monkeypatch.setattr(ShardFile, "write", write)
+    with pytest.raises(ValueError, match="no 30"):
+        write_shards(tmp_path, plan, produce, max_shard_size_bytes=200_000, memory_bytes=10**9, workers=4)
+    assert len(late) <= 4  # one for each file that was being written
