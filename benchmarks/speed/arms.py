@@ -165,13 +165,13 @@ def changed(arm: Arm, word: str) -> Arm:
 # GPUs, then one GPU; after them each feature alone, then those that help together.
 FIRST = """
 full8 8b 4 4096 b2       | plain:z3; zero2 b2x8 no +fused +cudnn; zero2 b3x4 no +fused +cudnn; zero3 b2x4 no +fused +cudnn; zero2 no +fused; zero3 no +fused
-off14 14b 4 4096 b1x8    | zero2 no +fused; zero2_offload no +fused; plain:z3o
+off14 14b 4 4096 b1x8    | zero2 no +fused; zero2_offload b2x4 no +fused; plain:z3o; zero2_offload no +fused
 scale8 8b 4 4096 b2      | zero2 rc +fused; zero3 rc +fused
 scale 4b 4 4096 b2       | zero2 no +fused; zero3 no +fused
 full14 14b 4 4096 b2     | plain:z3; zero2 b1x8 no +fused +cudnn; zero3 b2x4 no +fused +cudnn
 scale8 8b 2 4096 b2      | zero2 rc +fused; zero3 rc +fused
 scale 4b 2 4096 b2       | zero2 no +fused; zero3 no +fused
-off8 8b 2 4096 b2x8      | zero2 b1x16 no +fused; zero2_offload no +fused; zero2_offload b4x4 sel +fused; plain:z3o
+off8 8b 2 4096 b2x8      | zero2 b1x16 no +fused; zero2_offload b4x4 no +fused; plain:z3o; zero2_offload no +fused; zero3_offload_optimizer b4x4 no +fused zero_optimization.offload_optimizer.ratio=0.5
 scale 4b 1 4096 b2       | zero2 no +fused; zero3 no +fused
 full4 4b 1 4096 b2       | plain:z2; zero2 b2x8 no +fused +cudnn; zero2 b4x4 no +fused +cudnn; zero2 b4 no +fused
 lora8 8b 1 4096 b4       | plain:lora; lora b2x2 no +fused_adapters +fused +cudnn; lora no +fused_adapters +bf16_adapters +fused +cudnn; lora b2x2 no +lean_adapters +fused +cudnn; lora b2x2 no +fused_adapters +fused +cudnn compile; lora b2x2 no +lean_adapters +fused
@@ -193,7 +193,7 @@ lora32 32b 1 4096 b1     | lora sel +lean_adapters +fused; lora no +lean_adapter
 full8x2 8b 2 4096 b2     | plain:z2; plain:z3; zero2 b1x2 no; zero2 b1x2 no +fused; zero2 no +fused; zero3 no; zero3 no +fused; zero3 sel +fused; zero2 b4 sel +fused; zero2 b1x2 no +fused zero_optimization.reduce_bucket_size=500000000; zero3 no +fused zero_optimization.stage3_prefetch_bucket_size=500000000
 full8 8b 4 4096 b2       | plain:z2; zero2 no; zero2 b2x4 no +fused; zero2 b3 no +fused; zero2 no +fused zero_optimization.reduce_bucket_size=500000000; zero3 no +fused zero_optimization.stage3_prefetch_bucket_size=500000000; zero2 no +fused +cudnn; zero2 b4 sel +fused; zero2 no +fused zero_optimization.round_robin_gradients=true; zero2 no compile
 full14 14b 4 4096 b2     | zero3 b1x2 no; zero3 b1x2 no +fused; zero3 sel +fused; zero2 b1x2 no +fused
-off8 8b 2 4096 b2x8      | plain:z2o; zero3 b1x16 no +fused; zero3_offload_optimizer no +fused; zero3_offload_optimizer no +fused zero_optimization.offload_optimizer.super_offload=true; zero3_offload_optimizer no +fused zero_optimization.offload_optimizer.ratio=0.5
+off8 8b 2 4096 b2x8      | zero2_offload b4x4 sel +fused; plain:z2o; zero3 b1x16 no +fused; zero3_offload_optimizer no +fused; zero3_offload_optimizer no +fused zero_optimization.offload_optimizer.super_offload=true; zero3_offload_optimizer no +fused zero_optimization.offload_optimizer.ratio=0.5
 off14 14b 4 4096 b1x8    | zero3 no +fused; zero3_offload_optimizer no +fused; zero2_offload b4x2 sel +fused; zero3_offload_optimizer no +fused zero_optimization.offload_optimizer.super_offload=true
 sp8 8b 2 65536 b1 ladder | long_context rc +fused; long_context rc s131072 +fused
 long8 8b 1 16384 b1 ladder | plain:lora s32768; lora rc s32768 +fused +lean_adapters; plain:lora s65536; lora rc s65536 +fused +lean_adapters; plain:lora s131072; lora rc s131072 +fused +lean_adapters; lora rc s262144 +fused +lean_adapters
