@@ -35,10 +35,10 @@ MORE = (
 )
 
 
-def grid(seeds: int, world: int, length: int, micro: int) -> tuple[Arm, ...]:
+def grid(seeds: int, world: int, length: int, micro: int, chosen: str | None = None) -> tuple[Arm, ...]:
     lines = [
         f"seed{seed} model {world} {length} b{micro} | {arm}"
-        for some in (f"{FULL}; {LORA}", MORE)
+        for some in ([chosen] if chosen else [f"{FULL}; {LORA}", MORE])
         for seed in range(1, seeds + 1)
         for arm in some.split("; ")
         if world == 1 or not arm.startswith("none")
@@ -53,7 +53,7 @@ class Parity(SpeedMeasurement):
 
     def __init__(self, options: argparse.Namespace) -> None:
         super().__init__(options)
-        self.grid = grid(options.seeds, options.world, options.length, options.micro_batch_size)
+        self.grid = grid(options.seeds, options.world, options.length, options.micro_batch_size, options.arms)
 
     def environment(self, **more: str) -> dict[str, str]:
         model, data = str(self.options.model.absolute()), str(self.options.data.absolute())
@@ -125,6 +125,7 @@ def main() -> None:
     parser.add_argument("--length", type=int, default=512)
     parser.add_argument("--budget_s", type=float, default=560.0)
     parser.add_argument("--cell_s", type=float, default=180.0, help="longest time of one run")
+    parser.add_argument("--arms", help='instead of all, as in speed/arms.py: "plain:z2; zero2 no; plain:lora; lora no"')
     parser.add_argument("--only", nargs="*", help="parts of names that hold a dash, or seed1")
     parser.add_argument("--copy_to", type=Path, help="folder that results are copied to after every run")
     options = parser.parse_args()

@@ -9,10 +9,12 @@ from __future__ import annotations
 
 import argparse
 import contextlib
+import ctypes
 import gc
 import importlib
 import json
 import os
+import signal
 import sys
 import tempfile
 import time
@@ -34,6 +36,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--preload", choices=("all", "none"), default="all", help="import before or after the fork")
     options = parser.parse_args()
+    die_with_parent()
     # cells print what they like: only our own lines reach the orchestrator
     replies = os.fdopen(os.dup(1), "w", buffering=1)
     os.dup2(2, 1)
@@ -50,6 +53,12 @@ def main() -> None:
         print(json.dumps({"started": pid}), file=replies)
         _, status = os.waitpid(pid, 0)
         print(json.dumps({"ended": pid, "code": os.waitstatus_to_exitcode(status)}), file=replies)
+
+
+def die_with_parent() -> None:
+    """A measurement that is killed leaves no cell on a GPU."""
+    set_death_signal = 1  # PR_SET_PDEATHSIG in linux/prctl.h
+    ctypes.CDLL(None).prctl(set_death_signal, signal.SIGKILL)
 
 
 def preload() -> None:
@@ -77,6 +86,7 @@ def child(task: dict[str, Any]) -> None:
     """Run one task in this forked process and leave without tearing anything down."""
     code = 1
     try:
+        die_with_parent()
         os.environ.update(task["env"])
         log = os.open(task["log"], os.O_WRONLY | os.O_CREAT | os.O_APPEND)
         os.dup2(log, 1)

@@ -6,10 +6,12 @@ to one file, where they would wait for each other in the kernel, and nothing is 
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
+import os
 import threading
 from collections import deque
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from concurrent.futures import FIRST_EXCEPTION, ThreadPoolExecutor, wait
 from functools import partial
 from pathlib import Path
@@ -123,6 +125,7 @@ def _beside_each_other(
 ) -> dict[str, str]:
     """Name of a file -> what `write` returns; the first failure (or an interrupt) stops the others and is raised."""
     with (
+        _threads_of_each(max(1, (os.cpu_count() or 1) // workers)),
         ThreadPoolExecutor(workers, thread_name_prefix="export-make") as makers,
         ThreadPoolExecutor(min(workers, max(len(names), 1)), thread_name_prefix="export-write") as writers,
     ):
@@ -137,6 +140,17 @@ def _beside_each_other(
         if problem is not None and not isinstance(problem, _Stopped):
             raise problem
     return {name: future.result() for name, future in under_way.items()}
+
+
+@contextlib.contextmanager
+def _threads_of_each(count: int) -> Iterator[None]:
+    """PyTorch's own threads for each thread begun meanwhile: by default each would have as many as there are cores."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(count)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 class _MemoryGate:

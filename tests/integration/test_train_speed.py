@@ -6,9 +6,11 @@ import json
 import os
 import subprocess
 import sys
+import time
 from pathlib import Path
 from typing import Any
 
+import psutil
 import pytest
 
 SCRIPT = Path(__file__).resolve().parents[2] / "benchmarks" / "train_speed.py"
@@ -46,3 +48,26 @@ def test_plain_trl_and_a_preset_are_measured_side_by_side_once(tmp_path: Path) -
     assert "plain TRL z3" in page
     assert "product, best" in page
     assert "already" in measure(tmp_path)
+
+
+def test_a_measurement_that_is_killed_leaves_no_lane_and_no_arm(tmp_path: Path) -> None:
+    line = [sys.executable, str(SCRIPT), "--out", str(tmp_path), "--device", "cpu", "--gpus", "2", "--threads", "1"]
+    line += ["--steps", "4000", "--budget_s", "480", "--cell_s", "400", "--only", ARMS[1]]
+    log = (tmp_path / "log").open("wb")
+    process = subprocess.Popen(line, stdout=log, stderr=log)
+    found: list[psutil.Process] = []
+    try:
+        until = time.monotonic() + 240
+        while len(list((tmp_path / "work").glob("two-*.log"))) < 2:  # one of each rank
+            assert process.poll() is None, (tmp_path / "log").read_text(encoding="utf-8")
+            assert time.monotonic() < until
+            time.sleep(0.2)
+        found = psutil.Process(process.pid).children(recursive=True)
+    finally:
+        process.kill()
+        process.wait()
+        _, left = psutil.wait_procs(found, timeout=20)
+        for each in left:
+            each.kill()
+    assert len(found) >= 4  # two lanes, two ranks
+    assert not left
