@@ -82,7 +82,7 @@ FEATURES = (
     Feature(
         name="fused_adapters",
         why="an adapted layer as one operation: its low-rank products are added to what is there, 3 passes over its "
-        "output forward instead of 7; LoRA without dropout on frozen linear layers, 4-bit ones too, not under ZeRO-3",
+        "output forward instead of 7; LoRA on frozen linear layers, 4-bit ones too, not under ZeRO-3",
         default=False,
         exact=False,
     ),

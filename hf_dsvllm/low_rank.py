@@ -34,20 +34,25 @@ class FusedAdapter:
         usual = layer.disable_adapters or layer.merged or args or kwargs or down is None
         if usual or (down.dtype != dtype and not torch.is_autocast_enabled(x.device.type)):
             return self.original(x, *args, **kwargs)
-        up = layer.lora_B[name].weight
+        up, dropout, x = layer.lora_B[name].weight, layer.lora_dropout[name], x.to(dtype)
+        dropped = dropout(x) if dropout.training and getattr(dropout, "p", 0.0) > 0 else None
         made: torch.Tensor = _LowRankLinear.apply(
-            x.to(dtype), layer.base_layer, self.weight, down.to(dtype), up.to(dtype), layer.scaling[name]
+            x, dropped, layer.base_layer, self.weight, down.to(dtype), up.to(dtype), layer.scaling[name]
         )
         return made
 
 
 class _LowRankLinear(torch.autograd.Function):
-    """`y = base(x) + s (x A') B'`; gradients of x, A [rank, in] and B [out, rank], none of the base."""
+    """`y = base(x) + s (d A') B'`; gradients of x, A [rank, in] and B [out, rank], none of the base.
+
+    `d` is x, or what dropout has made of it; then autograd adds up the gradients of both.
+    """
 
     @staticmethod
     def forward(
         ctx: Any,
         x: torch.Tensor,
+        dropped: torch.Tensor | None,
         base: Callable[[torch.Tensor], torch.Tensor],
         weight: Callable[[torch.dtype], torch.Tensor],
         down: torch.Tensor,
@@ -56,24 +61,28 @@ class _LowRankLinear(torch.autograd.Function):
     ) -> torch.Tensor:
         flat = x.reshape(-1, x.shape[-1])
         made = base(flat)
-        low = flat @ down.t()
+        read = flat if dropped is None else dropped.reshape(flat.shape)
+        low = read @ down.t()
         made.addmm_(low, up.t(), alpha=scaling)
-        ctx.save_for_backward(flat, low, down, up)
+        ctx.save_for_backward(read, low, down, up)
         ctx.weight, ctx.scaling, ctx.shape = weight, scaling, x.shape
         return made.view(*x.shape[:-1], made.shape[-1])
 
     @staticmethod
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
-        flat, low, down, up = ctx.saved_tensors
+        read, low, down, up = ctx.saved_tensors
+        needs_x, needs_dropped, _, _, needs_down, needs_up, _ = ctx.needs_input_grad
         gradient = gradients[0].reshape(-1, gradients[0].shape[-1])
         of_low = (gradient @ up).mul_(ctx.scaling)
-        of_x = None
-        if ctx.needs_input_grad[0]:
+        of_x = of_dropped = None
+        if needs_x:
             of_x = gradient @ ctx.weight(gradient.dtype)
-            of_x = of_x.addmm_(of_low, down).view(ctx.shape)
-        of_down = of_low.t() @ flat if ctx.needs_input_grad[3] else None
-        of_up = (gradient.t() @ low).mul_(ctx.scaling) if ctx.needs_input_grad[4] else None
-        return of_x, None, None, of_down, of_up, None
+            of_x = (of_x if needs_dropped else of_x.addmm_(of_low, down)).view(ctx.shape)
+        if needs_dropped:
+            of_dropped = (of_low @ down).view(ctx.shape)
+        of_down = of_low.t() @ read if needs_down else None
+        of_up = (gradient.t() @ low).mul_(ctx.scaling) if needs_up else None
+        return of_x, of_dropped, None, None, of_down, of_up, None
 
 
 def _weight_of(base: Any) -> Callable[[torch.dtype], torch.Tensor]:
@@ -105,8 +114,6 @@ def why_not_fused(layer: Any) -> str | None:
         return f"an adapter on {type(layer.base_layer).__name__}"
     if any(name in layer.lora_variant for name in layer.active_adapters):
         return "a variant of LoRA such as DoRA"
-    if any(getattr(layer.lora_dropout[name], "p", 0.0) > 0 for name in layer.active_adapters):
-        return "--lora_dropout, which needs a tensor of its own"
     if any(layer.lora_bias.get(name) or layer.lora_B[name].bias is not None for name in layer.active_adapters):
         return "an adapter with a bias"
     if any(parameter.requires_grad for parameter in layer.base_layer.parameters()):

@@ -94,6 +94,21 @@ def test_output_and_gradients_are_those_of_peft(shape: tuple[int, ...], bias: bo
         assert found.abs().max() > 0.1
 
 
+@pytest.mark.parametrize("training", [False, True])
+def test_dropout_drops_what_it_drops_in_pefts_own_layer(training: bool) -> None:
+    torch.manual_seed(1)
+    x = torch.randn(7, SIZES[0])
+    found = []
+    for make in (lambda model: model, fuse):
+        model = make(adapted(lora_dropout=0.5)).train(training)
+        torch.manual_seed(2)
+        found.append(results(model, x))
+    for name, value in found[0].items():
+        torch.testing.assert_close(value, found[1][name], rtol=1e-5, atol=1e-5)
+    without = results(adapted(), x)
+    assert torch.allclose(found[1]["output"], without["output"], atol=1e-5) != training
+
+
 @pytest.mark.parametrize("four_bit", [False, True])
 def test_under_autocast_it_is_closer_to_fp32_than_peft(four_bit: bool) -> None:
     torch.manual_seed(1)
@@ -163,7 +178,6 @@ def test_fp32_adapters_on_16_bit_weights_without_autocast_are_computed_in_fp32_a
 @pytest.mark.parametrize(
     ("settings", "why"),
     [
-        ({"lora_dropout": 0.1}, "--lora_dropout"),
         ({"use_dora": True}, "DoRA"),
         ({"lora_bias": True}, "an adapter with a bias"),
         ({"bias": "all"}, "a layer that is trained itself"),
@@ -190,9 +204,7 @@ def test_the_run_says_which_layers_are_one_operation_and_why_others_are_not() ->
         "speed: 1 adapted layers are one operation each (fused_adapters), 1 are not because of an adapter on Embedding"
     )
     assert isinstance(layer_of(model).forward, FusedAdapter)
-    assert said(adapted(lora_dropout=0.1)) == (
-        "speed: fused_adapters left out, because of --lora_dropout, which needs a tensor of its own"
-    )
+    assert said(adapted(use_dora=True)) == ("speed: fused_adapters left out, because of a variant of LoRA such as DoRA")
     assert said(Net()) == "speed: fused_adapters left out, because there are no LoRA layers"
 
 
