@@ -40,7 +40,8 @@ def grid(seeds: int, world: int, length: int, micro: int, chosen: str | None = N
         f"seed{seed} model {world} {length} b{micro} | {arm}"
         for some in ([chosen] if chosen else [f"{FULL}; {LORA}", MORE])
         for seed in range(1, seeds + 1)
-        for arm in some.split("; ")
+        for arm in map(str.strip, some.split(";"))
+        if arm
         if world == 1 or not arm.startswith("none")
     ]
     return arms("\n".join(lines))
@@ -129,6 +130,8 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", help="parts of names that hold a dash, or seed1")
     parser.add_argument("--copy_to", type=Path, help="folder that results are copied to after every run")
     options = parser.parse_args()
+    if options.arms and not any(arm.strip().startswith("plain:") for arm in options.arms.split(";")):
+        parser.error("--arms needs one of plain TRL to compare with, such as plain:z2 or plain:lora")
     options.least_s, options.grow_gib, options.again = 15.0, 0, False
     options.threads = max(1, (os.cpu_count() or 1) // options.gpus)
     options.out.mkdir(parents=True, exist_ok=True)

@@ -14,6 +14,7 @@ from hf_dsvllm.hardware import Machine, detect
 from hf_dsvllm.launch import read_launch
 from hf_dsvllm.model_shape import load_shape
 from hf_dsvllm.optimizers import ADAM, optimizer_of, state_bytes
+from hf_dsvllm.planner.allocator import cannot_give_back, held_bytes
 from hf_dsvllm.planner.cards import Rates, learn, machine_rates
 from hf_dsvllm.planner.footprint import Footprint, Setup, between_steps, gpu_footprint
 from hf_dsvllm.planner.host import HostFootprint, host_footprint
@@ -202,6 +203,8 @@ def out_of_memory_advice(found: Forecast | None, error: str) -> str:
         )
     setup = found.setup
     said = f"predicted {gib(found.footprint.peak)} at most for sequences of {setup.length:,} tokens"
+    if cannot_give_back(setup):
+        said += f", {gib(held_bytes(setup, found.footprint))} with what PyTorch cannot give back"
     plan = make_plan(job_of(found))
     less = [
         candidate

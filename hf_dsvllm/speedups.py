@@ -11,7 +11,6 @@ from typing import Any
 import torch
 
 from hf_dsvllm.attention import drop_masks, use_varlen, why_not
-from hf_dsvllm.low_rank import FusedAdapter, why_not_fused
 
 __all__ = ["OutsideAutocast", "apply", "attention_order"]
 
@@ -159,12 +158,14 @@ def fused_adapters(trainer: Any) -> list[str]:
     """Every layer that allows it becomes one operation; the others are counted with what keeps them."""
     from peft.tuners.lora import LoraLayer
 
+    from hf_dsvllm.low_rank import fuse, why_not_fused
+
     layers = [module for module in trainer.model.modules() if isinstance(module, LoraLayer)]
     kept = Counter(reason for layer in layers if (reason := why_not_fused(layer)) is not None)
     reason = None
     if not layers:
         reason = "there are no LoRA layers"
-    elif any(hasattr(parameter, "ds_id") for parameter in trainer.model.parameters()):
+    elif shards_weights(trainer):
         reason = "ZeRO-3 gathers adapters only where their own modules are called"
     elif kept.total() == len(layers):
         reason = f"of {' and '.join(kept)}"
@@ -172,9 +173,16 @@ def fused_adapters(trainer: Any) -> list[str]:
         return [f"speed: fused_adapters left out, because {reason}"]
     for layer in layers:
         if why_not_fused(layer) is None:
-            layer.forward = FusedAdapter(layer)
+            fuse(layer)
     besides = f", {kept.total()} are not because of {' and '.join(kept)}" if kept else ""
     return [f"speed: {len(layers) - kept.total()} adapted layers are one operation each (fused_adapters){besides}"]
+
+
+def shards_weights(trainer: Any) -> bool:
+    """Whether ZeRO-3 has its weights, or will have them once its engine is made."""
+    plugin = getattr(getattr(trainer, "accelerator", None), "state", None)
+    stage = getattr(getattr(plugin, "deepspeed_plugin", None), "zero_stage", None)
+    return stage == 3 or any(hasattr(parameter, "ds_id") for parameter in trainer.model.parameters())
 
 
 def casts_its_input(module: Any) -> bool:

@@ -171,7 +171,7 @@ def traffic_share(arm: Arm, setup: Setup) -> float:
     """Bytes between products with the arm's features / without: fused kernels, and inputs that adapters do not cast.
 
     An fp32 adapter reads its bf16 input as fp32: 10 bytes an element (planner/speed.py).  An adapted layer that is one
-    operation makes 9 passes of 17 (hf_dsvllm/low_rank.py).
+    operation reads its output once more, 2 bytes of 10, or of 14 where 4-bit layers clone it (hf_dsvllm/low_rank.py).
     """
     layers, adapters = between_bytes(setup.shape) * setup.shape.layers, adapter_traffic(setup)
     casts = 10.0 * sum(linear.count * linear.inputs for linear in setup.shape.linears if linear.kind != "lm_head")
@@ -181,8 +181,9 @@ def traffic_share(arm: Arm, setup: Setup) -> float:
         and setup.numerics.adapter_bytes == 4
     )
     fused = fused_share(setup.shape) if "fused" in arm.features else 1.0
-    passes = 9 / 17 if "fused_adapters" in arm.features else 1.0
-    return (layers * fused + (adapters - lean * casts) * passes) / (layers + adapters)
+    outputs = sum(linear.count * linear.outputs for linear in setup.shape.linears if linear.kind != "lm_head")
+    spared = outputs * (12.0 if setup.method == "qlora" else 8.0) if "fused_adapters" in arm.features else 0.0
+    return (layers * fused + adapters - lean * casts - spared * (setup.method != "full")) / (layers + adapters)
 
 
 def fused_share(shape: ModelShape) -> float:

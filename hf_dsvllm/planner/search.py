@@ -107,7 +107,13 @@ class Candidate:
     @property
     def scarce(self) -> tuple[str, ...]:
         """What is lacking, in a word each."""
-        words = {"GPU memory": "GPU", "its own GPU": "vLLM's GPU", "of its GPU": "vLLM's GPU", "host RAM": "host RAM"}
+        words = {
+            "of GPU memory, ": "GPU",
+            "cannot give back": "GPU, held",
+            "its own GPU": "vLLM's GPU",
+            "of its GPU": "vLLM's GPU",
+            "host RAM": "host RAM",
+        }
         words["NVMe"] = "NVMe"
         return tuple(short for phrase, short in words.items() if any(phrase in text for text in self.lacking))
 

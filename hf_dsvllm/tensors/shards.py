@@ -146,7 +146,7 @@ def _beside_each_other(
 def _threads_of_each(count: int) -> Iterator[None]:
     """PyTorch's own threads for each thread begun meanwhile: by default each would have as many as there are cores."""
     before = torch.get_num_threads()
-    torch.set_num_threads(count)
+    torch.set_num_threads(min(before, count))
     try:
         yield
     finally:

@@ -24,6 +24,7 @@ def test_a_hash_does_not_depend_on_threads_or_pieces(
 ) -> None:
     monkeypatch.setattr(hashing, "READ_BYTES", 1000)
     monkeypatch.setattr(hashing, "SHARE_BYTES", 7000)
+    monkeypatch.setattr(hashing, "WORTH_BYTES", 5000)
     data = random.Random(0).randbytes(size)
     (tmp_path / "file").write_bytes(data)
     assert hash_of(tmp_path / "file", threads) == blake3(data).hexdigest()

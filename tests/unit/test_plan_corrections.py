@@ -65,7 +65,7 @@ def test_blocks_that_zero2_splits_cannot_be_given_back(card: str, fits: bool) ->
     assert way.fits == fits
     if not fits:
         assert "of GPU memory with what PyTorch cannot give back, 77.0 GiB are there" in way.lacking[0]
-        assert way.scarce == ("GPU",)
+        assert way.scarce == ("GPU, held",)
 
 
 def test_frozen_weights_pass_through_no_host_memory_at_engine_init() -> None:
