@@ -73,8 +73,9 @@ def write_shards(
 
     def write(name: str, begin: Callable[[TensorPlan], _Coming]) -> str:
         waiting, coming = deque(files[name]), deque[tuple[TensorPlan, _Coming]]()
-        with ShardFile(folder / name, files[name], hashed=hashed) as file:
-            try:
+        try:
+            gate.check()  # nothing is begun after a failure
+            with ShardFile(folder / name, files[name], hashed=hashed) as file:
                 while waiting or coming:
                     # Room is taken in the order of the file, and waited for only where nothing of the file holds any.
                     while waiting and len(coming) <= ahead and gate.take(working_bytes(waiting[0]), wait=not coming):
@@ -87,8 +88,11 @@ def write_shards(
                     file.write(planned, tensor)
                     del tensor
                     gate.give_back(planned.size_bytes)
-            finally:
-                coming.clear()
+        except BaseException as problem:
+            gate.close(problem)
+            raise
+        finally:
+            coming.clear()
         return file.digest if hashed else ""
 
     if workers == 1:
@@ -135,10 +139,8 @@ def _beside_each_other(
         finally:
             gate.close()
             writers.shutdown(wait=False, cancel_futures=True)  # of which no file is begun
-    problems = [gate.problem, *(future.exception() for future in under_way.values() if not future.cancelled())]
-    for problem in problems:
-        if problem is not None and not isinstance(problem, _Stopped):
-            raise problem
+    if gate.problem is not None:
+        raise gate.problem
     return {name: future.result() for name, future in under_way.items()}
 
 
@@ -205,7 +207,8 @@ class _MemoryGate:
     def close(self, problem: BaseException | None = None) -> None:
         """Nothing is let through any more: all is done, a tensor has failed, or the user interrupts."""
         with self._changed:
-            self.problem = self.problem if self._closed else problem
+            if self.problem is None and not isinstance(problem, _Stopped):
+                self.problem = problem
             self._closed = True
             self._changed.notify_all()
 

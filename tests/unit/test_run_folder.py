@@ -224,7 +224,12 @@ def test_folders_of_sockets_go_when_nobody_listens_and_nobody_names_them() -> No
     for folder in names.values():
         folder.mkdir()
     (names["deserted"] / "api.sock").touch()
-    named = subprocess.Popen([sys.executable, "-S", "-c", "input()", str(names["namedxyz"])], stdin=subprocess.PIPE)
+    script = "print(flush=True); input()"  # Popen returns before the kernel shows the new command line
+    named = subprocess.Popen(
+        [sys.executable, "-S", "-c", script, str(names["namedxyz"])], stdin=subprocess.PIPE, stdout=subprocess.PIPE
+    )
+    assert named.stdout is not None
+    named.stdout.readline()
     with socket.socket(socket.AF_UNIX) as listener:
         listener.bind(str(names["listened"] / "api.sock"))
         listener.listen()
