@@ -161,7 +161,8 @@ def fused_adapters(trainer: Any) -> list[str]:
     from hf_dsvllm.low_rank import fuse, why_not_fused
 
     layers = [module for module in trainer.model.modules() if isinstance(module, LoraLayer)]
-    kept = Counter(reason for layer in layers if (reason := why_not_fused(layer)) is not None)
+    reasons = [why_not_fused(layer) for layer in layers]
+    kept = Counter(found for found in reasons if found is not None)
     reason = None
     if not layers:
         reason = "there are no LoRA layers"
@@ -171,8 +172,8 @@ def fused_adapters(trainer: Any) -> list[str]:
         reason = f"of {' and '.join(kept)}"
     if reason is not None:
         return [f"speed: fused_adapters left out, because {reason}"]
-    for layer in layers:
-        if why_not_fused(layer) is None:
+    for layer, found in zip(layers, reasons, strict=True):
+        if found is None:
             fuse(layer)
     besides = f", {kept.total()} are not because of {' and '.join(kept)}" if kept else ""
     return [f"speed: {len(layers) - kept.total()} adapted layers are one operation each (fused_adapters){besides}"]
