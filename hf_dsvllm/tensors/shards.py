@@ -51,8 +51,8 @@ def write_shards(
     At most `workers` files are written at a time, and `produce` is called from as many threads; its tensors may lie on
     a GPU.  `working_bytes` is the memory one takes there while it is made and written; tensors under way together take
     at most `memory_bytes` (two shards if not given), a larger one is made alone.  `single` is the file's name if one
-    holds everything.  A tensor of another shape or dtype than planned, or with NaN or infinity, and a disk that is full or
-    fails raise ExportError; the files are then incomplete.
+    holds everything.  A tensor of another shape or dtype than planned, or with NaN or infinity, and a disk that is full
+    or fails raise ExportError; the files are then incomplete.
     """
     groups = list(grouped(plan, max_shard_size_bytes))
     files = dict(zip(shard_names(len(groups), single), groups, strict=True))
