@@ -173,18 +173,18 @@ scale8 8b 2 4096 b2      | zero2 rc +fused; zero3 rc +fused
 scale 4b 2 4096 b2       | zero2 no +fused; zero3 no +fused
 off8 8b 2 4096 b2x8      | zero2 b1x16 no +fused; zero2_offload b4x4 no +fused; plain:z3o; zero2_offload no +fused; zero3_offload_optimizer b4x4 no +fused zero_optimization.offload_optimizer.ratio=0.5
 scale 4b 1 4096 b2       | zero2 no +fused; zero3 no +fused
-full4 4b 1 4096 b2       | plain:z2; zero2 b2x8 no +fused +cudnn; zero2 b4x4 no +fused +cudnn; zero2 b4 no +fused
-lora8 8b 1 4096 b4       | plain:lora; lora b2x2 no +fused_adapters +fused +cudnn; lora no +fused_adapters +bf16_adapters +fused +cudnn; lora b2x2 no +lean_adapters +fused +cudnn; lora b2x2 no +fused_adapters +fused +cudnn compile; lora b2x2 no +lean_adapters +fused
+full4 4b 1 4096 b2       | plain:z2; zero2 b2x8 no +fused +cudnn; zero2 b4x4 no +fused +cudnn; zero2 no; zero2 no +cudnn; zero2 no +fused; zero2 b4 no +fused
+lora8 8b 1 4096 b4       | plain:lora; lora b2x2 no +fused_adapters +fused +cudnn; lora no +fused_adapters +bf16_adapters +fused +cudnn; lora b2x2 no; lora b2x2 no +cudnn; lora b2x2 no +fused; lora b2x2 no +lean_adapters; lora b2x2 no +fused_adapters; lora b2x2 no +fused_adapters +bf16_adapters +fused +cudnn
 mix8 8b 1 4096 b8 mix    | plain:lora; lora b2 no pack +varlen +fused_adapters +fused
 mix4 4b 1 4096 b8 mix    | plain:z2; zero2 b2 no pack +varlen +fused
-qlora8 8b 1 4096 b4      | lora rc +fused_adapters +fused +cudnn; qlora rc +fused_adapters +fused +cudnn; lora sel +fused_adapters +fused +cudnn; qlora sel +fused_adapters +fused +cudnn; plain:qlora
+qlora8 8b 1 4096 b4      | qlora no +fused_adapters +fused +cudnn; lora rc +fused_adapters +fused +cudnn; qlora rc +fused_adapters +fused +cudnn; lora sel +fused_adapters +fused +cudnn; qlora sel +fused_adapters +fused +cudnn; plain:qlora
 lora14 14b 1 4096 b2     | plain:lora; lora b1x2 no +fused_adapters +fused +cudnn; lora no +fused_adapters +fused +cudnn
 lora32 32b 1 4096 b1     | plain:lora; lora rc +fused_adapters +fused +cudnn
 """  # noqa: E501 - a table
 
 LATER = """
-lora8 8b 1 4096 b4       | lora rc; lora b2x2 no; lora b2x2 no +fused_adapters; lora no +lean_adapters +fused; lora b1x4 no +lean_adapters +fused; lora b2x2 no +cudnn; lora b2x2 no +lean_adapters; lora b2x2 no +fused; lora_zero2 b2x2 no +fused; lora_zero2 b2x2 no +fused_adapters +fused +cudnn; lora b2x2 no +lean_adapters +fused segments; lora b2x2 no compile; lora sel +lean_adapters +fused
-full4 4b 1 4096 b2       | zero2 rc; zero2 no; zero2 no +cudnn; zero2 no +fused; zero2 b3 no +fused; zero2 b4 sel +fused; zero2 no compile; none no +fused
+lora8 8b 1 4096 b4       | lora b2x2 no +fused_adapters +fused +cudnn compile; lora b2x2 no +lean_adapters +fused +cudnn; lora b2x2 no +lean_adapters +fused; lora rc; lora no +lean_adapters +fused; lora b1x4 no +lean_adapters +fused; lora_zero2 b2x2 no +fused; lora_zero2 b2x2 no +fused_adapters +fused +cudnn; lora b2x2 no +lean_adapters +fused segments; lora b2x2 no compile; lora sel +lean_adapters +fused
+full4 4b 1 4096 b2       | zero2 rc; zero2 b3 no +fused; zero2 b4 sel +fused; zero2 no compile; none no +fused
 mix8 8b 1 4096 b8 mix    | lora rc +unmasked; lora rc group +unmasked; lora rc +unmasked +cudnn; lora rc +padding_free; lora rc pack; lora rc pack +varlen; lora b4 no pack +varlen +lean_adapters +fused
 qlora8 8b 1 4096 b4      | qlora no; qlora no +fused; lora no +lean_adapters +fused
 mix4 4b 1 4096 b8 mix    | zero2 rc group +unmasked; zero2 rc pack +varlen; zero2 b3 no pack +varlen +fused
