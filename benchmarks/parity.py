@@ -25,13 +25,11 @@ sys.path[:0] = [str(HERE / "speed"), str(HERE / "planner"), str(HERE)]
 from arms import Arm, arms  # noqa: E402
 from train_speed import SpeedMeasurement  # noqa: E402
 
-FULL = "plain:z2; zero2 no; zero2 no +fused; zero2 no +unmasked; zero2 no +padding_free; zero3 no; zero2 sel; none no"
-LORA = (
-    "plain:lora; lora no; lora no +lean_adapters; lora no +fused_adapters; lora no +bf16_adapters; lora no +all; "
-    "lora_zero2 no"
-)
+FULL = "plain:z2; zero2 no; zero2 no -all; zero3 no; none no"
+LORA = "plain:lora; lora no; lora no -all; lora no +bf16_adapters; lora_zero2 no; plain:qlora; qlora no"
 MORE = (
-    "zero1 no; zero2_offload no; zero3_offload_optimizer no; plain:qlora; qlora no; qlora_zero2 no"  # after the others
+    "zero2 no -all +fused; zero2 no -all +padding_free; lora no -all +fused_adapters; zero2 sel; zero1 no; "
+    "zero2_offload no; zero3_offload_optimizer no; qlora_zero2 no"  # after the others
 )
 
 

@@ -10,7 +10,6 @@ are raised as one `ConfigError`, and every value changed is printed with its rea
 from __future__ import annotations
 
 import dataclasses
-import importlib.util
 import os
 import sys
 from pathlib import Path
@@ -24,7 +23,7 @@ from hf_dsvllm.adapters import full_dtype
 from hf_dsvllm.console import say
 from hf_dsvllm.ds_config import RunShape, build, get_key
 from hf_dsvllm.errors import ConfigError, DsvllmError, Problem
-from hf_dsvllm.features import choose, feature_problems
+from hf_dsvllm.features import feature_problems
 from hf_dsvllm.fields import PresetFields, asks_for_answers
 from hf_dsvllm.given import note_given
 from hf_dsvllm.launch import Launch, become_single_process, read_launch
@@ -169,7 +168,6 @@ def _before(args: Any) -> None:
     if checkpoint is not None and Path(str(args.resume_from_checkpoint)) != checkpoint:
         fixes.append(Fix("resume_from_checkpoint", args.resume_from_checkpoint, checkpoint, "the one meant"))
         args.resume_from_checkpoint = str(checkpoint)
-    fixes += _fused(args, device)
     if config is not None:
         if become_single_process():
             say("started by plain python: running as a one-process group (torchrun or accelerate launch start several)")
@@ -225,25 +223,6 @@ def _precision(args: Any, preset: Preset | None, user_config: dict[str, Any] | N
         if before is False:
             return [Fix("bf16", False, True, "presets train in bf16; --fp16 true for cards older than Ampere")]
     return []
-
-
-def _fused(args: Any, device: str) -> list[Fix]:
-    """The feature `fused`, where its kernels are: liger-kernel, on GPUs."""
-    if args.ds_preset is None or "fused" not in choose(args.ds_speed) or args.use_liger_kernel:
-        return []
-    parents = type(args).__mro__
-    reason = None
-    if device == "cpu":
-        reason = "its kernels run on GPUs"
-    elif any(p.__module__.startswith("trl.") for p in parents) and "SFTConfig" not in {p.__name__ for p in parents}:
-        reason = "TRL's other trainers take the same flag for another loss"
-    elif importlib.util.find_spec("liger_kernel") is None:
-        reason = "liger-kernel is not installed: pip install liger-kernel"
-    if reason is not None:
-        say(f"speed: fused left out, because {reason}")
-        return []
-    args.use_liger_kernel = True
-    return [Fix("use_liger_kernel", False, True, "norms, rotation and activation as one kernel each (fused)")]
 
 
 def _accelerator_problems(device: str) -> list[Problem]:

@@ -13,12 +13,13 @@ Both are registered by transformers' public interface and a forward hook on the 
 
 from __future__ import annotations
 
+import importlib.util
 import inspect
 from typing import Any
 
 import torch
 
-__all__ = ["NAME", "drop_masks", "use_varlen", "why_not"]
+__all__ = ["NAME", "drop_masks", "use_varlen", "why_no_varlen", "why_not"]
 
 NAME = "dsvllm_varlen"
 CAUSAL = (-1, 0)  # window of varlen_attn: everything before, nothing after
@@ -42,6 +43,17 @@ def why_not(model: Any) -> str | None:
         return "its attention scores are capped"
     if config._attn_implementation not in ("sdpa", NAME):
         return f"its attention is {config._attn_implementation}, not sdpa"
+    return None
+
+
+def why_no_varlen(on_gpu: bool) -> str | None:
+    """What keeps packed sequences from `torch.nn.attention.varlen`; nothing on CPUs, which go one by one."""
+    if not on_gpu:
+        return None
+    if importlib.util.find_spec("torch.nn.attention.varlen") is None:
+        return f"torch {torch.__version__} has no attention for sequences of several lengths: 2.10 or newer"
+    if torch.cuda.get_device_capability() < (8, 0):
+        return "PyTorch's attention for sequences of several lengths needs an Ampere GPU or a newer one"
     return None
 
 

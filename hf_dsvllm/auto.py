@@ -34,6 +34,10 @@ __all__ = ["AutoChoice", "choose", "is_auto", "keep_activations", "planned_lengt
 
 METHODS = ("full", "lora", "qlora", "any")
 DEFAULT_LENGTH = 1024  # TRL's SFTConfig.max_length
+ADDED_IN_BF16 = (
+    1,
+    3,
+)  # ZeRO stages that add up gradients of micro-batches in the training dtype (speed.gradient_bytes)
 EVALUATION_SEQUENCES = 64  # what placement reserves KV cache for
 
 
@@ -131,6 +135,7 @@ def job_of(
         host_bytes=ram,
         evaluation=evaluation,
         device="cuda" if device == "cuda" else "cpu",
+        features=features.planned(args.ds_speed),
         processes=world,
         local_processes=local,
         streams=may_sleep(args, device),
@@ -148,7 +153,8 @@ def keep_activations(args: Any, model_args: Any, preset: Preset, device: str) ->
     """Recompute off where a preset leaves room for all activations, unless the user said how it is to be.
 
     For TRL's SFT on GPUs, which recomputes by default and whose formulas the planner has.  `model_args` is TRL's
-    `ModelConfig`; called before the model is loaded.  With the feature `split_batch` also by smaller micro-batches.
+    `ModelConfig`; called before the model is loaded.  With the feature `split_batch` also by smaller micro-batches,
+    where their gradients are added up in fp32 or it was asked for by name.
     """
     sft = any(parent.__name__ == "SFTConfig" for parent in type(args).__mro__)
     if not (sft and device == "cuda" and args.gradient_checkpointing):
@@ -171,8 +177,10 @@ def keep_activations(args: Any, model_args: Any, preset: Preset, device: str) ->
             return [Fix("gradient_checkpointing", True, False, why)]
         if found.fits or "split_batch" not in wanted or was_given(args, "gradient_accumulation_steps"):
             return []
-        if job.shape.experts:  # their balance loss is one of each micro-batch
-            return []
+        asked = "split_batch" in (args.ds_speed or ())
+        in_bf16 = preset.zero_stage in ADDED_IN_BF16 or "bf16_adapters" in wanted
+        if job.shape.experts or (in_bf16 and not asked):
+            return []  # the balance loss of experts is one of each micro-batch
         smaller = [judge(job, preset, world, size, False, place) for size in range(1, micro) if micro % size == 0]
         recomputed = judge(job, preset, world, micro, True, place)
     except (DsvllmError, StopIteration):

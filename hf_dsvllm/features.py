@@ -8,11 +8,12 @@ from __future__ import annotations
 
 import dataclasses
 import difflib
+import importlib.util
 from collections.abc import Sequence
 
 from hf_dsvllm.errors import Problem
 
-__all__ = ["FEATURES", "Feature", "choose", "feature_problems"]
+__all__ = ["FEATURES", "FUSED_TYPES", "Feature", "choose", "feature_problems", "planned"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -29,72 +30,80 @@ FEATURES = (
     Feature(
         name="keep_activations",
         why="no recompute where the planner says that activations fit: 39.2 instead of 28.0 % of the matmul rate "
-        "(8B full, ZeRO-3, 4 H200), 9,032 instead of 6,830 tokens/s (8B LoRA, 1 H200)",
+        "(8B full, ZeRO-3, 4 H200)",
         default=True,
         exact=True,
     ),
     Feature(
         name="split_batch",
         why="where activations do not fit without recompute: a smaller micro-batch, accumulated to the same batch, if "
-        "the planner predicts that it is faster; not where --gradient_accumulation_steps is given",
-        default=False,
-        exact=False,  # gradients of micro-batches are added up in bf16 under ZeRO-1 and ZeRO-3
+        "the planner predicts that it is faster: 9,073 instead of 6,764 tokens/s (8B LoRA, 1 H200); by default only "
+        "where gradients are added up in fp32, and not where --gradient_accumulation_steps is given",
+        default=True,
+        exact=True,
     ),
     Feature(
-        name="cudnn",
-        why="cuDNN's attention before PyTorch's own flash kernel: 584 against 304 TFLOP/s forward on an H200, 10,095 "
-        "against 9,902 tokens/s of 8B LoRA; it plans anew for every shape, so only where all sequences have one length",
-        default=False,
+        name="fused",
+        why="norms, rotation and gated activation as one kernel each (liger-kernel), which keep less for backward: "
+        "11,503 instead of 9,073 tokens/s and 63.7 instead of 77.8 GiB (8B LoRA), 13,512 instead of 10,425 tokens/s "
+        "(4B full)",
+        default=True,
         exact=False,
     ),
     Feature(
-        name="unmasked",
-        why="batches padded on the right need no padding mask under causal attention, so the fast kernels take them",
-        default=False,
+        name="padding_free",
+        why="the sequences of a micro-batch end to end, nothing padded: 5,620 instead of 1,512 tokens/s for chats (8B "
+        "LoRA); implies varlen",
+        default=True,
         exact=True,
     ),
     Feature(
         name="varlen",
         why="packed sequences through PyTorch's attention for sequences of several lengths, without a mask of "
-        "tokens x tokens",
-        default=False,
+        "tokens x tokens: 7,051 instead of 1,939 tokens/s",
+        default=True,
         exact=True,
     ),
     Feature(
-        name="padding_free",
-        why="the sequences of a micro-batch end to end, nothing padded; implies varlen",
-        default=False,
+        name="unmasked",
+        why="batches padded on the right need no padding mask under causal attention, so the fast kernels take them: "
+        "2,245 instead of 1,512 tokens/s",
+        default=True,
         exact=True,
+    ),
+    Feature(
+        name="fused_adapters",
+        why="an adapted layer as one operation: its low-rank products are added to what is there; LoRA on frozen "
+        "linear layers, 4-bit ones too, not under ZeRO-3: 10,580 instead of 9,073 tokens/s (8B LoRA)",
+        default=True,
+        exact=False,
     ),
     Feature(
         name="lean_adapters",
-        why="fp32 adapters under bf16 autocast: the input of a layer is not copied to fp32 and back",
-        default=False,
+        why="fp32 adapters under bf16 autocast: the input of a layer is not copied to fp32 and back: 10,039 instead of "
+        "9,073 tokens/s and 68.6 instead of 77.8 GiB (8B LoRA)",
+        default=True,
         exact=True,
     ),
     Feature(
         name="bf16_adapters",
-        why="LoRA without DeepSpeed: adapters and their Adam in bf16, not fp32: 9,902 instead of 9,032 tokens/s (8B); "
-        "the only feature that changes the precision of what is trained",
+        why="LoRA without DeepSpeed: adapters and their Adam in bf16, not fp32: 13,940 instead of 13,738 tokens/s "
+        "(8B); the only feature that changes the precision of what is trained",
         default=False,
         exact=False,
     ),
     Feature(
-        name="fused_adapters",
-        why="an adapted layer as one operation: its low-rank products are added to what is there, 3 passes over its "
-        "output forward instead of 7; LoRA on frozen linear layers, 4-bit ones too, not under ZeRO-3",
-        default=False,
-        exact=False,
-    ),
-    Feature(
-        name="fused",
-        why="norms, rotation and gated activation as one kernel each (liger-kernel), which also keep less for backward",
+        name="cudnn",
+        why="cuDNN's attention before PyTorch's own flash kernel, which torch 2.11 does by itself on an H200: no gain "
+        "there; it plans anew for every shape, so only where all sequences have one length",
         default=False,
         exact=False,
     ),
 )
 NAMES = tuple(feature.name for feature in FEATURES)
 ALL, NONE, WITHOUT = "all", "none", "no_"
+# Whose kernels liger-kernel 0.8 has, and whose layers the planner's formulas describe; measured on Qwen3
+FUSED_TYPES = frozenset(("llama", "mistral", "qwen2", "qwen3", "smollm3"))
 
 
 def choose(words: Sequence[str] | None) -> frozenset[str]:
@@ -113,6 +122,12 @@ def choose(words: Sequence[str] | None) -> frozenset[str]:
     if "padding_free" in chosen:
         chosen.add("varlen")
     return frozenset(chosen)
+
+
+def planned(words: Sequence[str] | None) -> frozenset[str]:
+    """The features that a plan counts with: those in force, less `fused` where liger-kernel is not installed."""
+    lacking = {"fused"} if importlib.util.find_spec("liger_kernel") is None else set()
+    return choose(words) - lacking
 
 
 def feature_problems(words: Sequence[str] | None) -> list[Problem]:

@@ -10,6 +10,7 @@ from typing import Any
 
 from hf_dsvllm.auto import planned_length, trl_config
 from hf_dsvllm.errors import DsvllmError
+from hf_dsvllm.features import planned
 from hf_dsvllm.hardware import Machine, detect
 from hf_dsvllm.launch import read_launch
 from hf_dsvllm.model_shape import load_shape
@@ -129,6 +130,7 @@ def forecast(args: Any, model_args: Any, preset: Preset | None, device: str) -> 
         optimizer_bytes=state_bytes(optimizer_of(args), preset.zero_stage),
         **largest_file(str(model_args.model_name_or_path)),
         device="cuda" if device == "cuda" else "cpu",
+        features=planned(args.ds_speed),
     )
     return Forecast(
         setup=setup,
@@ -248,6 +250,7 @@ def job_of(found: Forecast) -> Job:
         optimizer=found.optimizer,
         host_bytes=found.machine.ram_bytes and found.machine.ram_bytes * nodes,
         device=setup.device,
+        features=setup.features,
         processes=setup.world,
         local_processes=local,
     )

@@ -213,7 +213,8 @@ class Session:
         touched = keep_4bit_weights_packed(trainer.model)
         if touched:
             say(f"{touched} 4-bit layers: repacking in evaluation disabled (it corrupts training on AVX512-BF16 CPUs)")
-        for line in speedups.apply(trainer, self.features):
+        asked = self.args.ds_speed or ()
+        for line in speedups.worth_saying(speedups.apply(trainer, self.features), asked):
             say(line)
         problems = expert_problems(trainer.model, self.ds_config, read_launch().world_size)
         problems += serving_problems(trainer.model) if self.evaluates else []

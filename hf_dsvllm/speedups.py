@@ -5,35 +5,77 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 from collections import Counter
-from collections.abc import Collection, Iterator
+from collections.abc import Collection, Iterable, Iterator
 from typing import Any
 
 import torch
 
-from hf_dsvllm.attention import drop_masks, use_varlen, why_not
+from hf_dsvllm.attention import drop_masks, use_varlen, why_no_varlen, why_not
+from hf_dsvllm.kernels import INSTALL, use_kernels, why_no_kernels
 
-__all__ = ["OutsideAutocast", "apply", "attention_order"]
+__all__ = ["Outcome", "OutsideAutocast", "apply", "attention_order", "worth_saying"]
 
 
-def apply(trainer: Any, features: Collection[str]) -> list[str]:
-    """Put the features that belong to model and collator into `trainer`, which has not trained yet; a line for each."""
-    lines = ready_for_slices(trainer) if trainer.args.parallelism_config is not None else []
-    masks = {"unmasked", "varlen", "padding_free"} & set(features)
+@dataclasses.dataclass(frozen=True, slots=True)
+class Outcome:
+    """What became of `features`: `said` is what was done, or with `reason` why nothing was."""
+
+    features: tuple[str, ...]
+    said: str = ""
+    reason: str | None = None
+
+    def __str__(self) -> str:
+        names = ", ".join(self.features)
+        return f"speed: {names} left out, because {self.reason}" if self.reason else f"speed: {self.said} ({names})"
+
+
+def worth_saying(outcomes: Iterable[Outcome], asked: Collection[str]) -> list[str]:
+    """Lines for the console: what was done, and why not where it was `asked` for or something can be done about it."""
+    return [
+        str(each)
+        for each in outcomes
+        if each.reason in (None, INSTALL) or "all" in asked or set(each.features) & set(asked)
+    ]
+
+
+def apply(trainer: Any, features: Collection[str]) -> list[Outcome]:
+    """Put the features that belong to model and collator into `trainer`, which has not trained yet."""
+    outcomes = []
+    if trainer.args.parallelism_config is not None and ready_for_slices(trainer):
+        said = "batches carry the position of each token, which Ulysses asks for"
+        outcomes.append(Outcome(("sequence parallel",), said))
+    if "fused" in features:
+        outcomes.append(fused(trainer))
+    masks = tuple(name for name in ("unmasked", "varlen", "padding_free") if name in features)
     if masks:
-        lines += without_masks(trainer, masks)
+        outcomes += without_masks(trainer, masks)
     if "bf16_adapters" in features:
-        lines += bf16_adapters(trainer)
+        outcomes.append(bf16_adapters(trainer))
     elif "lean_adapters" in features:
-        lines += lean_adapters(trainer)
+        outcomes.append(lean_adapters(trainer))
     if "fused_adapters" in features:
-        lines += fused_adapters(trainer)
+        outcomes.append(fused_adapters(trainer))
     if "cudnn" in features and not torch.cuda.is_available():
-        lines.append("speed: cudnn left out, because there is no GPU")
-    return lines
+        outcomes.append(Outcome(("cudnn",), reason="there is no GPU"))
+    return outcomes
 
 
-def ready_for_slices(trainer: Any) -> list[str]:
-    """What Ulysses sequence parallelism asks of a Trainer and accelerate 1.15 leaves to its user.
+def fused(trainer: Any) -> Outcome:
+    """liger-kernel's kernels in the trainer's model; transformers' own flag for them is left to do it itself."""
+    model, on_gpu = plain_model(trainer), torch.cuda.is_available() and not trainer.args.use_cpu
+    reason = "--use_liger_kernel does it" if trainer.args.use_liger_kernel else why_no_kernels(model, on_gpu)
+    if reason is None:
+        use_kernels(model)
+    return Outcome(("fused",), "norms, rotation and activation are one kernel each", reason)
+
+
+def plain_model(trainer: Any) -> Any:
+    """The trainer's model without PEFT around it."""
+    return trainer.model.get_base_model() if hasattr(trainer.model, "get_base_model") else trainer.model
+
+
+def ready_for_slices(trainer: Any) -> bool:
+    """What Ulysses sequence parallelism asks of a Trainer and accelerate 1.15 leaves to its user: do batches change?
 
     The attention it spreads must be named, and be the model's own; every batch must have a length that all processes
     can share, and say where in its sequence each token stands, which of all collators only TRL's for SFT does.
@@ -41,15 +83,15 @@ def ready_for_slices(trainer: Any) -> list[str]:
     parallel, collator = trainer.args.parallelism_config, trainer.data_collator
     handler = getattr(parallel, "sp_handler", None)
     if handler is None or isinstance(collator, WithPositions):
-        return []
+        return False
     if handler.sp_attn_implementation is None:
         handler.sp_attn_implementation = trainer.model.config._attn_implementation
     if getattr(collator, "pad_to_multiple_of", parallel.sp_size) is None:
         collator.pad_to_multiple_of = parallel.sp_size
     if getattr(collator, "return_position_ids", False):
-        return []
+        return False
     trainer.data_collator = WithPositions(collator)
-    return ["sequence parallel: batches carry the position of each token, which Ulysses asks for"]
+    return True
 
 
 class WithPositions:
@@ -66,37 +108,51 @@ class WithPositions:
         return batch
 
 
-def without_masks(trainer: Any, features: Collection[str]) -> list[str]:
+def without_masks(trainer: Any, features: tuple[str, ...]) -> list[Outcome]:
     """`unmasked`, `varlen` and `padding_free`, where the model allows it."""
-    model = trainer.model.get_base_model() if hasattr(trainer.model, "get_base_model") else trainer.model
+    model = plain_model(trainer)
     reason = why_not(model)
     if reason is None and trainer.args.parallelism_config is not None:
         reason = "sequences are spread over processes"
     if reason is not None:
-        return [f"speed: {', '.join(sorted(features))} left out, because {reason}"]
-    lines = []
-    if {"varlen", "padding_free"} & set(features):
+        return [Outcome(features, reason=reason)]
+    outcomes = []
+    packs = tuple(name for name in features if name != "unmasked")
+    on_gpu = torch.cuda.is_available() and not trainer.args.use_cpu
+    lacking = why_no_varlen(on_gpu) if packs else None
+    if lacking is not None:
+        outcomes.append(Outcome(packs, reason=lacking))
+    elif packs:
         use_varlen(model)
-        lines.append("speed: packed sequences attend without a mask (varlen)")
+        outcomes.append(Outcome(("varlen",), "packed sequences attend without a mask"))
     drop_masks(model)
-    if "padding_free" in features:
-        lines.append(padding_free(trainer))
-    elif "unmasked" in features:
-        lines.append("speed: padding on the right needs no mask (unmasked)")
-    return lines
+    laid = padding_free(trainer) if "padding_free" in packs and lacking is None else None
+    if laid is not None:
+        outcomes.append(laid)
+    if "unmasked" in features and (laid is None or laid.reason is not None):
+        outcomes.append(Outcome(("unmasked",), "padding on the right needs no mask"))
+    return outcomes
 
 
-def padding_free(trainer: Any) -> str:
+def padding_free(trainer: Any) -> Outcome:
     """TRL's own collator lays sequences end to end; its flag is refused beside `max_length`, which was applied by now.
 
-    TRL enforces `max_length` while it prepares the dataset, before this is called.
+    TRL enforces `max_length` while it prepares the dataset, before this is called.  Code of the user's that reads
+    batches or predictions row by row keeps its rows.
     """
     collator = trainer.data_collator
     fields = {field.name for field in dataclasses.fields(collator)} if dataclasses.is_dataclass(collator) else set()
+    steps = (type(trainer).compute_loss, type(trainer).training_step, type(trainer).prediction_step)
+    reason = None
     if "padding_free" not in fields:
-        return f"speed: padding_free left out, because {type(collator).__name__} cannot lay sequences end to end"
-    collator.padding_free = True
-    return "speed: the sequences of a micro-batch are laid end to end, none is padded (padding_free)"
+        reason = f"{type(collator).__name__} cannot lay sequences end to end"
+    elif trainer.compute_metrics is not None or trainer.compute_loss_func is not None:
+        reason = "compute_metrics and compute_loss_func read rows of a batch"
+    elif not all(step.__module__.split(".")[0] in ("transformers", "trl") for step in steps):
+        reason = f"{type(trainer).__name__} has steps of its own, which may read rows of a batch"
+    if reason is None:
+        collator.padding_free = True
+    return Outcome(("padding_free",), "the sequences of a micro-batch are laid end to end, none is padded", reason)
 
 
 class OutsideAutocast:
@@ -109,7 +165,7 @@ class OutsideAutocast:
         return not torch.is_autocast_enabled(self.device)
 
 
-def lean_adapters(trainer: Any) -> list[str]:
+def lean_adapters(trainer: Any) -> Outcome:
     """Under autocast a layer's input stays bf16: PEFT copies it to the adapter's fp32, and autocast copies it back."""
     layers = [module for module in trainer.model.modules() if casts_its_input(module)]
     reason = None
@@ -120,14 +176,14 @@ def lean_adapters(trainer: Any) -> list[str]:
     elif not layers:
         reason = "no layer has an fp32 adapter whose input PEFT would cast (4-bit layers never do under autocast)"
     if reason is not None:
-        return [f"speed: lean_adapters left out, because {reason}"]
+        return Outcome(("lean_adapters",), reason=reason)
     device = "cuda" if torch.cuda.is_available() and not trainer.args.use_cpu else "cpu"
     for layer in layers:
         layer.cast_input_dtype_enabled = OutsideAutocast(device)
-    return [f"speed: {len(layers)} adapted layers take their input as it is under autocast (lean_adapters)"]
+    return Outcome(("lean_adapters",), f"{len(layers)} adapted layers take their input as it is under autocast")
 
 
-def bf16_adapters(trainer: Any) -> list[str]:
+def bf16_adapters(trainer: Any) -> Outcome:
     """Adapters in bf16, and so their optimizer states: before the optimizer exists.
 
     Of `modules_to_save` and DoRA's magnitudes, which are no small differences to a weight, the precision stays.
@@ -148,13 +204,13 @@ def bf16_adapters(trainer: Any) -> list[str]:
     elif not found:
         reason = "there are no fp32 adapters"
     if reason is not None:
-        return [f"speed: bf16_adapters left out, because {reason}"]
+        return Outcome(("bf16_adapters",), reason=reason)
     for parameter in found:
         parameter.data = parameter.data.to(torch.bfloat16)
-    return [f"speed: {len(found)} adapter matrices and their optimizer states in bf16 (bf16_adapters)"]
+    return Outcome(("bf16_adapters",), f"{len(found)} adapter matrices and their optimizer states in bf16")
 
 
-def fused_adapters(trainer: Any) -> list[str]:
+def fused_adapters(trainer: Any) -> Outcome:
     """Every layer that allows it becomes one operation; the others are counted with what keeps them."""
     from peft.tuners.lora import LoraLayer
 
@@ -166,17 +222,19 @@ def fused_adapters(trainer: Any) -> list[str]:
     reason = None
     if not layers:
         reason = "there are no LoRA layers"
+    elif trainer.args.torch_compile:
+        reason = "torch.compile (2.11) loses the shape of what such an operation returns"
     elif shards_weights(trainer):
         reason = "ZeRO-3 gathers adapters only where their own modules are called"
     elif kept.total() == len(layers):
         reason = f"of {' and '.join(kept)}"
     if reason is not None:
-        return [f"speed: fused_adapters left out, because {reason}"]
+        return Outcome(("fused_adapters",), reason=reason)
     for layer, found in zip(layers, reasons, strict=True):
         if found is None:
             fuse(layer)
     besides = f", {kept.total()} are not because of {' and '.join(kept)}" if kept else ""
-    return [f"speed: {len(layers) - kept.total()} adapted layers are one operation each (fused_adapters){besides}"]
+    return Outcome(("fused_adapters",), f"{len(layers) - kept.total()} adapted layers are one operation each{besides}")
 
 
 def shards_weights(trainer: Any) -> bool:

@@ -13,8 +13,8 @@
 #   parity    1 GPU, 10 minutes for the first arms, 25 for all: 200 steps of a real model (MODEL: a folder or a GGUF
 #             file), three seeds, plain TRL against presets; --gpus 4 runs four at a time
 #
-# Minutes are estimates; a call ends after BUDGET_S and the next one goes on where it stopped.  Arms with `+fused` need
-# liger-kernel and fail without it.
+# Minutes are estimates; a call ends after BUDGET_S and the next one goes on where it stopped.  Arms with the feature
+# `fused`, a default, need liger-kernel and fail without it.
 #
 # Environment: BUDGET_S=540 WORK=runs/speed; OUT, a folder that results are copied to after every arm, and from which an
 # earlier call's results are taken (EARLIER); SETUP, a shell file to source first.

@@ -161,55 +161,55 @@ def changed(arm: Arm, word: str) -> Arm:
     raise ValueError(f"{word!r} changes nothing known:{ARM_WORDS}")
 
 
-# A preset starts from the default features.  First what is to be shown: full fine-tunes, offload and scaling on 4 and 2
-# GPUs, then one GPU; after them each feature alone, then those that help together.
+# A preset starts from the default features; `-all` first leaves them out, so that one can be measured alone.  First
+# what is to be shown: full fine-tunes, offload and scaling on 4 and 2 GPUs, then one GPU; after them other settings.
 FIRST = """
-full8 8b 4 4096 b2       | plain:z3; zero2 b2x8 no +fused +cudnn; zero2 b3x4 no +fused +cudnn; zero3 b2x4 no +fused +cudnn; zero2 no +fused; zero3 no +fused
-off14 14b 4 4096 b1x8    | zero2 no +fused; zero2_offload b2x4 no +fused; plain:z3o; zero2_offload no +fused
-scale8 8b 4 4096 b2      | zero2 rc +fused; zero3 rc +fused
-scale 4b 4 4096 b2       | zero2 no +fused; zero3 no +fused
-full14 14b 4 4096 b2     | plain:z3; zero2 b1x8 no +fused +cudnn; zero3 b2x4 no +fused +cudnn
-scale8 8b 2 4096 b2      | zero2 rc +fused; zero3 rc +fused
-scale 4b 2 4096 b2       | zero2 no +fused; zero3 no +fused
-off8 8b 2 4096 b2x8      | zero2 b1x16 no +fused; zero2_offload b4x4 no +fused; plain:z3o; zero2_offload no +fused; zero3_offload_optimizer b4x4 no +fused zero_optimization.offload_optimizer.ratio=0.5
-scale 4b 1 4096 b2       | zero2 no +fused; zero3 no +fused
-full4 4b 1 4096 b2       | plain:z2; zero2 b2x8 no +fused +cudnn; zero2 b4x4 no +fused +cudnn; zero2 no; zero2 no +cudnn; zero2 no +fused; zero2 b4 no +fused
-lora8 8b 1 4096 b4       | plain:lora; lora b2x2 no +fused_adapters +fused +cudnn; lora no +fused_adapters +bf16_adapters +fused +cudnn; lora b2x2 no; lora b2x2 no +cudnn; lora b2x2 no +fused; lora b2x2 no +lean_adapters; lora b2x2 no +fused_adapters; lora b2x2 no +fused_adapters +bf16_adapters +fused +cudnn
-mix8 8b 1 4096 b8 mix    | plain:lora; lora b2 no pack +varlen +fused_adapters +fused
-mix4 4b 1 4096 b8 mix    | plain:z2; zero2 b2 no pack +varlen +fused
-qlora8 8b 1 4096 b4      | qlora no +fused_adapters +fused +cudnn; lora rc +fused_adapters +fused +cudnn; qlora rc +fused_adapters +fused +cudnn; lora sel +fused_adapters +fused +cudnn; qlora sel +fused_adapters +fused +cudnn; plain:qlora
-lora14 14b 1 4096 b2     | plain:lora; lora b1x2 no +fused_adapters +fused +cudnn; lora no +fused_adapters +fused +cudnn
-lora32 32b 1 4096 b1     | plain:lora; lora rc +fused_adapters +fused +cudnn
+full8 8b 4 4096 b2       | plain:z3; zero2 b2x8 no; zero2 b3x4 no; zero3 b2x4 no; zero2 no; zero3 no
+off14 14b 4 4096 b1x8    | zero2 no; zero2_offload b2x4 no; plain:z3o; zero2_offload no
+scale8 8b 4 4096 b2      | zero2 rc; zero3 rc
+scale 4b 4 4096 b2       | zero2 no; zero3 no
+full14 14b 4 4096 b2     | plain:z3; zero2 b1x8 no; zero3 b2x4 no
+scale8 8b 2 4096 b2      | zero2 rc; zero3 rc
+scale 4b 2 4096 b2       | zero2 no; zero3 no
+off8 8b 2 4096 b2x8      | zero2 b1x16 no; zero2_offload b4x4 no; plain:z3o; zero2_offload no; zero3_offload_optimizer b4x4 no zero_optimization.offload_optimizer.ratio=0.5
+scale 4b 1 4096 b2       | zero2 no; zero3 no
+full4 4b 1 4096 b2       | plain:z2; zero2 b4x4 no; zero2 b2x8 no; zero2 no -all; zero2 no -all +fused
+lora8 8b 1 4096 b4       | plain:lora; lora no; lora b2x2 no; lora b2x2 no -all; lora b2x2 no -all +fused; lora b2x2 no -all +fused_adapters; lora b2x2 no -all +lean_adapters
+mix8 8b 1 4096 b8 mix    | plain:lora; lora no; lora rc -all +padding_free; lora rc -all +unmasked
+mix4 4b 1 4096 b8 mix    | plain:z2; zero2 no
+qlora8 8b 1 4096 b4      | plain:qlora; qlora no; lora rc; qlora rc; lora sel; qlora sel
+lora14 14b 1 4096 b2     | plain:lora; lora no
+lora32 32b 1 4096 b1     | plain:lora; lora rc
 """  # noqa: E501 - a table
 
 LATER = """
-lora8 8b 1 4096 b4       | lora b2x2 no +fused_adapters +fused +cudnn compile; lora b2x2 no +lean_adapters +fused +cudnn; lora b2x2 no +lean_adapters +fused; lora rc; lora no +lean_adapters +fused; lora b1x4 no +lean_adapters +fused; lora_zero2 b2x2 no +fused; lora_zero2 b2x2 no +fused_adapters +fused +cudnn; lora b2x2 no +lean_adapters +fused segments; lora b2x2 no compile; lora sel +lean_adapters +fused
-full4 4b 1 4096 b2       | zero2 rc; zero2 b3 no +fused; zero2 b4 sel +fused; zero2 no compile; none no +fused
-mix8 8b 1 4096 b8 mix    | lora rc +unmasked; lora rc group +unmasked; lora rc +unmasked +cudnn; lora rc +padding_free; lora rc pack; lora rc pack +varlen; lora b4 no pack +varlen +lean_adapters +fused
-qlora8 8b 1 4096 b4      | qlora no; qlora no +fused; lora no +lean_adapters +fused
-mix4 4b 1 4096 b8 mix    | zero2 rc group +unmasked; zero2 rc pack +varlen; zero2 b3 no pack +varlen +fused
-lora14 14b 1 4096 b2     | lora b4 sel +lean_adapters +fused
-lora32 32b 1 4096 b1     | lora sel +lean_adapters +fused; lora no +lean_adapters +fused s2048
-full8x2 8b 2 4096 b2     | plain:z2; plain:z3; zero2 b1x2 no; zero2 b1x2 no +fused; zero2 no +fused; zero3 no; zero3 no +fused; zero3 sel +fused; zero2 b4 sel +fused; zero2 b1x2 no +fused zero_optimization.reduce_bucket_size=500000000; zero3 no +fused zero_optimization.stage3_prefetch_bucket_size=500000000
-full8 8b 4 4096 b2       | plain:z2; zero2 no; zero2 b2x4 no +fused; zero2 b3 no +fused; zero2 no +fused zero_optimization.reduce_bucket_size=500000000; zero3 no +fused zero_optimization.stage3_prefetch_bucket_size=500000000; zero2 no +fused +cudnn; zero2 b4 sel +fused; zero2 no +fused zero_optimization.round_robin_gradients=true; zero2 no compile
-full14 14b 4 4096 b2     | zero3 b1x2 no; zero3 b1x2 no +fused; zero3 sel +fused; zero2 b1x2 no +fused
-off8 8b 2 4096 b2x8      | zero2_offload b4x4 sel +fused; plain:z2o; zero3 b1x16 no +fused; zero3_offload_optimizer no +fused; zero3_offload_optimizer no +fused zero_optimization.offload_optimizer.super_offload=true; zero3_offload_optimizer no +fused zero_optimization.offload_optimizer.ratio=0.5
-off14 14b 4 4096 b1x8    | zero3 no +fused; zero3_offload_optimizer no +fused; zero2_offload b4x2 sel +fused; zero3_offload_optimizer no +fused zero_optimization.offload_optimizer.super_offload=true
-sp8 8b 2 65536 b1 ladder | long_context rc +fused; long_context rc s131072 +fused
-long8 8b 1 16384 b1 ladder | plain:lora s32768; lora rc s32768 +fused +lean_adapters; plain:lora s65536; lora rc s65536 +fused +lean_adapters; plain:lora s131072; lora rc s131072 +fused +lean_adapters; lora rc s262144 +fused +lean_adapters
-longf 8b 1 16384 b1 ladder | plain:z3o s32768; zero3_offload rc s32768 +fused; plain:z3o s65536; zero3_offload rc s65536 +fused; plain:z3o s131072; zero3_offload rc s131072 +fused
-long32 32b 1 8192 b1 ladder | plain:qlora s16384; qlora rc s16384 +fused; plain:qlora s32768; qlora rc s32768 +fused; plain:qlora s65536; qlora rc s65536 +fused
-sp8x4 8b 4 131072 b1 ladder | long_context rc +fused; long_context rc s262144 +fused
+lora8 8b 1 4096 b4       | lora rc -all; lora b2x2 no -all +cudnn; lora no +bf16_adapters; lora b1x4 no; lora_zero2 b2x2 no; lora b2x2 no segments; lora b2x2 no compile; lora sel
+full4 4b 1 4096 b2       | zero2 rc -all; zero2 no -all +cudnn; zero2 b3 no; zero2 b4 sel; zero2 no compile; none no
+mix8 8b 1 4096 b8 mix    | lora rc group -all +unmasked; lora rc pack -all; lora rc pack -all +varlen; lora b2 no pack
+qlora8 8b 1 4096 b4      | qlora no -all
+mix4 4b 1 4096 b8 mix    | zero2 rc group -all +unmasked; zero2 rc pack; zero2 b3 no pack
+lora14 14b 1 4096 b2     | lora b1x2 no; lora b4 sel
+lora32 32b 1 4096 b1     | lora sel; lora no s2048
+full8x2 8b 2 4096 b2     | plain:z2; plain:z3; zero2 b1x2 no -all; zero2 b1x2 no; zero2 no; zero3 no -all; zero3 no; zero3 sel; zero2 b4 sel; zero2 b1x2 no zero_optimization.reduce_bucket_size=500000000; zero3 no zero_optimization.stage3_prefetch_bucket_size=500000000
+full8 8b 4 4096 b2       | plain:z2; zero2 no -all; zero2 b2x4 no; zero2 b3 no; zero2 no zero_optimization.reduce_bucket_size=500000000; zero3 no zero_optimization.stage3_prefetch_bucket_size=500000000; zero2 b4 sel; zero2 no zero_optimization.round_robin_gradients=true; zero2 no compile
+full14 14b 4 4096 b2     | zero3 b1x2 no -all; zero3 b1x2 no; zero3 sel; zero2 b1x2 no
+off8 8b 2 4096 b2x8      | zero2_offload b4x4 sel; plain:z2o; zero3 b1x16 no; zero3_offload_optimizer no; zero3_offload_optimizer no zero_optimization.offload_optimizer.super_offload=true; zero3_offload_optimizer no zero_optimization.offload_optimizer.ratio=0.5
+off14 14b 4 4096 b1x8    | zero3 no; zero3_offload_optimizer no; zero2_offload b4x2 sel; zero3_offload_optimizer no zero_optimization.offload_optimizer.super_offload=true
+sp8 8b 2 65536 b1 ladder | long_context rc; long_context rc s131072
+long8 8b 1 16384 b1 ladder | plain:lora s32768; lora rc s32768; plain:lora s65536; lora rc s65536; plain:lora s131072; lora rc s131072; lora rc s262144
+longf 8b 1 16384 b1 ladder | plain:z3o s32768; zero3_offload rc s32768; plain:z3o s65536; zero3_offload rc s65536; plain:z3o s131072; zero3_offload rc s131072
+long32 32b 1 8192 b1 ladder | plain:qlora s16384; qlora rc s16384; plain:qlora s32768; qlora rc s32768; plain:qlora s65536; qlora rc s65536
+sp8x4 8b 4 131072 b1 ladder | long_context rc; long_context rc s262144
 nvme 1.7b 1 4096 b2      | zero3_nvme rc
 onebit 1.7b 2 4096 b2    | ddp no; onebit_adam no optimizer.params.freeze_step=3; onebit_lamb no optimizer.params.freeze_step=3; zero_one_adam no optimizer.params.var_freeze_step=3
 """  # noqa: E501 - a table
 GRID = FIRST + LATER.lstrip()
 
 DRY = """
-one tiny 1 64 b2        | plain:lora; lora no +lean_adapters; plain:z2; zero2 rc; zero2 sel; none no; qlora no
-mix tiny 1 64 b4 mix    | plain:lora; lora no group +unmasked; lora no +padding_free; lora b2 no pack +varlen
+one tiny 1 64 b2        | plain:lora; lora no -all; lora no; plain:z2; zero2 rc; zero2 sel; none no; qlora no
+mix tiny 1 64 b4 mix    | plain:lora; lora no group -all +unmasked; lora no; lora b2 no pack
 two tiny 2 64 b2        | plain:z3; zero2 no zero_optimization.reduce_bucket_size=1000000; zero3 rc; lora b1x2 no
-twomix tiny 2 64 b4 mix | zero3 no +padding_free; zero2 rc +unmasked
+twomix tiny 2 64 b4 mix | zero3 no; zero2 rc -all +unmasked
 off tiny 1 64 b1x2      | plain:z3o; zero3_offload_optimizer no; zero2_offload no
 long tiny 1 64 b1 ladder | lora rc s64; lora rc s128
 """

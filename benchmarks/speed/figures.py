@@ -14,7 +14,7 @@ from hf_dsvllm.errors import DsvllmError
 from hf_dsvllm.model_shape import ModelShape, shape_from_config
 from hf_dsvllm.planner.cards import Rates, from_record, rates_of
 from hf_dsvllm.planner.footprint import Setup, gpu_footprint
-from hf_dsvllm.planner.speed import OVERHEADS, adapter_traffic, between_bytes, step_time
+from hf_dsvllm.planner.speed import step_time
 from hf_dsvllm.presets import get_preset
 
 __all__ = ["Figures", "figures", "flops_per_token", "rates_from", "shape_of"]
@@ -140,11 +140,7 @@ def peak(ranks: Sequence[Mapping[str, Any]], name: str) -> float | None:
 
 
 def prediction(arm: Arm, rates: Rates) -> tuple[float | None, float | None]:
-    """Seconds of a step and GiB of a GPU by the planner's formulas; None for a mix, compiled code and what they lack.
-
-    The formulas know neither fused kernels nor adapters without casts: for those the memory traffic between products
-    is scaled by `traffic_share`.  Memory is then that of the run without them, an upper bound.
-    """
+    """Seconds of a step and GiB of a GPU by the planner; None for a mix, compiled code and what it lacks."""
     if arm.mix or arm.compile or arm.recompute == "selective":
         return None, None
     try:
@@ -162,37 +158,6 @@ def prediction(arm: Arm, rates: Rates) -> tuple[float | None, float | None]:
         recompute=arm.recompute == "full",
         lora_dropout=False,
         device="cuda",
+        features=frozenset(arm.features),
     )
-    overheads = dataclasses.replace(OVERHEADS, traffic=OVERHEADS.traffic * traffic_share(arm, setup))
-    return step_time(setup, rates, overheads).seconds, gpu_footprint(setup).peak / GIB
-
-
-def traffic_share(arm: Arm, setup: Setup) -> float:
-    """Bytes between products with the arm's features / without: fused kernels, and inputs that adapters do not cast.
-
-    An fp32 adapter reads its bf16 input as fp32: 10 bytes an element (planner/speed.py).  An adapted layer that is one
-    operation reads its output once more, 2 bytes of 10, or of 14 where 4-bit layers clone it (hf_dsvllm/low_rank.py).
-    """
-    layers, adapters = between_bytes(setup.shape) * setup.shape.layers, adapter_traffic(setup)
-    casts = 10.0 * sum(linear.count * linear.inputs for linear in setup.shape.linears if linear.kind != "lm_head")
-    lean = (
-        bool({"lean_adapters", "bf16_adapters", "fused_adapters"} & set(arm.features))
-        and setup.method != "full"
-        and setup.numerics.adapter_bytes == 4
-    )
-    fused = fused_share(setup.shape) if "fused" in arm.features else 1.0
-    outputs = sum(linear.count * linear.outputs for linear in setup.shape.linears if linear.kind != "lm_head")
-    spared = outputs * (12.0 if setup.method == "qlora" else 8.0) if "fused_adapters" in arm.features else 0.0
-    return (layers * fused + adapters - lean * casts - spared * (setup.method != "full")) / (layers + adapters)
-
-
-def fused_share(shape: ModelShape) -> float:
-    """share = bytes between products with one kernel for each norm, rotation and activation / bytes without
-
-    A norm reads and writes its input once (4h, twice a layer), residual sums 6h twice, norms on queries and keys and
-    the rotation 4(q+k) each, attention 4(q+k), the gated activation reads two and writes one of i: 6i.
-    """
-    h, q, k = shape.hidden, shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    inner = shape.intermediate if not shape.experts else shape.experts_per_token * shape.expert_intermediate
-    norms = 4 * (q + k) if shape.qk_norm else 0
-    return (20 * h + 8 * (q + k) + norms + 6 * inner) / between_bytes(shape)
+    return step_time(setup, rates).seconds, gpu_footprint(setup).peak / GIB

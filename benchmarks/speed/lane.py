@@ -42,8 +42,8 @@ def train(arm: Arm, task: dict[str, Any], gauge: Gauge, steps: list[dict[str, fl
     model, peft = model_of(arm, args, gauge.device)
     gauge.mark("load", then="init")
     trainer = make_trainer(arm, args, model, peft, task["steps"])
-    said = apply(trainer, arm.features) if arm.kind == "preset" else []
-    require_features(arm, args, said, gauge.device)
+    outcomes = apply(trainer, arm.features) if arm.kind == "preset" else []
+    require_features(arm, outcomes, gauge.device)
     counter = Counter(steps)
     counter.wrap(trainer)
     clock = worker.Clock(gauge, steps, began + task["stop_after_s"])
@@ -59,22 +59,24 @@ def train(arm: Arm, task: dict[str, Any], gauge: Gauge, steps: list[dict[str, fl
         "attention": trainer.model.config._attn_implementation,
         "losses": [row["loss"] for row in trainer.state.log_history if "loss" in row],
         "training_loss": done.training_loss,
-        "said": said,
+        "said": [str(each) for each in outcomes],
     }
 
 
-def require_features(arm: Arm, args: Any, said: list[str], device: str) -> None:
-    """Raise RuntimeError if a feature of the arm was left out: it would be counted as one that brings nothing.
+def require_features(arm: Arm, outcomes: list[Any], device: str) -> None:
+    """Raise RuntimeError if a feature that the arm names was left out: it would be counted as one that brings nothing.
 
-    On CPUs, where the measurement itself is tried, most of them are.
+    A default that has nothing to do there (adapters of a full fine-tune) is none; a missing liger-kernel is.  On CPUs,
+    where the measurement itself is tried, most are left out.
     """
     if device == "cpu" or arm.kind == "plain":
         return
-    lacking = [line for line in said if "left out" in line]
-    if "fused" in arm.features and not args.use_liger_kernel:
-        lacking.append("speed: fused left out: is liger-kernel installed?")
+    from hf_dsvllm.kernels import INSTALL
+
+    named = {word[1:] for word in arm.words if word[0] == "+"}
+    lacking = [each for each in outcomes if each.reason and (named & set(each.features) or each.reason == INSTALL)]
     if lacking:
-        raise RuntimeError("; ".join(lacking))
+        raise RuntimeError("; ".join(map(str, lacking)))
 
 
 def arguments(arm: Arm, task: dict[str, Any]) -> Any:

@@ -56,12 +56,15 @@ def train(arm: Arm, task: dict[str, Any], gauge: Any, steps: list[dict[str, floa
         peft_config=get_peft_config(config),
     )
     features = arm.features if arm.kind == "preset" else ()
-    said = apply(trainer, features)
-    lane.require_features(arm, args, said, gauge.device)
+    outcomes = apply(trainer, features)
+    lane.require_features(arm, outcomes, gauge.device)
     with attention_order(features):
         trainer.train()
     gauge.mark("end")
-    return {"losses": [row["loss"] for row in trainer.state.log_history if "loss" in row], "said": said}
+    return {
+        "losses": [row["loss"] for row in trainer.state.log_history if "loss" in row],
+        "said": [str(each) for each in outcomes],
+    }
 
 
 def run(task: dict[str, Any]) -> dict[str, Any]:

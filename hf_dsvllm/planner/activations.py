@@ -22,8 +22,10 @@ class Numerics:
     """How a run computes.
 
     `weight_bytes` of the model as loaded (2 or 4); `autocast` where the Trainer wraps the forward pass (no DeepSpeed);
-    `lora_r` and `dropout` of the adapters, 0 without; `adapter_bytes` 4 where they are kept in fp32; `keeps_inputs`
-    where frozen linear layers save their inputs (ZeRO-3).
+    `lora_r` and `dropout` of the adapters, 0 without; `adapter_bytes` 4 where they are kept in fp32, `casts` where
+    their inputs are copied to fp32 and back for that; `keeps_inputs` where frozen linear layers save their inputs
+    (ZeRO-3); `fused` where norms and activation are one kernel each, `one_operation` where an adapted layer is
+    (hf_dsvllm.features).
     """
 
     method: Method
@@ -32,7 +34,10 @@ class Numerics:
     lora_r: int = 0
     dropout: bool = False
     adapter_bytes: int = 2
+    casts: bool = False
     keeps_inputs: bool = False
+    fused: bool = False
+    one_operation: bool = False
 
     @property
     def mixed(self) -> bool:
@@ -58,7 +63,7 @@ class Traced:
     def of(self, numerics: Numerics) -> int:
         """The count that belongs to a way of computing."""
         if numerics.method != "full":
-            return self.adapters_fp32 if numerics.adapter_bytes == 4 else self.adapters
+            return self.adapters_fp32 if numerics.casts or numerics.pure_fp32 else self.adapters
         if numerics.mixed:
             return self.full_mixed
         return self.full_fp32 if numerics.pure_fp32 else self.full
@@ -67,16 +72,18 @@ class Traced:
 def layer_bytes(shape: ModelShape, numerics: Numerics) -> int:
     """Bytes that one decoder layer saves for one token.
 
-    bf16, all weights trained, with norms on queries and keys (Qwen3): 16h + 10q + 10k + 8i + 8 + 8H + 4K.
+    bf16, all weights trained, with norms on queries and keys (Qwen3): 16h + 10q + 10k + 8i + 8 + 8H + 4K; with fused
+    kernels 8h + 6q + 6k + 6i + 8 + 8H + 4K.
     """
     trained = numerics.method == "full"
     wide = 4 if numerics.mixed or numerics.pure_fp32 else 2  # of the residual stream
     e = 4 if numerics.pure_fp32 else 2  # of what products read
     h, q, k = shape.hidden, shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
-    saved = 2 * norm_bytes(h, trained, wide)
+    saved = 2 * norm_bytes(h, trained, wide, fused=numerics.fused)
     saved += linear_inputs(shape, numerics, readers=("q_proj", "k_proj", "v_proj"), width=h, stream=wide, e=e)
     if shape.qk_norm:
-        saved += norm_bytes(q, trained, e, shape.heads) + norm_bytes(k, trained, e, shape.kv_heads)
+        saved += norm_bytes(q, trained, e, shape.heads, fused=numerics.fused)
+        saved += norm_bytes(k, trained, e, shape.kv_heads, fused=numerics.fused)
     saved += e * (q + 2 * k)  # rotated queries and keys, values: saved by attention
     saved += e * q + 4 * shape.heads  # its output and the logarithm of the softmax's sum
     saved += linear_inputs(shape, numerics, readers=("o_proj",), width=q, stream=e, e=e, kept=True)
@@ -85,8 +92,13 @@ def layer_bytes(shape: ModelShape, numerics: Numerics) -> int:
     return saved + frozen_input_bytes(shape, numerics)
 
 
-def norm_bytes(width: int, trained: bool, e: int, rows: int = 1) -> int:
-    """RMSNorm: its input in fp32 and the root; the normalised value where the scale is trained.  4w + 4 [+ e w]."""
+def norm_bytes(width: int, trained: bool, e: int, rows: int = 1, *, fused: bool = False) -> int:
+    """RMSNorm: its input in fp32 and the root; the normalised value where the scale is trained.  4w + 4 [+ e w].
+
+    One kernel keeps its input as it came, and the root: e w + 4 (liger-kernel 0.8, ops/rms_norm.py).
+    """
+    if fused:
+        return e * width + 4 * rows
     return 4 * width + 4 * rows + (e * width if trained else 0)
 
 
@@ -114,7 +126,7 @@ def linear_inputs(
     rank = len(readers) * e * numerics.lora_r * (1 if numerics.autocast else 2)
     if numerics.dropout:
         return len(readers) * (e + 1) * width + rank
-    if numerics.adapter_bytes != e:
+    if numerics.casts:
         return len(readers) * e * width + rank
     return rank + (0 if kept else e * width)
 
@@ -136,9 +148,10 @@ def frozen_input_bytes(shape: ModelShape, numerics: Numerics) -> int:
 def feed_forward_bytes(shape: ModelShape, numerics: Numerics, e: int) -> int:
     """silu(gate) * up, then down: gate, silu(gate), up and, for down's weight or adapter, their product.
 
-    A mixture of experts does this for `experts_per_token` copies of each token, and gathers the tokens first.
+    One kernel computes silu(gate) again (liger-kernel 0.8, ops/swiglu.py).  A mixture of experts does this for
+    `experts_per_token` copies of each token, and gathers the tokens first.
     """
-    dense = 3 * e * shape.intermediate + linear_inputs(
+    dense = (2 if numerics.fused else 3) * e * shape.intermediate + linear_inputs(
         shape, numerics, readers=("down_proj",), width=shape.intermediate, stream=e, e=e
     )
     if not shape.experts:
@@ -158,7 +171,7 @@ def working_bytes(shape: ModelShape, numerics: Numerics) -> int:
     """What is alive beside the saved tensors in one layer's backward pass, per token: around its feed-forward block.
 
     All weights trained: gradients of the layer's output (h) and, of width i, of the product, of silu(gate) and of up,
-    less the product that is free by then.  Adapters in bf16: the same.  Adapters in fp32: the moment before, when the
+    less the product that is free by then.  Adapters without casts: the same.  With them: the moment before, when the
     recomputed product stands beside its fp32 cast and, with dropout, that one's dropped copy, and the hidden states
     that nobody saves.
     """
@@ -166,6 +179,6 @@ def working_bytes(shape: ModelShape, numerics: Numerics) -> int:
     width = shape.intermediate if not shape.experts else shape.experts_per_token * shape.expert_intermediate
     if numerics.method == "full" or numerics.pure_fp32:
         return 2 * e * shape.hidden + 2 * e * width
-    if numerics.adapter_bytes == 4:
+    if numerics.casts:
         return 4 * shape.hidden + (10 if numerics.dropout else 6) * width
     return 2 * shape.hidden + 4 * width

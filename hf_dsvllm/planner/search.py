@@ -65,6 +65,7 @@ class Job:
     processes: int | None = None
     local_processes: int | None = None
     nodes: int = 1
+    features: frozenset[str] = frozenset()
 
     @property
     def hosts(self) -> int:
@@ -281,6 +282,7 @@ def judge(job: Job, preset: Preset, world: int, micro: int, recompute: bool, pla
         optimizer_bytes=state_bytes(job.optimizer, preset.zero_stage),
         device=job.device,
         traced=job.traced,
+        features=job.features,
     )
     footprint, host = gpu_footprint(setup), host_footprint(setup)
     engine = None

@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
+from hf_dsvllm.features import FUSED_TYPES
 from hf_dsvllm.model_shape import ModelShape
 from hf_dsvllm.planner.activations import Method, Numerics, Traced, frozen_input_bytes, layer_bytes
 from hf_dsvllm.presets import Preset
@@ -33,6 +34,7 @@ class Setup:
     optimizer_bytes: float = 8.0  # of state for each parameter stepped in fp32 (hf_dsvllm.optimizers)
     device: Literal["cuda", "cpu"] = "cuda"
     traced: Traced | None = None
+    features: frozenset[str] = frozenset()  # speed features in force (hf_dsvllm.features.planned)
 
     @property
     def layer_bytes(self) -> int:
@@ -76,12 +78,17 @@ class Setup:
                 keeps_inputs=keeps_inputs,
             )
         plain = not self.preset.uses_deepspeed
+        wide = plain and self.method == "lora" and "bf16_adapters" not in self.features
+        one_operation = adapted and "fused_adapters" in self.features and self.preset.zero_stage != 3
         return Numerics(
             method=self.method,
             weight_bytes=4 if plain and not adapted else 2,
             autocast=plain,
             lora_r=self.lora_r if adapted else 0,
             dropout=adapted and self.lora_dropout,
-            adapter_bytes=4 if plain and self.method == "lora" else 2,
+            adapter_bytes=4 if wide else 2,
+            casts=wide and not one_operation and "lean_adapters" not in self.features,
             keeps_inputs=keeps_inputs,
+            fused="fused" in self.features and self.shape.model_type in FUSED_TYPES and self.traced is None,
+            one_operation=one_operation,
         )

@@ -13,6 +13,7 @@ import dataclasses
 from collections.abc import Mapping
 
 from hf_dsvllm.model_shape import Linear, ModelShape
+from hf_dsvllm.planner.activations import Numerics
 from hf_dsvllm.planner.cards import Rates
 from hf_dsvllm.planner.setup import NODE_GPUS, Setup
 
@@ -58,6 +59,7 @@ OVERHEADS = Overheads()
 TILE_TOKENS = 4096  # trl/kernels/chunked_logprob.py, TOKEN_CHUNK_SIZE
 LAYER_MODULES = 6  # beside its linear layers and norms of queries and keys
 ADAPTER_MODULES = 4  # called around a linear layer that has one: PEFT's wrapper, dropout, A and B
+ONE_OPERATION_BYTES = 5.5  # read and written for an element of a layer's output, see `adapter_traffic`
 ADAM_BYTES = 28  # a parameter: weight, gradient and two moments read, all but the gradient written
 
 
@@ -104,7 +106,7 @@ def gpu_seconds(setup: Setup, rates: Rates, overheads: Overheads) -> tuple[float
     products = sum(product_seconds(linear, tokens, rates, overheads) for linear in inner)
     products += 2 * tokens * active_expert_weights(shape) / rates.product_flops
     attention = 2 * setup.micro * shape.heads * shape.head_dim * setup.length**2 * shape.layers
-    moved = (between_bytes(shape, mixed=setup.numerics.mixed) * shape.layers + adapter_traffic(setup)) * tokens
+    moved = (between_bytes(shape, setup.numerics) * shape.layers + adapter_traffic(setup)) * tokens
     between = overheads.traffic * moved / rates.memory_bytes_per_s
     dequantise = 2.6 * shape.linear_parameters / rates.memory_bytes_per_s if setup.method == "qlora" else 0.0
     casts = 6.0 * shape.linear_parameters / rates.memory_bytes_per_s if setup.numerics.mixed else 0.0
@@ -181,29 +183,36 @@ def active_expert_weights(shape: ModelShape) -> int:
     return shape.expert_parameters * shape.experts_per_token // shape.experts
 
 
-def between_bytes(shape: ModelShape, *, mixed: bool = False) -> float:
+def between_bytes(shape: ModelShape, numerics: Numerics) -> float:
     """Bytes read and written per token and layer between products, forward.
 
     RMSNorm, in eager PyTorch six kernels over h (to fp32 2+4, square 4+4, mean 4, times root 4+4, to bf16 4+2, times
     scale 2+2) = 36h, twice; residual sums 6h, twice; norms on queries and keys 36(q+k); rotation 20(q+k); attention
-    reads and writes 2q+2k+2k+2q; silu 4i, product 6i.  `mixed`, the residual stream in fp32 under autocast: RMSNorm has
+    reads and writes 2q+2k+2k+2q; silu 4i, product 6i.  Mixed, the residual stream in fp32 under autocast: RMSNorm has
     no casts (square 4+4, mean 4, times root 4+4, times scale 4+4 = 28h, twice), the sums take 10h, twice, and each of
-    q, k, v, gate and up casts its input anew, 6h.
+    q, k, v, gate and up casts its input anew, 6h.  Fused kernels read and write once: norms 4h, twice, and 4(q+k),
+    rotation 4(q+k), silu and product 6i.
     """
     h, q, k = shape.hidden, shape.heads * shape.head_dim, shape.kv_heads * shape.head_dim
     inner = shape.intermediate if not shape.experts else shape.experts_per_token * shape.expert_intermediate
-    moved = (106 if mixed else 84) * h + 20 * (q + k) + 4 * (q + k) + 10 * inner
+    if numerics.fused:
+        return 20 * h + 4 * (q + k) + 4 * (q + k) + 6 * inner + (4 * (q + k) if shape.qk_norm else 0)
+    moved = (106 if numerics.mixed else 84) * h + 20 * (q + k) + 4 * (q + k) + 10 * inner
     return moved + (36 * (q + k) if shape.qk_norm else 0)
 
 
 def adapter_traffic(setup: Setup) -> float:
     """Bytes per token that adapters move in all layers, forward: dropout 2+2+1 of the input, scale and sum 10 of the
-    output; fp32 adapters read the input in fp32 first (6 more), and 4-bit layers clone their output (4 more).
+    output; fp32 adapters read the input (10 with its copy to fp32 and back), and 4-bit layers clone their output (4).
+
+    As one operation a layer reads and writes its output once more, 4 by count and 5.5 by measurement (8B LoRA, H200:
+    products of rank 16 do not reach the memory's rate).
     """
     if setup.method == "full":
         return 0.0
-    reads = (5 if setup.lora_dropout else 0) + (10 if setup.numerics.adapter_bytes == 4 else 0)
-    writes = 10 + (4 if setup.method == "qlora" else 0)
+    numerics = setup.numerics
+    reads = (5 if setup.lora_dropout else 0) + (10 if numerics.casts or setup.device == "cpu" else 0)
+    writes = ONE_OPERATION_BYTES if numerics.one_operation else 10 + (4 if setup.method == "qlora" else 0)
     return float(
         sum(
             linear.count * (reads * linear.inputs + writes * linear.outputs)

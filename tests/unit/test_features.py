@@ -9,7 +9,6 @@ from typing import Any
 import pytest
 
 from hf_dsvllm.features import FEATURES, choose, feature_problems
-from tests.door import enter
 from tests.tiny import write_tiny_model
 
 DEFAULTS = frozenset(feature.name for feature in FEATURES if feature.default)
@@ -17,15 +16,16 @@ TOLERANCE = 2e-6  # of a loss in float32: another order of additions
 
 
 def test_the_features_that_are_on_by_default_are_reviewed_ones() -> None:
-    assert set(DEFAULTS) == {"keep_activations"}
+    assert {feature.name for feature in FEATURES if not feature.default} == {"bf16_adapters", "cudnn"}
+    assert all(any(sign.isdigit() for sign in feature.why) for feature in FEATURES if feature.default), "measured"
 
 
 @pytest.mark.parametrize(
     ("words", "expected"),
     [
         (None, DEFAULTS),
-        (["unmasked"], DEFAULTS | {"unmasked"}),
-        (["no_keep_activations", "cudnn"], {"cudnn"}),
+        (["cudnn"], DEFAULTS | {"cudnn"}),
+        (["no_keep_activations", "cudnn"], DEFAULTS - {"keep_activations"} | {"cudnn"}),
         (["none", "fused"], {"fused"}),
         (["none", "padding_free"], {"padding_free", "varlen"}),
         (["all", "no_fused"], {feature.name for feature in FEATURES} - {"fused"}),
@@ -176,7 +176,10 @@ def test_other_kinds_of_attention_keep_their_masks(changed: dict[str, Any]) -> N
 
 def mixed(**changed: Any) -> Any:
     """What `speedups` reads of arguments that train in bf16 under autocast, on a CPU."""
-    return SimpleNamespace(**{"use_cpu": True, "bf16": True, "fp16": False, "parallelism_config": None} | changed)
+    return SimpleNamespace(
+        **{"use_cpu": True, "bf16": True, "fp16": False, "parallelism_config": None, "use_liger_kernel": False}
+        | changed
+    )
 
 
 @pytest.mark.parametrize(
@@ -205,28 +208,29 @@ def test_lean_adapters_say_why_there_is_nothing_to_change(
         model = get_peft_model(model, LoraConfig(target_modules=["0"]), autocast_adapter_dtype=kind != "bf16 adapters")
         assert (type(model.base_model.model[0]).__name__ == "Linear4bit") == (kind == "4 bit")
     trainer = SimpleNamespace(model=model, args=mixed(**changed), is_deepspeed_enabled=engine)
-    (line,) = apply(trainer, {"lean_adapters"})
-    assert line.startswith("speed: lean_adapters left out, because")
-    assert why in line
+    (outcome,) = apply(trainer, {"lean_adapters"})
+    assert str(outcome).startswith("speed: lean_adapters left out, because")
+    assert why in str(outcome)
 
 
-def test_what_a_machine_without_gpu_leaves_out_is_said(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+def test_what_a_machine_without_gpu_leaves_out_is_said_where_it_was_asked_for(
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
     import torch
-    from trl import DPOConfig, SFTConfig
 
-    from hf_dsvllm.arguments import _fused
-    from hf_dsvllm.speedups import apply
+    from hf_dsvllm.speedups import apply, worth_saying
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    assert apply(SimpleNamespace(args=mixed()), {"cudnn"}) == ["speed: cudnn left out, because there is no GPU"]
-    enter(tmp_path, SFTConfig, ds_preset="lora", ds_speed=["fused"])
-    assert "speed: fused left out, because its kernels run on GPUs" in capsys.readouterr().err
-    other = enter(tmp_path, DPOConfig, ds_preset="lora", ds_speed=["fused"])
-    capsys.readouterr()
-    assert _fused(other, "cuda") == []
-    assert "fused left out, because TRL's other trainers" in capsys.readouterr().err
+    model = SimpleNamespace(config=SimpleNamespace(model_type="qwen3"))
+    outcomes = apply(SimpleNamespace(args=mixed(), model=model), {"cudnn", "fused"})
+    lines = [
+        "speed: fused left out, because its kernels run on GPUs",
+        "speed: cudnn left out, because there is no GPU",
+    ]
+    assert list(map(str, outcomes)) == lines
+    assert worth_saying(outcomes, ["all"]) == lines
+    assert worth_saying(outcomes, ["cudnn"]) == lines[1:]
+    assert worth_saying(outcomes, []) == []
 
 
 def test_lean_adapters_compute_the_same_under_autocast(model_path: str) -> None:
@@ -252,8 +256,7 @@ def test_lean_adapters_compute_the_same_under_autocast(model_path: str) -> None:
 
     before = run()
     trainer = SimpleNamespace(model=model, args=mixed(), is_deepspeed_enabled=False)
-    (line,) = lean_adapters(trainer)
-    assert "speed: 14 adapted layers" in line
+    assert "speed: 14 adapted layers" in str(lean_adapters(trainer))
     loss, gradient = run()
     assert torch.equal(loss, before[0])
     assert torch.equal(gradient, before[1])
@@ -277,7 +280,7 @@ def test_sequence_parallelism_gets_the_attention_the_positions_and_the_lengths_i
         return handler, trainer.data_collator, lines
 
     handler, collator, (line,) = ready(default_data_collator)
-    assert (handler.sp_attn_implementation, "position" in line) == ("sdpa", True)
+    assert (handler.sp_attn_implementation, "position" in str(line)) == ("sdpa", True)
     batch = collator([{"input_ids": [5, 6, 7]}, {"input_ids": [8, 9, 4]}])
     assert torch.equal(batch["position_ids"], torch.tensor([[0, 1, 2], [0, 1, 2]]))
     own = collator([{"input_ids": [5, 6], "position_ids": [3, 4]}])
@@ -315,7 +318,7 @@ def test_adapters_in_bf16_learn_nearly_the_same_and_keep_what_is_no_adapter(mode
 
     plain, before, _ = trained(set())
     found, after, lines = trained({"bf16_adapters", "lean_adapters"})
-    assert lines == ["speed: 8 adapter matrices and their optimizer states in bf16 (bf16_adapters)"]
+    assert list(map(str, lines)) == ["speed: 8 adapter matrices and their optimizer states in bf16 (bf16_adapters)"]
     assert found == pytest.approx(plain, abs=0.02)
     kinds = {
         trainer: {parameter.dtype for name, parameter in trainer.model.named_parameters() if part in name}
@@ -326,5 +329,5 @@ def test_adapters_in_bf16_learn_nearly_the_same_and_keep_what_is_no_adapter(mode
     assert set(states) == {torch.bfloat16}
     heads = {p.dtype for name, p in after.model.named_parameters() if "modules_to_save" in name}
     assert heads == {p.dtype for name, p in before.model.named_parameters() if "modules_to_save" in name}
-    (line,) = apply(after, {"bf16_adapters"})
-    assert "left out, because the optimizer was made before" in line
+    (outcome,) = apply(after, {"bf16_adapters"})
+    assert "left out, because the optimizer was made before" in str(outcome)

@@ -1,4 +1,4 @@
-"""Recompute is left out where the planner says that it may be, and a batch is split only where that was asked for."""
+"""Recompute is left out where the planner says that it may be, and a batch is split where that costs no precision."""
 
 from __future__ import annotations
 
@@ -17,7 +17,14 @@ def model_path(tmp_path_factory: pytest.TempPathFactory) -> str:
     return str(write_tiny_model(tmp_path_factory.mktemp("features") / "model"))
 
 
-def keep(monkeypatch: pytest.MonkeyPatch, *, card: str = "1xH200", device: str = "cuda", **changed: Any) -> Any:
+def keep(
+    monkeypatch: pytest.MonkeyPatch,
+    *,
+    card: str = "1xH200",
+    device: str = "cuda",
+    preset: str = "zero2",
+    **changed: Any,
+) -> Any:
     """`auto.keep_activations` for a full fine-tune of a 1.7B shape on a named machine, and the arguments after it."""
     from hf_dsvllm import auto
     from hf_dsvllm.hardware import parse_machine
@@ -49,7 +56,7 @@ def keep(monkeypatch: pytest.MonkeyPatch, *, card: str = "1xH200", device: str =
     asked |= {"gen_eval_weights": "disk", "optim": "adamw_torch_fused", "optim_args": None}
     args = SFTConfig(**(base | asked | changed))
     model = SimpleNamespace(model_name_or_path="model", model_revision="main", lora_r=16)
-    return args, auto.keep_activations(args, model, get_preset("zero2"), device)
+    return args, auto.keep_activations(args, model, get_preset(preset), device)
 
 
 def test_recompute_that_was_asked_for_stays(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -93,7 +100,7 @@ def test_activations_are_kept_where_they_fit_and_the_reason_is_said(monkeypatch:
         {"ds_speed": ["no_keep_activations"]},
         {"gradient_checkpointing_kwargs": {"selective": True}},
         {"activation_offloading": True},
-        {"per_device_train_batch_size": 32},
+        {"per_device_train_batch_size": 32, "ds_speed": ["no_split_batch"]},
     ],
     ids=lambda changed: next(iter(changed)),
 )
@@ -105,7 +112,7 @@ def test_recompute_stays_where_memory_the_user_or_the_formulas_ask_for_it(
     assert fixes == []
 
 
-SPLIT = {"ds_speed": ["split_batch"], "per_device_train_batch_size": 32}
+SPLIT = {"per_device_train_batch_size": 32}
 
 
 def test_a_batch_that_does_not_fit_is_split_instead_of_recomputed_and_stays_the_same(
@@ -127,8 +134,13 @@ def test_a_batch_that_does_not_fit_is_split_instead_of_recomputed_and_stays_the_
 
 @pytest.mark.parametrize(
     "changed",
-    [{"card": "1xA100-40GB"}, {"ds_speed": None}, {"argv": ["t.py", "--gradient_accumulation_steps", "1"]}],
-    ids=["nothing fits", "not asked for", "accumulation given"],
+    [
+        {"card": "1xA100-40GB"},
+        {"ds_speed": ["no_split_batch"]},
+        {"preset": "zero3"},
+        {"argv": ["t.py", "--gradient_accumulation_steps", "1"]},
+    ],
+    ids=["nothing fits", "left out", "gradients added up in bf16", "accumulation given"],
 )
 def test_a_batch_is_not_split_without_need_and_leave(monkeypatch: pytest.MonkeyPatch, changed: dict[str, Any]) -> None:
     monkeypatch.setattr("sys.argv", changed.get("argv", ["t.py"]))

@@ -196,14 +196,19 @@ def test_an_adapted_embedding_is_left_to_peft() -> None:
 
 
 def said(model: Any) -> str:
-    [line] = apply(SimpleNamespace(model=model, args=SimpleNamespace(parallelism_config=None)), {"fused_adapters"})
-    return line
+    [outcome] = apply(SimpleNamespace(model=model, args=arguments()), {"fused_adapters"})
+    return str(outcome)
+
+
+def arguments(**changed: Any) -> Any:
+    """What `speedups` reads of a Trainer's arguments."""
+    return SimpleNamespace(**{"parallelism_config": None, "torch_compile": False} | changed)
 
 
 def test_the_run_says_which_layers_are_one_operation_and_why_others_are_not() -> None:
     model = adapted(target_modules=["embed", "one"])
     assert said(model) == (
-        "speed: 1 adapted layers are one operation each (fused_adapters), 1 are not because of an adapter on Embedding"
+        "speed: 1 adapted layers are one operation each, 1 are not because of an adapter on Embedding (fused_adapters)"
     )
     assert isinstance(layer_of(model), FusedLinear)
     assert said(adapted(use_dora=True)) == ("speed: fused_adapters left out, because of a variant of LoRA such as DoRA")
@@ -237,8 +242,8 @@ def test_training_with_it_learns_what_training_without_it_learns(tmp_path: Any, 
         model = AutoModelForCausalLM.from_pretrained(path, dtype=torch.float32)
         config = LoraConfig(r=4, target_modules="all-linear", lora_dropout=0.0, task_type="CAUSAL_LM")
         trainer = SFTTrainer(model=model, args=args, train_dataset=Dataset.from_list(rows), peft_config=config)
-        lines = apply(trainer, features)
-        assert all("14 adapted layers are one operation each" in line for line in lines)
+        outcomes = apply(trainer, features)
+        assert all("14 adapted layers are one operation each" in outcome.said for outcome in outcomes)
         trainer.train()
         return [row["loss"] for row in trainer.state.log_history if "loss" in row]
 
@@ -332,9 +337,11 @@ def test_a_4_bit_layer_with_an_fp32_input_under_autocast_returns_fp32_as_pefts_d
 
 def test_zero3_that_will_shard_later_is_known_by_its_stage() -> None:
     state = SimpleNamespace(deepspeed_plugin=SimpleNamespace(zero_stage=3))
-    trainer = SimpleNamespace(
-        model=adapted(), args=SimpleNamespace(parallelism_config=None), accelerator=SimpleNamespace(state=state)
-    )
-    assert apply(trainer, {"fused_adapters"}) == [
-        "speed: fused_adapters left out, because ZeRO-3 gathers adapters only where their own modules are called"
-    ]
+    trainer = SimpleNamespace(model=adapted(), args=arguments(), accelerator=SimpleNamespace(state=state))
+    (outcome,) = apply(trainer, {"fused_adapters"})
+    assert outcome.reason == "ZeRO-3 gathers adapters only where their own modules are called"
+
+
+def test_what_is_compiled_is_left_to_the_compiler() -> None:
+    (outcome,) = apply(SimpleNamespace(model=adapted(), args=arguments(torch_compile=True)), {"fused_adapters"})
+    assert "torch.compile" in str(outcome.reason)

@@ -52,6 +52,7 @@ def arguments(**fields: Any) -> Any:
         optim = "adamw_torch_fused"
         optim_args = None
         vllm_python = None
+        ds_speed = None
 
     for name, value in fields.items():
         setattr(Fields, name, value)
