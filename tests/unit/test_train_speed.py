@@ -81,7 +81,7 @@ def test_what_the_issue_asks_for_comes_first(speed: Any) -> None:
     assert worlds == sorted(worlds, reverse=True), "those of several GPUs before those that run side by side"
     for case in ("off8", "off14"):  # offload and the same tokens without it
         arms = [arm for arm in first if arm.case == case]
-        assert {arm.tokens for arm in arms} == {131_072}
+        assert min(arm.tokens for arm in arms) == 131_072
         assert {"zero2", "zero2_offload", "z3o"} <= {arm.preset for arm in arms}
 
 
