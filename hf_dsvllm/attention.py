@@ -23,17 +23,23 @@ __all__ = ["NAME", "drop_masks", "use_varlen", "why_no_varlen", "why_not"]
 
 NAME = "dsvllm_varlen"
 CAUSAL = (-1, 0)  # window of varlen_attn: everything before, nothing after
+# Whose layers hand the boundaries of packed sequences on to attention: a test trains each of them both ways
+TYPES = frozenset(
+    ("gemma", "gpt_neox", "granite", "llama", "mistral", "olmo", "olmo2", "phi", "phi3", "qwen2", "qwen3", "smollm3")
+)
 
 
 def why_not(model: Any) -> str | None:
     """Why this model keeps transformers' masks, None if it does not need them.
 
-    Only text models whose every layer attends to all earlier tokens; a mixture of experts reads the padding mask for
-    its balance loss.
+    Only causal models of `TYPES` whose every layer attends to all earlier tokens; a mixture of experts reads the
+    padding mask for its balance loss.
     """
-    config = model.config
-    if config.get_text_config() is not config:
-        return "the model is not a text model alone"
+    config = getattr(model, "config", None)
+    if config is None or config.get_text_config() is not config:
+        return "the model is not a text model of transformers alone"
+    if config.model_type not in TYPES or not type(model).__name__.endswith("ForCausalLM"):
+        return f"it was not tried on {type(model).__name__}"
     kinds = set(getattr(config, "layer_types", None) or ["full_attention"])
     if kinds != {"full_attention"} or (not hasattr(config, "layer_types") and getattr(config, "sliding_window", None)):
         return "not every layer attends to all earlier tokens"
@@ -83,14 +89,19 @@ def hides_ends_alone(mask: torch.Tensor) -> bool:
     return bool((mask[:, 1:] <= mask[:, :-1]).all()) and bool(mask[:, 0].all())
 
 
-def use_varlen(model: Any) -> None:
-    """Let `model` attend through `varlen_forward`; it is `sdpa` for everything that is not packed."""
+def use_varlen(model: Any) -> bool:
+    """Let `model` attend through `varlen_forward`, `sdpa` for everything that is not packed; False if it does not."""
     from transformers import AttentionInterface, AttentionMaskInterface
     from transformers.masking_utils import sdpa_mask
 
     AttentionInterface.register(NAME, varlen_forward)
     AttentionMaskInterface.register(NAME, sdpa_mask)
+    before = model.config._attn_implementation
     model.set_attn_implementation(NAME)
+    if model.config._attn_implementation == NAME:
+        return True
+    model.set_attn_implementation(before)
+    return False
 
 
 def varlen_forward(
@@ -121,8 +132,25 @@ def varlen_forward(
     if torch.is_autocast_enabled(query.device.type):  # as autocast does for scaled_dot_product_attention
         dtype = torch.get_autocast_dtype(query.device.type)
         query, key, value = (part.to(dtype) for part in (query, key, value))
+    longest = int(kwargs["max_length_q"])
+    if (len(starts) - 1) * longest == query.shape[2]:
+        return all_alike(query, key, value, longest, dropout, scaling), None
     attend = on_gpu if query.is_cuda and query.dtype != torch.float32 and dropout == 0.0 else one_by_one
-    return attend(query, key, value, starts, int(kwargs["max_length_q"]), dropout, scaling), None
+    return attend(query, key, value, starts, longest, dropout, scaling), None
+
+
+def all_alike(
+    query: torch.Tensor, key: torch.Tensor, value: torch.Tensor, length: int, dropout: float, scaling: float | None
+) -> torch.Tensor:
+    """Sequences of one length as rows of a batch: `scaled_dot_product_attention` has faster kernels than varlen_attn.
+
+    On an H200 (torch 2.11) cuDNN's, 565 TFLOP/s forward and 435 backward, instead of 285 and 243.
+    """
+    rows = (part[0].unflatten(1, (-1, length)).transpose(0, 1) for part in (query, key, value))
+    out = torch.nn.functional.scaled_dot_product_attention(
+        *rows, dropout_p=dropout, scale=scaling, is_causal=True, enable_gqa=True
+    )
+    return out.transpose(1, 2).flatten(0, 1).unsqueeze(0)
 
 
 def on_gpu(

@@ -156,8 +156,7 @@ def keep_activations(args: Any, model_args: Any, preset: Preset, device: str) ->
     `ModelConfig`; called before the model is loaded.  With the feature `split_batch` also by smaller micro-batches,
     where their gradients are added up in fp32 or it was asked for by name.
     """
-    sft = any(parent.__name__ == "SFTConfig" for parent in type(args).__mro__)
-    if not (sft and device == "cuda" and args.gradient_checkpointing):
+    if not (trl_config(args) == "SFTConfig" and device == "cuda" and args.gradient_checkpointing):
         return []
     if not args.max_length or args.gradient_checkpointing_kwargs or args.activation_offloading:
         return []  # no bound to plan for, or a choice of the user's
@@ -178,7 +177,8 @@ def keep_activations(args: Any, model_args: Any, preset: Preset, device: str) ->
         if found.fits or "split_batch" not in wanted or was_given(args, "gradient_accumulation_steps"):
             return []
         asked = "split_batch" in (args.ds_speed or ())
-        in_bf16 = preset.zero_stage in ADDED_IN_BF16 or "bf16_adapters" in wanted
+        bf16_adapters = "bf16_adapters" in wanted or preset.adapter == "qlora"  # TRL trains those of QLoRA in bf16
+        in_bf16 = preset.zero_stage in ADDED_IN_BF16 or (bf16_adapters and not preset.uses_deepspeed)
         if job.shape.experts or (in_bf16 and not asked):
             return []  # the balance loss of experts is one of each micro-batch
         smaller = [judge(job, preset, world, size, False, place) for size in range(1, micro) if micro % size == 0]

@@ -17,18 +17,21 @@ from hf_dsvllm.features import FUSED_TYPES
 
 __all__ = ["INSTALL", "use_kernels", "why_no_kernels"]
 
+FUSED_ACTIVATIONS = ("silu", "swish")  # two names of one function
 INSTALL = "liger-kernel is not installed: pip install 'hf-dsvllm[fused]'"
 
 
 def why_no_kernels(model: Any, on_gpu: bool) -> str | None:
     """What keeps these kernels from a model, None if nothing does."""
+    config = getattr(model, "config", None)
+    kind = getattr(config, "model_type", type(model).__name__)
+    if kind not in FUSED_TYPES:
+        return f"it is for {', '.join(sorted(FUSED_TYPES))}, and this is {kind}"
+    if config.hidden_act not in FUSED_ACTIVATIONS:
+        return f"its activation is silu, and this model's is {config.hidden_act}"
     if not on_gpu:
         return "its kernels run on GPUs"
-    if importlib.util.find_spec("liger_kernel") is None:
-        return INSTALL
-    if model.config.model_type not in FUSED_TYPES:
-        return f"it is for {', '.join(sorted(FUSED_TYPES))}, and this is {model.config.model_type}"
-    return None
+    return INSTALL if importlib.util.find_spec("liger_kernel") is None else None
 
 
 def use_kernels(model: Any) -> None:

@@ -33,8 +33,9 @@ class _Fused:
         down, up = self.lora_A[names[0]].weight, self.lora_B[names[0]].weight
         dropout, x = self.lora_dropout[names[0]], x.to(dtype)
         dropped = dropout(x).reshape(-1, x.shape[-1]) if dropout.training and getattr(dropout, "p", 0.0) > 0 else None
+        flat, trains = x.reshape(-1, x.shape[-1]), torch.is_grad_enabled()
         made = _LowRankLinear.apply(
-            x.reshape(-1, x.shape[-1]), dropped, self.base_layer, down.to(dtype), up.to(dtype), self.scaling[names[0]]
+            flat, dropped, self.base_layer, down.to(dtype), up.to(dtype), self.scaling[names[0]], trains
         )
         return made.view(*x.shape[:-1], made.shape[-1])
 
@@ -74,8 +75,9 @@ class _LowRankLinear(torch.autograd.Function):
         down: torch.Tensor,
         up: torch.Tensor,
         scaling: float,
+        trains: bool,
     ) -> torch.Tensor:
-        made: torch.Tensor = base(x)
+        made = _of_base(base, x, trains)
         read = x if dropped is None else dropped
         low = read @ down.t()
         made.addmm_(low, up.t(), alpha=scaling)
@@ -88,7 +90,7 @@ class _LowRankLinear(torch.autograd.Function):
     def backward(ctx: Any, *gradients: torch.Tensor) -> tuple[torch.Tensor | None, ...]:
         [gradient] = gradients
         read, low, down, up = ctx.saved_tensors
-        needs_x, needs_dropped, _, needs_down, needs_up, _ = ctx.needs_input_grad
+        needs_x, needs_dropped, _, needs_down, needs_up, *_ = ctx.needs_input_grad
         of_low = (gradient @ up).mul_(ctx.scaling)
         of_x = of_dropped = None
         if needs_x:
@@ -98,7 +100,17 @@ class _LowRankLinear(torch.autograd.Function):
             of_dropped = of_low @ down
         of_down = of_low.t() @ read if needs_down else None
         of_up = (gradient.t() @ low).mul_(ctx.scaling) if needs_up else None
-        return of_x, of_dropped, None, of_down, of_up, None
+        return of_x, of_dropped, None, of_down, of_up, None, None
+
+
+def _of_base(base: Any, x: torch.Tensor, trains: bool) -> torch.Tensor:
+    """What the frozen layer makes of `x`; without gradients bitsandbytes (0.50) would take its kernel for inference."""
+    if not (trains and hasattr(base.weight, "quant_state")):
+        made: torch.Tensor = base(x)
+        return made
+    with torch.enable_grad():
+        trained: torch.Tensor = base(x.detach().requires_grad_())
+    return trained.detach()
 
 
 def _weight(base: Any, dtype: torch.dtype) -> torch.Tensor:

@@ -109,50 +109,88 @@ class WithPositions:
 
 
 def without_masks(trainer: Any, features: tuple[str, ...]) -> list[Outcome]:
-    """`unmasked`, `varlen` and `padding_free`, where the model allows it."""
-    model = plain_model(trainer)
+    """`unmasked`, `varlen` and `padding_free`, where model, collator and what else reads batches allow it."""
+    model, collator = plain_model(trainer), trainer.data_collator
     reason = why_not(model)
-    if reason is None and trainer.args.parallelism_config is not None:
+    if reason is None and spreads_sequences(trainer):
         reason = "sequences are spread over processes"
     if reason is not None:
         return [Outcome(features, reason=reason)]
-    outcomes = []
-    packs = tuple(name for name in features if name != "unmasked")
-    on_gpu = torch.cuda.is_available() and not trainer.args.use_cpu
-    lacking = why_no_varlen(on_gpu) if packs else None
-    if lacking is not None:
-        outcomes.append(Outcome(packs, reason=lacking))
-    elif packs:
-        use_varlen(model)
-        outcomes.append(Outcome(("varlen",), "packed sequences attend without a mask"))
-    drop_masks(model)
-    laid = padding_free(trainer) if "padding_free" in packs and lacking is None else None
-    if laid is not None:
-        outcomes.append(laid)
-    if "unmasked" in features and (laid is None or laid.reason is not None):
-        outcomes.append(Outcome(("unmasked",), "padding on the right needs no mask"))
+    outcomes = [packed(trainer, model, name) for name in ("padding_free", "varlen") if name in features]
+    if "unmasked" in features and all(outcome.reason is not None for outcome in outcomes):
+        if type(collator).__module__.split(".")[0] == "trl":
+            drop_masks(model)
+            outcomes.append(Outcome(("unmasked",), "padding on the right needs no mask"))
+        else:
+            outcomes.append(Outcome(("unmasked",), reason="only TRL's own collators surely give padding no labels"))
     return outcomes
 
 
-def padding_free(trainer: Any) -> Outcome:
-    """TRL's own collator lays sequences end to end; its flag is refused beside `max_length`, which was applied by now.
+def packed(trainer: Any, model: Any, feature: str) -> Outcome:
+    """`padding_free` lays sequences end to end for training; `varlen` is for those that TRL's packing has laid so."""
+    collator = trainer.data_collator
+    laid_already = getattr(collator, "padding_free", False)
+    reason = why_no_varlen(torch.cuda.is_available() and not trainer.args.use_cpu)
+    if reason is None and feature == "padding_free":
+        reason = "they are packed already" if laid_already else why_not_end_to_end(trainer)
+    elif reason is None and not laid_already:
+        reason = "no sequences are packed"
+    if reason is None and not use_varlen(model):
+        reason = f"{type(model).__name__} does not take another attention"
+    if reason is not None:
+        return Outcome((feature,), reason=reason)
+    drop_masks(model)
+    if feature == "varlen":
+        return Outcome(("varlen",), "packed sequences attend without a mask")
+    trainer.get_train_dataloader = EndToEnd(trainer)
+    return Outcome(("padding_free", "varlen"), "the sequences of a micro-batch are laid end to end, none is padded")
 
-    TRL enforces `max_length` while it prepares the dataset, before this is called.  Code of the user's that reads
-    batches or predictions row by row keeps its rows.
+
+def why_not_end_to_end(trainer: Any) -> str | None:
+    """What keeps training batches from one row.
+
+    TRL's own collator can do it.  NEFTune measures its noise by the length of a row.  TRL refuses its flag beside
+    `max_length`, which was enforced while it prepared the dataset, before this is called.
     """
     collator = trainer.data_collator
     fields = {field.name for field in dataclasses.fields(collator)} if dataclasses.is_dataclass(collator) else set()
-    steps = (type(trainer).compute_loss, type(trainer).training_step, type(trainer).prediction_step)
-    reason = None
     if "padding_free" not in fields:
-        reason = f"{type(collator).__name__} cannot lay sequences end to end"
-    elif trainer.compute_metrics is not None or trainer.compute_loss_func is not None:
-        reason = "compute_metrics and compute_loss_func read rows of a batch"
-    elif not all(step.__module__.split(".")[0] in ("transformers", "trl") for step in steps):
-        reason = f"{type(trainer).__name__} has steps of its own, which may read rows of a batch"
-    if reason is None:
-        collator.padding_free = True
-    return Outcome(("padding_free",), "the sequences of a micro-batch are laid end to end, none is padded", reason)
+        return f"{type(collator).__name__} cannot lay sequences end to end"
+    if trainer.compute_loss_func is not None:
+        return "compute_loss_func may read rows of a batch"
+    steps = (type(trainer).compute_loss, type(trainer).training_step)
+    if not all(step.__module__.split(".")[0] in ("transformers", "trl") for step in steps):
+        return f"{type(trainer).__name__} has steps of its own, which may read rows of a batch"
+    return "of --neftune_noise_alpha" if trainer.args.neftune_noise_alpha else None
+
+
+class EndToEnd:
+    """A Trainer's `get_train_dataloader` whose collator lays sequences end to end; evaluation keeps its rows."""
+
+    def __init__(self, trainer: Any) -> None:
+        self.trainer, self.made = trainer, trainer.get_train_dataloader
+
+    def __call__(self, *args: Any, **kwargs: Any) -> Any:
+        collator = self.trainer.data_collator
+        self.trainer.data_collator = dataclasses.replace(collator, padding_free=True)
+        try:
+            return self.made(*args, **kwargs)
+        finally:
+            self.trainer.data_collator = collator
+
+
+def spreads_sequences(trainer: Any) -> bool:
+    """Whether processes share sequences, by arguments or by accelerate's environment."""
+    of_accelerate = getattr(getattr(trainer, "accelerator", None), "parallelism_config", None)
+    sizes = (getattr(of_accelerate, "sp_size", 1), getattr(of_accelerate, "cp_size", 1))
+    return trainer.args.parallelism_config is not None or max(sizes) > 1
+
+
+def compiles(trainer: Any) -> bool:
+    """Whether the model will be compiled, by arguments or by accelerate's environment."""
+    state = getattr(getattr(trainer, "accelerator", None), "state", None)
+    backend = getattr(getattr(state, "dynamo_plugin", None), "backend", None)
+    return bool(trainer.args.torch_compile) or getattr(backend, "value", "NO") != "NO"
 
 
 class OutsideAutocast:
@@ -222,7 +260,7 @@ def fused_adapters(trainer: Any) -> Outcome:
     reason = None
     if not layers:
         reason = "there are no LoRA layers"
-    elif trainer.args.torch_compile:
+    elif compiles(trainer):
         reason = "torch.compile (2.11) loses the shape of what such an operation returns"
     elif shards_weights(trainer):
         reason = "ZeRO-3 gathers adapters only where their own modules are called"
@@ -251,7 +289,9 @@ def casts_its_input(module: Any) -> bool:
     """
     from peft.tuners.tuners_utils import BaseTunerLayer
 
-    if not isinstance(module, BaseTunerLayer) or type(module).__module__.endswith(".bnb"):
+    if not isinstance(module, BaseTunerLayer) or any(kind.__module__.endswith(".bnb") for kind in type(module).__mro__):
+        return False
+    if getattr(module, "lora_variant", None):  # DoRA takes its norm in the dtype of the input
         return False
     return any(parameter.requires_grad and parameter.dtype == torch.float32 for parameter in module.parameters())
 

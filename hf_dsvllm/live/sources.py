@@ -128,7 +128,7 @@ def _active(layer: Any) -> list[str]:
 
 def _adapter_kind(module: Any) -> str | None:
     """ "lora", "saved" (modules_to_save), "other" (PEFT's, but not for us), None for a module without adapters."""
-    if not type(module).__module__.startswith("peft."):
+    if not any(kind.__module__.startswith("peft.") for kind in type(module).__mro__):  # also what extends PEFT's own
         return None
     from peft.tuners.lora import LoraLayer
     from peft.tuners.tuners_utils import BaseTunerLayer

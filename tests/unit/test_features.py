@@ -8,6 +8,7 @@ from typing import Any
 
 import pytest
 
+from hf_dsvllm.attention import TYPES
 from hf_dsvllm.features import FEATURES, choose, feature_problems
 from tests.tiny import write_tiny_model
 
@@ -167,11 +168,61 @@ def test_packed_sequences_are_evaluated_without_a_mask_too(model_path: str, monk
 def test_other_kinds_of_attention_keep_their_masks(changed: dict[str, Any]) -> None:
     from hf_dsvllm.attention import why_not
 
-    config = SimpleNamespace(_attn_implementation="sdpa")
+    config = SimpleNamespace(_attn_implementation="sdpa", model_type="qwen3")
     config.get_text_config = lambda: config
-    assert why_not(SimpleNamespace(config=config)) is None
+    model = type("Qwen3ForCausalLM", (), {"config": config})()
+    assert why_not(model) is None
     vars(config).update(changed)
-    assert why_not(SimpleNamespace(config=config)) is not None
+    assert why_not(model) is not None
+
+
+@pytest.mark.parametrize("kind", ["BertForSequenceClassification", "FalconForCausalLM", "StableLmForCausalLM"])
+def test_models_that_attend_otherwise_or_lose_the_boundaries_are_left_alone(kind: str) -> None:
+    import transformers
+
+    from hf_dsvllm.attention import why_not
+
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = getattr(transformers, kind.partition("For")[0] + "Config")(vocab_size=64, **sizes)
+    assert f"not tried on {kind}" in str(why_not(getattr(transformers, kind)(config)))
+    assert why_not(SimpleNamespace()) is not None
+
+
+@pytest.mark.parametrize("kind", sorted(TYPES))
+@pytest.mark.parametrize("lengths", [(5, 9, 3), (6, 6, 6)], ids=["mixed", "alike"])
+def test_every_kind_of_model_learns_the_same_padded_and_end_to_end(kind: str, lengths: tuple[int, ...]) -> None:
+    import torch
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    from hf_dsvllm.attention import drop_masks, use_varlen, why_not
+
+    sizes = {"hidden_size": 32, "intermediate_size": 64, "num_hidden_layers": 2, "num_attention_heads": 4}
+    sizes |= {"num_key_value_heads": 2, "head_dim": 8, "vocab_size": 64, "pad_token_id": 0}
+    torch.manual_seed(0)
+    model = AutoModelForCausalLM.from_config(
+        AutoConfig.for_model(kind, **sizes, sliding_window=None, attention_dropout=0.0, hidden_dropout=0.0),
+        attn_implementation="sdpa",
+    ).train()
+    assert why_not(model) is None
+    rows = [torch.randint(1, 64, (length,)) for length in lengths]
+    padded = torch.nn.utils.rnn.pad_sequence(rows, batch_first=True)
+    mask = torch.nn.utils.rnn.pad_sequence([torch.ones_like(row) for row in rows], batch_first=True)
+    starts = torch.tensor([0, *torch.tensor(lengths).cumsum(0)], dtype=torch.int32)
+    bounds = {"cu_seq_lens_q": starts, "cu_seq_lens_k": starts, "max_length_q": max(lengths)}
+    laid = {"input_ids": torch.cat(rows)[None], "position_ids": torch.cat([torch.arange(n) for n in lengths])[None]}
+
+    def learnt(**given: Any) -> tuple[torch.Tensor, list[torch.Tensor]]:
+        model.zero_grad()
+        logits = model(**given, use_cache=False).logits
+        flat = logits[0] if "cu_seq_lens_q" in given else torch.cat([logits[i, :n] for i, n in enumerate(lengths)])
+        flat.float().square().sum().backward()
+        return flat.detach(), [p.grad.clone() for p in model.parameters() if p.grad is not None]
+
+    before = learnt(input_ids=padded, attention_mask=mask)
+    assert use_varlen(model)
+    drop_masks(model)
+    for again in (learnt(input_ids=padded, attention_mask=mask), learnt(**laid, **bounds)):
+        torch.testing.assert_close(again, before, rtol=1e-4, atol=1e-4)
 
 
 def mixed(**changed: Any) -> Any:
@@ -221,7 +272,7 @@ def test_what_a_machine_without_gpu_leaves_out_is_said_where_it_was_asked_for(
     from hf_dsvllm.speedups import apply, worth_saying
 
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    model = SimpleNamespace(config=SimpleNamespace(model_type="qwen3"))
+    model = SimpleNamespace(config=SimpleNamespace(model_type="qwen3", hidden_act="silu"))
     outcomes = apply(SimpleNamespace(args=mixed(), model=model), {"cudnn", "fused"})
     lines = [
         "speed: fused left out, because its kernels run on GPUs",
@@ -331,3 +382,67 @@ def test_adapters_in_bf16_learn_nearly_the_same_and_keep_what_is_no_adapter(mode
     assert heads == {p.dtype for name, p in before.model.named_parameters() if "modules_to_save" in name}
     (outcome,) = apply(after, {"bf16_adapters"})
     assert "left out, because the optimizer was made before" in str(outcome)
+
+
+def sft(model_path: str, folder: Path, **changed: Any) -> Any:
+    """TRL's SFT trainer on sequences of several lengths, on a CPU."""
+    from datasets import Dataset
+    from trl import SFTConfig, SFTTrainer
+
+    arguments = {"output_dir": str(folder), "per_device_train_batch_size": 4, "per_device_eval_batch_size": 3,
+                 "max_steps": 1, "report_to": [], "use_cpu": True, "bf16": False, "disable_tqdm": True,
+                 "save_strategy": "no", "model_init_kwargs": {"dtype": "float32"}}  # fmt: skip
+    args = SFTConfig(**(arguments | changed))
+    rows = Dataset.from_dict({"input_ids": [list(range(4, 4 + length)) for length in LENGTHS]})
+    return SFTTrainer(model=model_path, args=args, train_dataset=rows, eval_dataset=rows)
+
+
+def test_evaluation_and_prediction_keep_their_rows(model_path: str, tmp_path: Path) -> None:
+    from hf_dsvllm.speedups import apply
+
+    trainer = sft(model_path, tmp_path)
+    before = trainer.predict(trainer.eval_dataset).predictions.shape
+    (outcome,) = apply(trainer, {"padding_free", "varlen", "unmasked"})[:1]
+    assert outcome.reason is None
+    assert next(iter(trainer.get_train_dataloader()))["input_ids"].shape[0] == 1
+    trainer.train()
+    assert trainer.predict(trainer.eval_dataset).predictions.shape == before
+    assert next(iter(trainer.get_eval_dataloader()))["input_ids"].shape[0] == 3
+
+
+def test_what_reads_rows_of_a_batch_keeps_them(model_path: str, tmp_path: Path) -> None:
+    from transformers import default_data_collator
+
+    from hf_dsvllm.speedups import apply
+
+    def reason(trainer: Any, feature: str = "padding_free") -> str | None:
+        return next(each.reason for each in apply(trainer, {feature}) if feature in each.features)
+
+    assert "neftune" in str(reason(sft(model_path, tmp_path, neftune_noise_alpha=5.0)))
+    own = sft(model_path, tmp_path)
+    own.compute_loss_func = lambda *_: None
+    assert "compute_loss_func" in str(reason(own))
+    own = sft(model_path, tmp_path)
+    assert reason(own, "varlen") == "no sequences are packed"
+    own.data_collator = default_data_collator
+    assert "cannot lay" in str(reason(own))
+    assert "no labels" in str(reason(own, "unmasked"))
+    own.accelerator = SimpleNamespace(parallelism_config=SimpleNamespace(sp_size=2, cp_size=1))
+    assert "spread over processes" in str(reason(own, "unmasked"))
+    mine = sft(model_path, tmp_path)
+    mine.__class__ = type("Mine", (type(mine),), {"compute_loss": lambda *_: None, "__module__": "mine"})
+    mine.__class__.compute_loss.__module__ = "mine"
+    assert "Mine has steps of its own" in str(reason(mine))
+
+
+def test_dora_takes_its_norm_in_fp32(model_path: str) -> None:
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    from hf_dsvllm.speedups import casts_its_input
+
+    base = AutoModelForCausalLM.from_pretrained(model_path)
+    model = get_peft_model(base, LoraConfig(target_modules=["q_proj"], use_dora=True))
+    layers = [module for module in model.modules() if hasattr(module, "lora_A")]
+    assert layers
+    assert not any(casts_its_input(layer) for layer in layers)

@@ -43,6 +43,8 @@ def keep(
     class SFTConfig(SimpleNamespace):
         """By the name that tells supervised fine-tuning from other losses."""
 
+        __module__ = "trl.trainer.sft_config"
+
     hf_config = SimpleNamespace(config={"train_micro_batch_size_per_gpu": 32, "gradient_accumulation_steps": 1})
     base = {
         "hf_deepspeed_config": hf_config,
@@ -110,6 +112,15 @@ def test_recompute_stays_where_memory_the_user_or_the_formulas_ask_for_it(
     args, fixes = keep(monkeypatch, **changed)
     assert args.gradient_checkpointing is True
     assert fixes == []
+
+
+def test_a_batch_of_qlora_is_not_split_unasked(monkeypatch: pytest.MonkeyPatch) -> None:
+    """TRL trains its adapters in bf16, so that is what their gradients would be added up in."""
+    batch = {"preset": "qlora", "card": "1xH100-80GB", "per_device_train_batch_size": 64}
+    args, _ = keep(monkeypatch, **batch)
+    assert (args.per_device_train_batch_size, args.gradient_checkpointing) == (64, True)
+    args, _ = keep(monkeypatch, **batch, ds_speed=["split_batch"])
+    assert (args.per_device_train_batch_size < 64, args.gradient_checkpointing) == (True, False)
 
 
 SPLIT = {"per_device_train_batch_size": 32}

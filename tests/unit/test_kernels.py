@@ -76,7 +76,7 @@ def test_functions_take_the_kernel_where_their_tensors_are_on_a_gpu(liger: list[
 
 
 def test_why_no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
-    model = SimpleNamespace(config=SimpleNamespace(model_type="qwen3"))
+    model = SimpleNamespace(config=SimpleNamespace(model_type="qwen3", hidden_act="silu"))
     assert why_no_kernels(model, on_gpu=False) == "its kernels run on GPUs"
     real = importlib.util.find_spec
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: None if name == "liger_kernel" else real(name))
@@ -85,6 +85,9 @@ def test_why_no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(importlib.util, "find_spec", lambda name: object() if name == "liger_kernel" else real(name))
     assert why_no_kernels(model, on_gpu=True) is None
     assert planned(["no_varlen"]) == choose(["no_varlen"])
+    relu = SimpleNamespace(config=SimpleNamespace(model_type="llama", hidden_act="relu"))
+    assert "relu" in str(why_no_kernels(relu, on_gpu=True))
+    assert "this is SimpleNamespace" in str(why_no_kernels(SimpleNamespace(), on_gpu=True))
     other = SimpleNamespace(config=SimpleNamespace(model_type="gemma2"))
     assert "this is gemma2" in str(why_no_kernels(other, on_gpu=True))
     assert all(kind in str(why_no_kernels(other, on_gpu=True)) for kind in FUSED_TYPES)

@@ -69,6 +69,19 @@ def test_merged_adapters_are_what_peft_merges(settings: dict[str, Any]) -> None:
     assert equal(found, dict(model.merge_and_unload().state_dict()))
 
 
+def test_adapted_layers_that_are_one_operation_are_merged_as_well() -> None:
+    from hf_dsvllm.low_rank import FusedLinear, fuse, why_not_fused
+
+    model = adapted(llama(), target_modules="all-linear")
+    for module in model.modules():
+        if hasattr(module, "lora_A") and why_not_fused(module) is None:
+            fuse(module)
+    assert sum(isinstance(module, FusedLinear) for module in model.modules()) == 21
+    assert why_no_stream(model, merge_adapters=True) is None
+    found = streamed(model, merge_adapters=True)
+    assert equal(found, dict(model.merge_and_unload().state_dict()))
+
+
 def test_without_merging_the_frozen_base_comes_out_as_it_was() -> None:
     plain = {name: tensor.clone() for name, tensor in llama().state_dict().items()}
     model = adapted(llama(), target_modules="all-linear", modules_to_save=["lm_head"])

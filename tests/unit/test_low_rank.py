@@ -335,6 +335,25 @@ def test_a_4_bit_layer_with_an_fp32_input_under_autocast_returns_fp32_as_pefts_d
     assert torch.equal(found, plain)
 
 
+@pytest.mark.parametrize("trains", [True, False])
+def test_a_4_bit_base_computes_as_it_trains(trains: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    """bitsandbytes takes another kernel where no gradient is asked for, as inside of an autograd function."""
+    from bitsandbytes.autograd import _functions
+
+    calls, real = [], _functions.MatMul4Bit.apply
+    monkeypatch.setattr(_functions.MatMul4Bit, "apply", lambda *given: calls.append(1) or real(*given))
+    x = torch.randn(3, SIZES[0], dtype=torch.bfloat16, requires_grad=trains)
+    plain, found = quantised(adapted(dtype=torch.bfloat16)), fused(quantised(adapted(dtype=torch.bfloat16)))
+    for model in (plain, found):
+        for parameter in model.parameters():
+            if parameter.requires_grad:
+                parameter.data = parameter.data.bfloat16()
+    with torch.set_grad_enabled(trains), torch.inference_mode(not trains):
+        made = [model(x) for model in (plain, found)]
+    assert len(calls) == (2 if trains else 0)
+    torch.testing.assert_close(made[0], made[1], rtol=0.02, atol=0.05)
+
+
 def test_zero3_that_will_shard_later_is_known_by_its_stage() -> None:
     state = SimpleNamespace(deepspeed_plugin=SimpleNamespace(zero_stage=3))
     trainer = SimpleNamespace(model=adapted(), args=arguments(), accelerator=SimpleNamespace(state=state))
@@ -343,5 +362,8 @@ def test_zero3_that_will_shard_later_is_known_by_its_stage() -> None:
 
 
 def test_what_is_compiled_is_left_to_the_compiler() -> None:
-    (outcome,) = apply(SimpleNamespace(model=adapted(), args=arguments(torch_compile=True)), {"fused_adapters"})
-    assert "torch.compile" in str(outcome.reason)
+    dynamo = SimpleNamespace(dynamo_plugin=SimpleNamespace(backend=SimpleNamespace(value="INDUCTOR")))
+    for changed in ({"args": arguments(torch_compile=True)}, {"accelerator": SimpleNamespace(state=dynamo)}):
+        trainer = SimpleNamespace(**{"model": adapted(), "args": arguments()} | changed)
+        (outcome,) = apply(trainer, {"fused_adapters"})
+        assert "torch.compile" in str(outcome.reason)
