@@ -3,9 +3,10 @@
     python recipes/data/make_extraction.py --out DATA
     python benchmarks/parity.py --model FOLDER --data DATA/train.jsonl --out runs/parity --steps 200 --gpus 1
 
-For each preset: the mean over seeds of the mean loss of the last quarter of the steps, less that of plain TRL, against
-the spread between plain TRL's own seeds (largest less smallest).  Seeds change the order of the data and the adapters.
-A preset passes if the difference is within the spread.  Results stay in OUT/cells.json and are not measured again.
+For each preset: the mean loss of the last quarter of the steps less that of plain TRL with the same seed, mean over
+seeds, against the spread between plain TRL's own seeds (largest less smallest).  Seeds change the order of the data and
+the adapters.  A preset passes if the difference is within the spread.  Results stay in OUT/cells.json and are not
+measured again.
 """
 
 from __future__ import annotations
@@ -67,26 +68,28 @@ class Parity(SpeedMeasurement):
 
 
 def verdicts(results: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """For each preset with its words: mean final loss, difference to plain TRL, spread of plain TRL's seeds."""
-    finals: dict[tuple[str, str, str | None], list[float]] = {}
+    """For each preset with its words: mean final loss, difference to plain TRL by seeds, spread of plain TRL's own."""
+    finals: dict[tuple[str, str, str | None], dict[str, float]] = {}
     for record in results.values():
         if record["status"] != "ok":
             continue
         cell, losses = record["cell"], record["ranks"][0]["losses"]
         adapter = next((name for name in ("qlora", "lora") if name in cell["preset"]), None)
         key = (cell["kind"], " ".join((cell["preset"], *cell["words"])), adapter)
-        finals.setdefault(key, []).append(statistics.fmean(losses[-max(1, len(losses) // 4) :]))
+        finals.setdefault(key, {})[cell["case"]] = statistics.fmean(losses[-max(1, len(losses) // 4) :])
     rows = []
     for (kind, title, adapter), found in finals.items():
-        plain = next((f for (k, _, a), f in finals.items() if k == "plain" and a == adapter), None)
-        if plain is None:
+        plain = next((f for (k, _, a), f in finals.items() if k == "plain" and a == adapter), {})
+        shared = sorted(set(found) & set(plain))
+        if not shared:
             continue
-        difference, spread = statistics.fmean(found) - statistics.fmean(plain), max(plain) - min(plain)
+        difference = statistics.fmean(found[seed] - plain[seed] for seed in shared)
+        spread = max(plain.values()) - min(plain.values())
         rows.append(
             {
                 "title": f"plain TRL {title}" if kind == "plain" else title,
-                "seeds": len(found),
-                "loss": statistics.fmean(found),
+                "seeds": len(shared),
+                "loss": statistics.fmean(found.values()),
                 "difference": difference,
                 "spread": spread,
                 "within": abs(difference) <= spread,

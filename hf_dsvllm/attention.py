@@ -172,11 +172,8 @@ def on_gpu(
         options["scale"] = scaling
     elif scaling is not None:
         query = query * (scaling * query.shape[-1] ** 0.5)  # it multiplies by 1 / sqrt(head_dim) itself
-    if "enable_gqa" in known:
+    if "enable_gqa" in known:  # before it was asked for, its kernel took fewer heads of keys all the same (2.11, H200)
         options["enable_gqa"] = True
-    else:
-        groups = query.shape[1] // key.shape[1]
-        key, value = (part.repeat_interleave(groups, dim=1) for part in (key, value))
     flat = [part[0].transpose(0, 1) for part in (query, key, value)]
     starts = starts.to(query.device, torch.int32)
     out: torch.Tensor = varlen_attn(*flat, starts, starts, longest, longest, **options)
