@@ -13,7 +13,7 @@ from collections.abc import Sequence
 
 from hf_dsvllm.errors import Problem
 
-__all__ = ["FEATURES", "FUSED_TYPES", "Feature", "choose", "feature_problems", "planned"]
+__all__ = ["FEATURES", "FUSED_ACTIVATIONS", "FUSED_TYPES", "Feature", "choose", "feature_problems", "planned"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -104,6 +104,7 @@ NAMES = tuple(feature.name for feature in FEATURES)
 ALL, NONE, WITHOUT = "all", "none", "no_"
 # Whose kernels liger-kernel 0.8 has, and whose layers the planner's formulas describe; measured on Qwen3
 FUSED_TYPES = frozenset(("llama", "mistral", "qwen2", "qwen3", "smollm3"))
+FUSED_ACTIVATIONS = ("silu", "swish")  # two names of one function
 
 
 def choose(words: Sequence[str] | None) -> frozenset[str]:

@@ -13,11 +13,10 @@ import sys
 from collections.abc import Callable
 from typing import Any
 
-from hf_dsvllm.features import FUSED_TYPES
+from hf_dsvllm.features import FUSED_ACTIVATIONS, FUSED_TYPES
 
 __all__ = ["INSTALL", "use_kernels", "why_no_kernels"]
 
-FUSED_ACTIVATIONS = ("silu", "swish")  # two names of one function
 INSTALL = "liger-kernel is not installed: pip install 'hf-dsvllm[fused]'"
 
 

@@ -133,6 +133,7 @@ class ModelShape:
     experts_per_token: int = 0
     expert_intermediate: int = 0
     max_length: int | None = dataclasses.field(default=None, compare=False)  # no size: says nothing of the weights
+    activation: str = dataclasses.field(default="silu", compare=False)
 
     @property
     def parameters(self) -> int:
@@ -351,6 +352,7 @@ def count_shape(fields: Fields, family: Family) -> ModelShape:
         experts_per_token=per_token,
         expert_intermediate=width,
         max_length=max_length,
+        activation=str(fields.config.get("hidden_act") or "silu"),
     )
 
 

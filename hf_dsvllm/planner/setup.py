@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
-from hf_dsvllm.features import FUSED_TYPES
+from hf_dsvllm.features import FUSED_ACTIVATIONS, FUSED_TYPES
 from hf_dsvllm.model_shape import ModelShape
 from hf_dsvllm.planner.activations import Method, Numerics, Traced, frozen_input_bytes, layer_bytes
 from hf_dsvllm.presets import Preset
@@ -89,6 +89,11 @@ class Setup:
             adapter_bytes=4 if wide else 2,
             casts=wide and not one_operation and "lean_adapters" not in self.features,
             keeps_inputs=keeps_inputs,
-            fused="fused" in self.features and self.shape.model_type in FUSED_TYPES and self.traced is None,
+            fused="fused" in self.features and self.traced is None and has_kernels(self.shape),
             one_operation=one_operation,
         )
+
+
+def has_kernels(shape: ModelShape) -> bool:
+    """Whether the feature `fused` has kernels for this kind of model (`hf_dsvllm.kernels`)."""
+    return shape.model_type in FUSED_TYPES and shape.activation in FUSED_ACTIVATIONS

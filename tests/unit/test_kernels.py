@@ -91,3 +91,20 @@ def test_why_no_kernels(monkeypatch: pytest.MonkeyPatch) -> None:
     other = SimpleNamespace(config=SimpleNamespace(model_type="gemma2"))
     assert "this is gemma2" in str(why_no_kernels(other, on_gpu=True))
     assert all(kind in str(why_no_kernels(other, on_gpu=True)) for kind in FUSED_TYPES)
+
+
+def test_a_plan_counts_kernels_only_where_the_model_has_them() -> None:
+    from hf_dsvllm.model_shape import shape_from_config
+    from hf_dsvllm.planner.setup import Setup
+    from hf_dsvllm.presets import get_preset
+
+    config = {"model_type": "llama", "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2}
+    config |= {"num_attention_heads": 2, "num_key_value_heads": 2, "vocab_size": 64}
+
+    def kept(**changed: Any) -> int:
+        shape = shape_from_config(config | changed)
+        settings = {"world": 1, "micro": 1, "length": 8, "recompute": False, "features": frozenset({"fused"})}
+        return Setup(shape=shape, preset=get_preset("zero2"), **settings).layer_bytes  # type: ignore[arg-type]
+
+    assert kept() == kept(hidden_act="silu") < kept(hidden_act="relu")
+    assert kept(hidden_act="relu") == kept(model_type="gemma", hidden_act="gelu", head_dim=32)
