@@ -16,6 +16,9 @@ from hf_dsvllm.kernels import INSTALL, use_kernels, why_no_kernels
 __all__ = ["Outcome", "OutsideAutocast", "apply", "attention_order", "worth_saying"]
 
 
+KNOWN_STEPS = ("transformers.trainer", "trl.trainer.sft_trainer")  # what these read of a batch was looked at
+
+
 @dataclasses.dataclass(frozen=True, slots=True)
 class Outcome:
     """What became of `features`: `said` is what was done, or with `reason` why nothing was."""
@@ -154,12 +157,12 @@ def why_not_end_to_end(trainer: Any) -> str | None:
     """
     collator = trainer.data_collator
     fields = {field.name for field in dataclasses.fields(collator)} if dataclasses.is_dataclass(collator) else set()
-    if "padding_free" not in fields:
+    if "padding_free" not in fields or type(collator).__module__.split(".")[0] != "trl":
         return f"{type(collator).__name__} cannot lay sequences end to end"
     if trainer.compute_loss_func is not None:
         return "compute_loss_func may read rows of a batch"
     steps = (type(trainer).compute_loss, type(trainer).training_step)
-    if not all(step.__module__.split(".")[0] in ("transformers", "trl") for step in steps):
+    if not all(step.__module__ in KNOWN_STEPS for step in steps):
         return f"{type(trainer).__name__} has steps of its own, which may read rows of a batch"
     return "of --neftune_noise_alpha" if trainer.args.neftune_noise_alpha else None
 

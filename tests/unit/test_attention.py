@@ -236,6 +236,9 @@ def test_what_reads_rows_of_a_batch_keeps_them(model_path: str, tmp_path: Path) 
     assert "compute_loss_func" in str(reason(own))
     own = sft(model_path, tmp_path)
     assert reason(own, "varlen") == "no sequences are packed"
+    kind = type(own.data_collator)
+    own.data_collator = type("Mine", (kind,), {"__module__": "mine"})(pad_token_id=0)
+    assert reason(own) == "Mine cannot lay sequences end to end"
     own.data_collator = default_data_collator
     assert "cannot lay" in str(reason(own))
     assert "no labels" in str(reason(own, "unmasked"))
