@@ -109,11 +109,12 @@ def four_gpus() -> list[Job]:
         times |= {"needs_s": times["needs_s"] - 50}
         return with_it, Job(name=name, gpus=trainers, flags=(*flags, "--no_evaluation"), **times, **size)
 
-    def sharded(stage: int) -> Job:
+    def sharded(stage: int, gpus: int = 3) -> Job:
         """All prompts in one batch of each process."""
-        flags = ("--zero", str(stage), "--batch", "171", "--new_tokens", "48" if stage == 3 else "64")
+        flags = ("--zero", str(stage), "--batch", str(-(-512 // gpus)), "--new_tokens", "48" if stage == 3 else "64")
         how = {"shape": "8b", "way": "sharded", "flags": flags, "needs_s": 90}
-        return Job(name=f"sharded-zero{stage}", kind="ask", gpus=3, trainers=3, **how)
+        name = f"sharded-zero{stage}" + ("" if gpus == 3 else f"-{gpus}")
+        return Job(name=name, kind="ask", gpus=gpus, trainers=gpus, **how)
 
     shared = "--gen_eval_weights stream --gen_eval_placement shared --gen_eval_tensor_parallel 4"
     wide = f"--ds_preset lora --learning_rate 1e-3 {shared} --gen_eval_on_start false --dummy_engine"
@@ -139,9 +140,16 @@ def four_gpus() -> list[Job]:
         *pair("zero2", "8b", 3),
         pair("zero3", "14b", 3, 90)[0],
         Job(name="32b-lora-4-tp4", flags=tuple(wide.split()), **how),
+        Job(
+            name="32b-lora-2-tp2",
+            flags=tuple(wide.replace("parallel 4", "parallel 2").split()),
+            **how | {"gpus": 2, "trainers": 2},
+        ),
         Job(name="32b-zero3+lora-4-tp4", flags=tuple(sharded_base.split()), **how | {"gpu_gib": 60}),
         sharded(3),
         sharded(2),
+        sharded(2, 2),
+        sharded(3, 2),
         in_copies[0],
         *pair("zero2", "8b", 2, 95),
         pair("zero2", "14b", 3, 90, sgd)[0],

@@ -239,30 +239,41 @@ def bf16_steps(one: Any, other: Any) -> Any:
 
 
 def write_checkpoint(args: argparse.Namespace) -> None:
-    """One step under ZeRO-3 with Adam: the checkpoint holds the moments beside the fp32 weights, as real ones do."""
+    """One step under ZeRO-3 with Adam: the checkpoint holds the moments beside the fp32 weights, as real ones do.
+
+    More processes than GPUs share them through gloo (NCCL wants a GPU each): the same files of as many ranks, without a
+    step; the weights are moved off bf16's grid, so that rounding is compared, and the moments are zero.
+    """
     import deepspeed
     import torch
     from standin import SHAPES
     from transformers import AutoConfig, AutoModelForCausalLM
 
-    on_gpu = torch.cuda.is_available()
-    deepspeed.init_distributed("nccl" if on_gpu else "gloo")
-    rank = int(os.environ["RANK"])
+    on_gpu, gpus = torch.cuda.is_available(), torch.cuda.device_count()
+    shared = on_gpu and int(os.environ["WORLD_SIZE"]) > gpus
+    if shared:
+        os.environ["LOCAL_RANK"] = str(int(os.environ["LOCAL_RANK"]) % gpus)  # DeepSpeed takes it for the device
     if on_gpu:
         torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
+    deepspeed.init_distributed("nccl" if on_gpu and not shared else "gloo")
+    rank = int(os.environ["RANK"])
     config = zero_config(SHAPES[args.shape])
     settings = {
         "train_micro_batch_size_per_gpu": 1, "bf16": {"enabled": True},
-        "zero_optimization": {"stage": 3},
+        "zero_optimization": {"stage": 3}, "checkpoint": {"tag_validation": "Ignore"},
     }  # fmt: skip
     torch.manual_seed(0)
     with deepspeed.zero.Init(config_dict_or_path=settings):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), dtype=torch.bfloat16)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
-    tokens = torch.randint(0, config["vocab_size"], (1, STEP_TOKENS), device=engine.device)
-    engine.backward(engine(input_ids=tokens, labels=tokens).loss)
-    engine.step()
+    if shared:
+        for part in engine.optimizer.fp32_partitioned_groups_flat:
+            part.data.mul_(1 + 1e-3 * torch.rand_like(part))
+    else:
+        tokens = torch.randint(0, config["vocab_size"], (1, STEP_TOKENS), device=engine.device)
+        engine.backward(engine(input_ids=tokens, labels=tokens).loss)
+        engine.step()
     checkpoint = args.work / f"zero-{args.shape}" / "checkpoint-1"
     engine.save_checkpoint(str(checkpoint), tag="global_step1")
     if rank == 0:

@@ -18,7 +18,7 @@ from typing import Any, NoReturn
 
 import torch
 
-from hf_dsvllm import adapters, speedups
+from hf_dsvllm import adapters, onebit, speedups
 from hf_dsvllm._compat import keep_4bit_weights_packed, keep_out_of_uploads
 from hf_dsvllm.arguments import full_dtype, on_one_gpu, resolve_preset, training_device
 from hf_dsvllm.auto import keep_activations
@@ -216,6 +216,8 @@ class Session:
         asked = self.args.ds_speed or ()
         for line in speedups.worth_saying(speedups.apply(trainer, self.features), asked):
             say(line)
+        if self.preset is not None and self.preset.needs_onebit:
+            onebit.attach(trainer)
         problems = expert_problems(trainer.model, self.ds_config, read_launch().world_size)
         problems += serving_problems(trainer.model) if self.evaluates else []
         if problems:

@@ -28,6 +28,8 @@ def train(arm: Arm, task: dict[str, Any], gauge: Gauge, steps: list[dict[str, fl
     import torch
     import transformers
 
+    from hf_dsvllm import onebit
+    from hf_dsvllm.presets import get_preset
     from hf_dsvllm.speedups import apply, attention_order
 
     if arm.segments:
@@ -43,6 +45,8 @@ def train(arm: Arm, task: dict[str, Any], gauge: Gauge, steps: list[dict[str, fl
     gauge.mark("load", then="init")
     trainer = make_trainer(arm, args, model, peft, task["steps"])
     outcomes = apply(trainer, arm.features) if arm.kind == "preset" else []
+    if arm.kind == "preset" and get_preset(arm.preset).needs_onebit:
+        onebit.attach(trainer)
     require_features(arm, outcomes, gauge.device)
     counter = Counter(steps)
     counter.wrap(trainer)

@@ -266,7 +266,7 @@ def onebit(name: str, optimizer: str, freeze_key: str) -> Preset:
         Setting("optimizer.params.lr", "auto", "the Trainer's learning rate"),
         Setting("optimizer.params.weight_decay", "auto", "the Trainer's weight decay"),
         Setting("optimizer.params.cuda_aware", False, "plain NCCL backend"),
-        Setting("optimizer.params.comm_backend_name", "nccl", "the only backend that needs no MPI"),
+        Setting("optimizer.params.comm_backend_name", "compressed", "torch alone; nccl needs CuPy, mpi a patched MPI"),
         Setting(f"optimizer.params.{freeze_key}", 100, "uncompressed steps first, until the variance is stable"),
     )
     return Preset(
