@@ -241,8 +241,8 @@ def bf16_steps(one: Any, other: Any) -> Any:
 def write_checkpoint(args: argparse.Namespace) -> None:
     """One step under ZeRO-3 with Adam: the checkpoint holds the moments beside the fp32 weights, as real ones do.
 
-    More processes than GPUs share them through gloo (NCCL wants a GPU each): the same files of as many ranks, without a
-    step; the weights are moved off bf16's grid, so that rounding is compared, and the moments are zero.
+    More processes than GPUs share them through gloo (NCCL wants a GPU each): the same files of as many ranks, after a
+    step by random gradients.
     """
     import deepspeed
     import torch
@@ -268,8 +268,10 @@ def write_checkpoint(args: argparse.Namespace) -> None:
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
     if shared:
-        for part in engine.optimizer.fp32_partitioned_groups_flat:
-            part.data.mul_(1 + 1e-3 * torch.rand_like(part))
+        for number, part in enumerate(engine.optimizer.fp32_partitioned_groups_flat):
+            part.grad = torch.randn_like(part)
+            engine.optimizer._optimizer_step(number)
+            part.grad = None
     else:
         tokens = torch.randint(0, config["vocab_size"], (1, STEP_TOKENS), device=engine.device)
         engine.backward(engine(input_ids=tokens, labels=tokens).loss)

@@ -26,6 +26,7 @@ from hf_dsvllm.errors import ConfigError, DsvllmError, Problem
 from hf_dsvllm.features import feature_problems
 from hf_dsvllm.fields import PresetFields, asks_for_answers
 from hf_dsvllm.given import note_given
+from hf_dsvllm.hardware import usable_cpus
 from hf_dsvllm.launch import Launch, become_single_process, read_launch
 from hf_dsvllm.preflight import (
     evaluation_problems,
@@ -294,7 +295,7 @@ def _notices(preset: Preset | None, launch: Launch) -> list[str]:
             f"preset {preset.name} on one process shards nothing and saves no memory. What would help: more GPUs, "
             f"{helps}, or zero3_offload (weights and optimizer in host RAM)"
         )
-    share = max(1, (os.cpu_count() or 1) // launch.local_world_size)
+    share = max(1, usable_cpus() // launch.local_world_size)
     if preset.offload_optimizer != "none" and share > 1 and os.environ.get("OMP_NUM_THREADS") == "1":
         notices.append(
             "OMP_NUM_THREADS=1, which torchrun and accelerate set by themselves: the optimizer step on the CPU would "

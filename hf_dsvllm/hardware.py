@@ -12,7 +12,17 @@ from typing import Any
 
 from hf_dsvllm.errors import HardwareError
 
-__all__ = ["CARDS_MIB", "Gpu", "Machine", "count_and_card", "cpu_flags", "detect", "parse_machine", "smallest_card"]
+__all__ = [
+    "CARDS_MIB",
+    "Gpu",
+    "Machine",
+    "count_and_card",
+    "cpu_flags",
+    "detect",
+    "parse_machine",
+    "smallest_card",
+    "usable_cpus",
+]
 
 MIB = 1024**2
 

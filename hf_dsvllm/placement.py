@@ -11,7 +11,7 @@ from typing import Any, Literal, get_args
 
 from hf_dsvllm.errors import Problem
 from hf_dsvllm.fields import steers
-from hf_dsvllm.hardware import detect
+from hf_dsvllm.hardware import detect, usable_cpus
 from hf_dsvllm.launch import Launch
 
 __all__ = ["Place", "choose_place", "for_adapters", "place_problems", "visible_gpus"]
@@ -64,7 +64,7 @@ def choose_place(args: Any, device: str, launch: Launch, visible: Sequence[str])
         others = tuple(gpu for gpu in visible[: launch.local_world_size] if gpu != mine)
         why = f"GPU {mine}, shared with the trainer's main process, {meanwhile}"
         return Place(kind=kind, gpus=(mine, *others), late=late, stream=wants_stream(args, kind), reason=why)
-    threads = os.cpu_count() or 1
+    threads = usable_cpus()
     if late and device == "cpu":
         threads = max(1, threads - launch.local_world_size)
     return Place(kind=kind, cpu_threads=threads, late=late, reason=f"the CPU with {threads} threads {meanwhile}")

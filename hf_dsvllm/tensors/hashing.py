@@ -12,11 +12,12 @@ from pathlib import Path
 
 from blake3 import blake3
 
-__all__ = ["ALGORITHM", "PIECE_BYTES", "hash_files", "hash_of", "piece_bytes"]
+from hf_dsvllm.hardware import usable_cpus
+
+__all__ = ["ALGORITHM", "READ_BYTES", "hash_files", "hash_of", "piece_bytes"]
 
 ALGORITHM = "blake3"
 HASHERS = 8  # threads that hash at a time, or a quarter of the cores: writing and merging go on beside them
-PIECE_BYTES = 8 << 20  # hashed without the interpreter's lock, which is wanted between two of them
 READ_BYTES = 1 << 20  # small enough to be in the core's cache when it is hashed: 3.5 GB/s, with 8 MB 2.8 (one core)
 WORTH_BYTES = 64 << 20  # a smaller file is hashed by one thread
 SHARE_BYTES = 16 << 20  # for each of several threads: 5.4 GB/s by two, with pieces of 1 MB 3.4
@@ -28,15 +29,15 @@ def hash_of(path: Path, threads: int = 1) -> str:
         size = os.fstat(file.fileno()).st_size
         threads = threads if size >= WORTH_BYTES else 1
         digest = blake3(max_threads=threads)
-        buffer = memoryview(bytearray(max(1, min(piece_bytes(threads, READ_BYTES), size))))
+        buffer = memoryview(bytearray(max(1, min(piece_bytes(threads), size))))
         while count := file.readinto(buffer):
             digest.update(buffer[:count])
     return digest.hexdigest()
 
 
-def piece_bytes(threads: int, alone: int = PIECE_BYTES) -> int:
-    """How much is hashed at a time: `alone` by one thread, enough to divide by several."""
-    return alone if threads == 1 else SHARE_BYTES * threads
+def piece_bytes(threads: int) -> int:
+    """How much is read and hashed at a time, without the interpreter's lock: enough to divide by several threads."""
+    return READ_BYTES if threads == 1 else SHARE_BYTES * threads
 
 
 def hash_files(
@@ -47,7 +48,7 @@ def hash_files(
     Few files, or few that are `large`, are hashed by several threads each.
     """
     paths = list(files)
-    cores = os.cpu_count() or 1
+    cores = usable_cpus()
     hashers = min(cores, max(HASHERS, cores // 4))
     threads = max(1, hashers // max(len(paths) if large is None else large, 1))
     with ThreadPoolExecutor(hashers) as pool:

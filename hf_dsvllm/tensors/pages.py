@@ -1,23 +1,41 @@
-"""Pages of files that are mapped into this process: which they are, and how they are let go once they were read.
+"""Memory and files without the kernel's small pages, whose making and letting go many threads wait for each other in.
 
-The kernel counts them as memory of the process although it can take them back at any time: a conversion that reads
-a mapped file from its beginning to its end would seem to hold all of it.
+torch maps a checkpoint (`mmap=True`) and gives tensors into the mapping.  Touching them brings in pages, which the
+kernel counts as memory of the process until they are let go.  `Pages` reads what the mapping shows from the file, into a
+small buffer: 3.0 GB/s on a core and in bf16, 2.3 through the mapping.  `empty` asks for pages of 2 MiB: 10 GB/s of new
+memory on a core, 2 in pages of 4 KiB.
 """
 
 from __future__ import annotations
 
+import bisect
 import ctypes
-import mmap
 import os
-from collections.abc import Iterable
+import threading
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import torch
 
-__all__ = ["Pages"]
+from hf_dsvllm.errors import ExportError
+from hf_dsvllm.tensors.hashing import READ_BYTES
 
-MADV_DONTNEED = 4  # <sys/mman.h>
+__all__ = ["Pages", "empty"]
+
+HUGE_BYTES = 2 << 20
+MADV_HUGEPAGE = 14  # <sys/mman.h>
 _LIBC = ctypes.CDLL(None)
+
+
+def empty(count: int, dtype: torch.dtype) -> torch.Tensor:
+    """`torch.empty` for `count` elements on the CPU, in huge pages where they are many and the kernel has some."""
+    made = torch.empty(count, dtype=dtype)
+    first = -(-made.data_ptr() // HUGE_BYTES) * HUGE_BYTES
+    end = (made.data_ptr() + count * made.element_size()) // HUGE_BYTES * HUGE_BYTES
+    if end > first and hasattr(_LIBC, "madvise"):
+        # Advice: what comes of it is not looked at.
+        _LIBC.madvise(ctypes.c_void_p(first), ctypes.c_size_t(end - first), MADV_HUGEPAGE)
+    return made
 
 
 class Pages:
@@ -25,7 +43,9 @@ class Pages:
 
     def __init__(self, files: Iterable[Path]) -> None:
         names = {os.path.realpath(file) for file in files}
-        self._ranges: list[tuple[int, int]] = []
+        self._ranges: list[tuple[int, int, int, str]] = []  # first address, end, where in the file, which file
+        self._descriptors: dict[str, int] = {}
+        self._own = threading.local()
         try:
             lines = Path("/proc/self/maps").read_text(encoding="utf-8", errors="surrogateescape").splitlines()
         except OSError:
@@ -34,18 +54,58 @@ class Pages:
             fields = line.split(maxsplit=5)
             if len(fields) == 6 and fields[5] in names:
                 begin, _, end = fields[0].partition("-")
-                self._ranges.append((int(begin, 16), int(end, 16)))
+                if fields[5] not in self._descriptors:
+                    self._descriptors[fields[5]] = os.open(fields[5], os.O_RDONLY | os.O_CLOEXEC)
+                self._ranges.append((int(begin, 16), int(end, 16), int(fields[2], 16), fields[5]))
+        self._ranges.sort()
 
-    def let_go(self, piece: torch.Tensor) -> None:
-        """Drop the whole pages of `piece`, contiguous and never written to, if it lies in one of the files.
+    def close(self) -> None:
+        """Tensors are read through their mappings from now on; safe to call twice."""
+        self._ranges = []
+        while self._descriptors:
+            os.close(self._descriptors.popitem()[1])
 
-        Of any other memory this would be the end of its contents.  A storage's own `filename` does not tell: torch
-        (2.13) forgets it for the tensors of a checkpoint, which are slices of one mapping.
+    def pieces(self, tensor: torch.Tensor, size_bytes: int = READ_BYTES) -> Iterator[torch.Tensor]:
+        """The elements of a vector, some at a time; the next piece may overwrite this one.
+
+        `tensor` is contiguous and was never written to.  Of memory that is in none of the files, pieces are slices.
+        Raises ExportError where the file cannot be read, or has become shorter.
         """
-        begin, end = piece.data_ptr(), piece.data_ptr() + piece.numel() * piece.element_size()
-        if not any(first <= begin and end <= last for first, last in self._ranges):
+        begin, element = tensor.data_ptr(), tensor.element_size()
+        size_bytes = max(element, size_bytes // element * element)
+        place = self._place(begin, tensor.numel() * element)
+        if place is None:
+            yield from tensor.split(size_bytes // element)
             return
-        page = mmap.PAGESIZE
-        begin, end = -(-begin // page) * page, end // page * page
-        if end > begin:
-            _LIBC.madvise(ctypes.c_void_p(begin), ctypes.c_size_t(end - begin), MADV_DONTNEED)
+        file, offset = place
+        buffer = self._buffer(min(size_bytes, tensor.numel() * element))
+        for at in range(0, tensor.numel() * element, size_bytes):
+            piece = memoryview(buffer)[: min(size_bytes, tensor.numel() * element - at)]
+            self._read(file, piece, offset + at)
+            yield torch.frombuffer(piece, dtype=tensor.dtype)
+
+    def _read(self, file: str, into: memoryview, offset: int) -> None:
+        done = 0
+        while done < len(into):
+            try:
+                count = os.preadv(self._descriptors[file], [into[done:]], offset + done)
+            except OSError as error:
+                raise ExportError(f"{file} cannot be read: {error.strerror}.") from error
+            if count == 0:
+                raise ExportError(f"{file} ends at {offset + done} bytes: it was cut off while it was read.")
+            done += count
+
+    def _place(self, begin: int, size_bytes: int) -> tuple[str, int] | None:
+        """(file, offset) of so many bytes from address `begin`, if they lie in one mapping."""
+        number = bisect.bisect_right(self._ranges, begin, key=lambda each: each[0]) - 1
+        if number < 0 or size_bytes == 0:
+            return None
+        first, end, offset, file = self._ranges[number]
+        return (file, offset + begin - first) if begin + size_bytes <= end else None
+
+    def _buffer(self, size_bytes: int) -> bytearray:
+        """This thread's, as large as it has needed so far."""
+        held: bytearray | None = getattr(self._own, "buffer", None)
+        if held is None or len(held) < size_bytes:
+            held = self._own.buffer = bytearray(size_bytes)
+        return held

@@ -18,6 +18,7 @@ from blake3 import blake3
 
 from hf_dsvllm.errors import ExportError
 from hf_dsvllm.files import write_json
+from hf_dsvllm.hardware import usable_cpus
 from hf_dsvllm.tensors.staging import download
 from hf_dsvllm.tensors.weights import FLOATS, INDEX, OTHERS, SINGLE, TensorPlan
 
@@ -153,7 +154,7 @@ def write_index(folder: Path, groups: Mapping[str, Sequence[TensorPlan]], remedy
 def workers_for(plan: Sequence[TensorPlan]) -> int:
     """Threads that writing so much is worth."""
     total = sum(planned.size_bytes for planned in plan)
-    return 1 if total < SMALL_BYTES else min(WORKERS, os.cpu_count() or 1)
+    return 1 if total < SMALL_BYTES else min(WORKERS, usable_cpus())
 
 
 @contextlib.contextmanager

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
 import threading
 from collections import deque
 from collections.abc import Callable, Collection, Iterator, Sequence
@@ -20,6 +19,7 @@ from typing import Protocol
 import torch
 
 from hf_dsvllm.errors import ExportError
+from hf_dsvllm.hardware import usable_cpus
 from hf_dsvllm.tensors.shard_file import (
     DEFAULT_SHARD_BYTES,
     REMEDY,
@@ -128,7 +128,7 @@ def _beside_each_other(
 ) -> dict[str, str]:
     """Name of a file -> what `write` returns; the first failure (or an interrupt) stops the others and is raised."""
     with (
-        _threads_of_each(max(1, (os.cpu_count() or 1) // workers)),
+        _threads_of_each(max(1, usable_cpus() // workers)),
         ThreadPoolExecutor(workers, thread_name_prefix="export-make") as makers,
         ThreadPoolExecutor(min(workers, max(len(names), 1)), thread_name_prefix="export-write") as writers,
     ):

@@ -22,6 +22,7 @@ from safetensors import SafetensorError, safe_open
 
 from hf_dsvllm.errors import ExportError
 from hf_dsvllm.tensors.hashing import hash_files
+from hf_dsvllm.tensors.pages import empty
 from hf_dsvllm.tensors.staging import CPU, upload
 
 __all__ = [
@@ -273,7 +274,7 @@ class TensorFolder:
 
         if device.type == "cuda":
             return upload(read, end - begin, device).view(dtype)
-        raw = torch.empty(end - begin, dtype=torch.uint8)
+        raw = empty(end - begin, torch.uint8)
         read(memoryview(raw.numpy()), 0)
         return raw.view(dtype)
 

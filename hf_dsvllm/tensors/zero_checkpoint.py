@@ -1,8 +1,8 @@
 """A DeepSpeed ZeRO checkpoint as named fp32 tensors, read straight from its partitions, one tensor at a time.
 
 Reads what `deepspeed/utils/zero_to_fp32.py` reads (0.19.8; stages 1, 2 and 3) and gives bit for bit the same values,
-but neither holds the model nor imports DeepSpeed: the partitions are mapped, only the pages of the tensor in hand are
-touched, and they are let go afterwards.  The pickles in a checkpoint cannot run code here: classes other than torch's
+but neither holds the model nor imports DeepSpeed: the partitions are mapped, and of the tensor in hand the file is
+read.  The pickles in a checkpoint cannot run code here: classes other than torch's
 containers are replaced by empty ones.
 """
 
@@ -22,8 +22,8 @@ import torch
 from blake3 import blake3
 
 from hf_dsvllm.errors import ExportError
-from hf_dsvllm.tensors.hashing import PIECE_BYTES, hash_files, piece_bytes
-from hf_dsvllm.tensors.pages import Pages
+from hf_dsvllm.tensors.hashing import hash_files, piece_bytes
+from hf_dsvllm.tensors.pages import Pages, empty
 from hf_dsvllm.tensors.staging import CPU
 
 __all__ = ["ZeroCheckpoint"]
@@ -89,7 +89,7 @@ class ZeroCheckpoint:
 
     def flat(self, name: str, begin: int, end: int, dtype: torch.dtype | None = None) -> torch.Tensor:
         """The elements `begin` to `end` of a flattened tensor, and nothing else read."""
-        out = torch.empty(end - begin, dtype=dtype or torch.float32)
+        out = empty(end - begin, dtype or torch.float32)
         at = 0
         for piece in self._span(name).pieces:
             first, last = max(begin - at, 0), min(end - at, piece.numel())
@@ -98,9 +98,8 @@ class ZeroCheckpoint:
                     raise ExportError(
                         f"{name} is quantised ({piece.dtype}): train without zero_quantized_nontrainable_weights."
                     )
-                for part in piece[first:last].split(PIECE_BYTES // 4):
+                for part in self._pages.pieces(piece[first:last]):
                     out[at + first - begin :][: len(part)].copy_(part)
-                    self._pages.let_go(part)
                     first += len(part)
             at += piece.numel()
         return out
@@ -116,6 +115,7 @@ class ZeroCheckpoint:
     def close(self) -> None:
         """Let go of the mapped files."""
         self._spans, self._parts = {}, {}
+        self._pages.close()
 
     def __enter__(self) -> ZeroCheckpoint:
         return self
@@ -313,9 +313,8 @@ def _hash_parts(file: Path, parts: Sequence[torch.Tensor], pages: Pages, threads
     with zipfile.ZipFile(file) as archive:
         digest.update(archive.read(next(name for name in archive.namelist() if name.endswith("/data.pkl"))))
     for part in parts:
-        for piece in part.detach().reshape(-1).view(torch.uint8).split(piece_bytes(threads)):
+        for piece in pages.pieces(part.detach().reshape(-1).view(torch.uint8), piece_bytes(threads)):
             digest.update(memoryview(piece.numpy()))
-            pages.let_go(piece)
     return digest.hexdigest()
 
 

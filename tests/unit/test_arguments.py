@@ -356,7 +356,7 @@ def test_offload_takes_the_optimizer_it_will_get(tmp_path: Path, capsys: pytest.
 def test_an_offloaded_optimizer_on_one_thread_is_pointed_out(
     threads: str | None, says: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    monkeypatch.setattr("os.cpu_count", lambda: 16)
+    monkeypatch.setattr("hf_dsvllm.arguments.usable_cpus", lambda: 16)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     if threads is not None:
         monkeypatch.setenv("OMP_NUM_THREADS", threads)

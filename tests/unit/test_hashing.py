@@ -37,7 +37,7 @@ def test_a_hash_does_not_depend_on_threads_or_pieces(
 def test_few_large_files_are_hashed_by_several_threads_each(
     monkeypatch: pytest.MonkeyPatch, cores: int, files: int, large: int | None, threads: int
 ) -> None:
-    monkeypatch.setattr(hashing.os, "cpu_count", lambda: cores)
+    monkeypatch.setattr(hashing, "usable_cpus", lambda: cores)
     paths = [Path(str(number)) for number in range(files)]
     found = hash_files(paths, lambda path, threads: f"{path} {threads}", large=large)
     assert found == {path: f"{path} {threads}" for path in paths}

@@ -1,22 +1,26 @@
-"""Pages of mapped files go when they were read; any other memory keeps its contents."""
+"""Files that are mapped are read without their pages, any other memory as it is; new memory comes in large pages."""
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 import pytest
 import torch
 
-from hf_dsvllm.tensors.pages import Pages
+from hf_dsvllm.errors import ExportError
+from hf_dsvllm.tensors.pages import Pages, empty
 
 MIB = 1 << 20
 
 
 def resident_bytes() -> int:
     lines = Path("/proc/self/status").read_text(encoding="ascii").splitlines()
-    return 1024 * int(next(line for line in lines if line.startswith("RssFile:")).split()[1]) + 1024 * int(
-        next(line for line in lines if line.startswith("RssShmem:")).split()[1]
-    )
+    return sum(1024 * int(line.split()[1]) for line in lines if line.startswith(("RssFile:", "RssShmem:")))
+
+
+def whole(pages: Pages, tensor: torch.Tensor, size_bytes: int = MIB) -> torch.Tensor:
+    return torch.cat([piece.clone() for piece in pages.pieces(tensor, size_bytes)])
 
 
 @pytest.fixture
@@ -26,26 +30,48 @@ def file(tmp_path: Path) -> Path:
     return path
 
 
-def test_what_was_read_of_a_checkpoint_is_let_go_and_can_be_read_again(file: Path) -> None:
+def test_what_is_read_of_a_checkpoint_becomes_no_memory_of_this_process(file: Path) -> None:
     state = torch.load(file, mmap=True, weights_only=True)
     pages = Pages([file, file.parent / "another"])
     before = resident_bytes()
-    total = int(state["first"].sum())
-    assert resident_bytes() - before > 24 * MIB, "32 MiB are mapped in"
-    pages.let_go(state["first"])
+    assert torch.equal(whole(pages, state["first"]), torch.arange(4 * MIB))
+    assert torch.equal(whole(pages, state["second"][5:-3]), torch.arange(5, 4 * MIB - 3) + 7)
+    assert torch.equal(whole(pages, state["second"][5:9], 17), torch.arange(12, 16))
     assert resident_bytes() - before < 8 * MIB
-    assert int(state["first"].sum()) == total
-    assert torch.equal(state["second"], torch.arange(4 * MIB) + 7)
+    assert int(state["first"].sum()) == 4 * MIB * (4 * MIB - 1) // 2
+    assert resident_bytes() - before > 24 * MIB, "32 MiB are mapped in"
 
 
-def test_no_other_memory_is_touched(file: Path) -> None:
+def test_other_memory_is_read_as_it_is(file: Path) -> None:
     state = torch.load(file, mmap=True, weights_only=True)
-    own = torch.ones(4 * MIB)
+    own = torch.randn(3 * MIB)
     for pages in (Pages([file]), Pages([])):
-        pages.let_go(own)
-        pages.let_go(own[:0])
-    assert bool((own == 1).all())
-    before = resident_bytes()
-    _ = int(state["first"].sum())
-    Pages([]).let_go(state["first"])
-    assert resident_bytes() - before > 24 * MIB
+        assert torch.equal(whole(pages, own, 1000), own)
+        assert [len(piece) for piece in pages.pieces(own[:0])] == [0]
+    assert torch.equal(whole(Pages([]), state["second"]), state["second"])
+
+
+def test_closed_files_are_read_through_their_mappings(file: Path) -> None:
+    state = torch.load(file, mmap=True, weights_only=True)
+    pages = Pages([file])
+    opened = len(os.listdir("/proc/self/fd"))
+    pages.close()
+    pages.close()
+    assert len(os.listdir("/proc/self/fd")) == opened - 1
+    assert torch.equal(whole(pages, state["first"]), torch.arange(4 * MIB))
+
+
+def test_a_file_that_has_become_shorter_is_an_error_and_no_signal(file: Path) -> None:
+    state = torch.load(file, mmap=True, weights_only=True)
+    pages = Pages([file])
+    os.truncate(file, 8 * MIB)
+    with pytest.raises(ExportError, match=r"ends at \d+ bytes: it was cut off while it was read"):
+        whole(pages, state["second"])
+
+
+@pytest.mark.parametrize("count", [0, 1, 3 * MIB + 5])
+def test_new_memory_of_any_size(count: int) -> None:
+    made = empty(count, torch.bfloat16).fill_(2.0)
+    assert made.shape == (count,)
+    assert made.dtype == torch.bfloat16
+    assert bool((made == 2).all())
