@@ -1,7 +1,7 @@
 """Memory and files without the kernel's small pages, whose making and letting go many threads wait for each other in.
 
 torch maps a checkpoint (`mmap=True`) and gives tensors into the mapping.  Touching them brings in pages, which the
-kernel counts as memory of the process until they are let go.  `Pages` reads what the mapping shows from the file, into a
+kernel counts as memory of the process until they are let go.  `Pages` reads from the file what it shows, into a
 small buffer: 3.0 GB/s on a core and in bf16, 2.3 through the mapping.  `empty` asks for pages of 2 MiB: 10 GB/s of new
 memory on a core, 2 in pages of 4 KiB.
 """
