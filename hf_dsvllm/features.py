@@ -93,6 +93,13 @@ FEATURES = (
         exact=False,
     ),
     Feature(
+        name="gpu_gradients",
+        why="an offloaded optimizer's gradients are added up on the GPU over a step's micro-batches and cross to the "
+        "host once; takes 2 bytes of GPU a parameter over the processes; not measured yet",
+        default=False,
+        exact=True,
+    ),
+    Feature(
         name="cudnn",
         why="cuDNN's attention before PyTorch's own flash kernel, which torch 2.11 does by itself on an H200: no gain "
         "there; it plans anew for every shape, so only where all sequences have one length",

@@ -10,6 +10,7 @@ from typing import Any
 
 import torch
 
+from hf_dsvllm import offload
 from hf_dsvllm.attention import drop_masks, use_varlen, why_no_varlen, why_not
 from hf_dsvllm.kernels import INSTALL, use_kernels, why_no_kernels
 
@@ -58,6 +59,8 @@ def apply(trainer: Any, features: Collection[str]) -> list[Outcome]:
         outcomes.append(lean_adapters(trainer))
     if "fused_adapters" in features:
         outcomes.append(fused_adapters(trainer))
+    if "gpu_gradients" in features:
+        outcomes.append(gpu_gradients(trainer))
     if "cudnn" in features and not torch.cuda.is_available():
         outcomes.append(Outcome(("cudnn",), reason="there is no GPU"))
     return outcomes
@@ -276,6 +279,14 @@ def fused_adapters(trainer: Any) -> Outcome:
             fuse(layer)
     besides = f", {kept.total()} are not because of {' and '.join(kept)}" if kept else ""
     return Outcome(("fused_adapters",), f"{len(layers) - kept.total()} adapted layers are one operation each{besides}")
+
+
+def gpu_gradients(trainer: Any) -> Outcome:
+    """The sum of a step's gradients on the GPU, where the optimizer is offloaded."""
+    reason = offload.why_not(trainer)
+    if reason is None:
+        offload.keep_gradients(trainer)
+    return Outcome(("gpu_gradients",), "gradients are added up on the GPU and cross to the host once a step", reason)
 
 
 def shards_weights(trainer: Any) -> bool:

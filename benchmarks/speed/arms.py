@@ -165,13 +165,13 @@ def changed(arm: Arm, word: str) -> Arm:
 # what is to be shown: full fine-tunes, offload and scaling on 4 and 2 GPUs, then one GPU; after them other settings.
 FIRST = """
 full8 8b 4 4096 b2       | plain:z3; zero2 b2x8 no; zero2 b3x4 no; zero3 b2x4 no; zero2 no; zero3 no
-off14 14b 4 4096 b1x8    | zero2 no; zero2_offload b3x4 no; plain:z3o; zero2_offload no
+off14 14b 4 4096 b1x8    | zero2 no; zero2_offload b3x8 no +gpu_gradients; zero2_offload b3x8 no; zero3_offload_optimizer b4x8 no +gpu_gradients; plain:z3o
 scale8 8b 4 4096 b2      | zero2 rc; zero3 rc
 scale 4b 4 4096 b2       | zero2 no; zero3 no
 full14 14b 4 4096 b2     | plain:z3; zero2 b1x8 no; zero3 b2x4 no
 scale8 8b 2 4096 b2      | zero2 rc; zero3 rc
 scale 4b 2 4096 b2       | zero2 no; zero3 no
-off8 8b 2 4096 b2x8      | zero2 no; zero2_offload b4x8 no; plain:z3o; zero3_offload_optimizer b4x8 no zero_optimization.offload_optimizer.ratio=0.5; zero2 b1x16 no; zero2_offload no
+off8 8b 2 4096 b2x8      | zero2 no; zero2_offload b4x8 no +gpu_gradients; zero2_offload b4x8 no; zero3_offload_optimizer b4x8 no +gpu_gradients; plain:z3o; zero3_offload_optimizer b4x8 no +gpu_gradients zero_optimization.offload_optimizer.ratio=0.5
 scale 4b 1 4096 b2       | zero2 no; zero3 no
 full4 4b 1 4096 b2       | plain:z2; zero2 b4x4 no; zero2 b2x8 no; zero2 no -all; zero2 no -all +fused
 lora8 8b 1 4096 b4       | plain:lora; lora no; lora b2x2 no; lora b2x2 no -all; lora b2x2 no -all +fused; lora b2x2 no -all +fused_adapters; lora b2x2 no -all +lean_adapters

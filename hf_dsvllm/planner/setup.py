@@ -56,6 +56,12 @@ class Setup:
         return replicas * self.micro * self.accumulation * self.length
 
     @property
+    def sums_on_gpu(self) -> bool:
+        """Whether an offloaded optimizer's gradients wait on the GPU for the end of the step (`hf_dsvllm.offload`)."""
+        offloads = self.preset.offload_optimizer != "none"
+        return offloads and self.accumulation > 1 and "gpu_gradients" in self.features
+
+    @property
     def method(self) -> Method:
         return self.preset.adapter or "full"
 

@@ -18,6 +18,9 @@ from hf_dsvllm.planner.cards import Rates
 from hf_dsvllm.planner.setup import NODE_GPUS, Setup
 
 __all__ = ["OVERHEADS", "Overheads", "StepTime", "step_time"]
+# Bytes a parameter that take as long to move as signs take to be packed, sent and unpacked: 1.7e9 parameters on 2 H200s
+# took 0.136, 0.196 and 0.282 s more than an ordinary step (2026-11-28-training-speed-offload-2xH200, a result).
+ONEBIT_BYTES = {"onebit_adam": 330, "zero_one_adam": 475, "onebit_lamb": 684}
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -281,7 +284,7 @@ def shown(moved: float, behind: float, hidden: float) -> float:
 def optimizer_seconds(setup: Setup, rates: Rates, overheads: Overheads) -> float:
     """On the GPU: Adam reads 16 and writes 12 bytes of each parameter, the rest is clipping, casts and flat copies.
 
-    Other optimizers read and write more or fewer bytes of state than Adam's 8.
+    Other optimizers read and write more or fewer bytes of state than Adam's 8; 1-bit ones pack and unpack signs.
 
     DeepSpeed takes the norm of each gradient in fp64, one after the other (get_grad_norm_direct): under ZeRO-1 and 2 of
     those in its share, under ZeRO-3, where each process holds a piece of every gradient, of all.
@@ -294,7 +297,7 @@ def optimizer_seconds(setup: Setup, rates: Rates, overheads: Overheads) -> float
     norms = tensors / (1 if stage == 3 else setup.world) * overheads.norm_s if stage else 0.0
     if setup.preset.offload_optimizer == "none":
         moved_bytes = overheads.deepspeed_bytes if stage else overheads.optimizer_bytes
-        moved_bytes += 2 * (setup.optimizer_bytes - 8)
+        moved_bytes += 2 * (setup.optimizer_bytes - 8) + ONEBIT_BYTES.get(setup.preset.name, 0)
         return moved_bytes * share / rates.memory_bytes_per_s + norms
     return offloaded_seconds(setup, rates, share) + nvme_seconds(setup, rates, share) + norms
 
@@ -303,10 +306,11 @@ def offloaded_seconds(setup: Setup, rates: Rates, share: float) -> float:
     """DeepSpeedCPUAdam, and over the host link updated weights 2P and gradients 2P.
 
     With accumulation each micro-batch fetches what is there, adds on the GPU and sends it back, 6P
-    (stage_1_and_2.py, async_accumulate_grad_in_cpu_via_gpu).  Adam moves 28 bytes a parameter (4 arrays in, 3 out);
-    the processes of a host share its memory: seconds = max(share / rate, 28 * local * share / host memory).
+    (stage_1_and_2.py, async_accumulate_grad_in_cpu_via_gpu), but with the feature `gpu_gradients`.  Adam moves 28 bytes
+    a parameter (4 arrays in, 3 out); the processes of a host share its memory:
+    seconds = max(share / rate, 28 * local * share / host memory).
     """
-    gradients = 2 if setup.accumulation == 1 else 6 * setup.accumulation
+    gradients = 2 if setup.accumulation == 1 or setup.sums_on_gpu else 6 * setup.accumulation
     moved = (2 + gradients) * share / rates.host_bytes_per_s
     if setup.preset.offload_param != "none":
         moved += 2 * 3 * setup.accumulation * setup.shape.parameters / setup.world / rates.host_bytes_per_s

@@ -18,6 +18,9 @@ DEFAULT_BUCKET = 500_000_000  # elements, DeepSpeed's own
 # The allocator hands out a cached block whole if at most 1 MiB of it would be left over: half of that, on average, for
 # each 4-bit tensor (c10/cuda/CUDACachingAllocator.cpp, kSmallSize).
 BLOCK_WASTE_BYTES = 2**19
+# Bytes a parameter: states beyond Adam's; most in a step, beyond states and gradients; most in the empty first step.
+# benchmarks/results/2026-11-28-training-speed-offload-2xH200.json, phases `optimizer` and `init`
+ONEBIT_STEP = {"onebit_adam": (0, 10, 12), "zero_one_adam": (4, 14, 12), "onebit_lamb": (4, 16, 14)}
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)
@@ -39,6 +42,8 @@ class States:
     @classmethod
     def of(cls, setup: Setup) -> States:
         stage = setup.preset.zero_stage
+        if setup.preset.needs_onebit:
+            return onebit_states(setup)
         if stage is None or stage == 0:
             return plain_states(setup)
         return zero3_states(setup) if stage == 3 else zero12_states(setup)
@@ -87,6 +92,32 @@ def plain_states(setup: Setup) -> States:
     )
 
 
+def onebit_states(setup: Setup) -> States:
+    """DeepSpeed's 1-bit optimizers: nothing sharded, fp32 master weights, errors of the compression.
+
+    resident: weights 2P, master weights 4P, moments 8P (LAMB a second variance, 0/1 Adam an accumulator: 4P more),
+    errors 4P + 4P/N.  step: the fp32 gradient and what packing and unpacking signs takes, as `ONEBIT_STEP` measured.
+    init: a first step with empty gradients, packing and all.  Counted with 1.7e9 parameters on 2 H200s.
+    """
+    e, trainable = setup.numerics.weight_bytes, setup.trainable
+    more, step, packing = ONEBIT_STEP[setup.preset.name]
+    weights, errors = float(e * trainable), (4 + 4 / setup.world) * trainable
+    optimizer = (12.0 + more) * trainable
+    return States(
+        loaded=weights,
+        init={"weights": weights, "optimizer": optimizer, "errors": errors, "optimizer step": packing * trainable},
+        resident={"weights": weights, "optimizer": optimizer, "errors": errors},
+        gradients={"gradients": weights},
+        earlier={"gradients": weights},
+        buffer={},
+        at_reduction={},
+        buckets={},
+        waiting={},
+        tail={"large gradients": float(e * largest_gradient(setup))},
+        step={"optimizer step": step * trainable},
+    )
+
+
 def moments(setup: Setup, stepped: int) -> float:
     """Bytes of optimizer state for each parameter of `stepped` bytes: moments are of its dtype, 8 bits stay 8 bits."""
     return setup.optimizer_bytes * (stepped / 4 if setup.optimizer_bytes >= 4 else 1)
@@ -112,7 +143,7 @@ def zero12_states(setup: Setup) -> States:
     that owns them adds them to its buffer, under ZeRO-2 as fp32: e [+ 4] bytes.  A tied head's waits in autograd for
     the embedding's.
     step: the norm is taken in fp64 of one gradient at a time (get_norm_dtype): 8 bytes of the largest.
-    offload: a buffer of the largest gradient stays (Z12:659).
+    offload: a buffer of the largest gradient stays (Z12:659); with `gpu_gradients` the sum of gradients, 2P/N.
     """
     preset, shape, world = setup.preset, setup.shape, setup.world
     trainable = setup.trainable
@@ -132,7 +163,7 @@ def zero12_states(setup: Setup) -> States:
     resident = {"weights": weights, "optimizer": 0.0 if offload else stepped}
     if offload:
         resident["offload buffer"] = float(e * largest)
-        kept, step = 0.0, 0.0
+        kept, step = (e * share if setup.sums_on_gpu else 0.0), 0.0
     elif preset.zero_stage == 1:
         kept, step = e * share, (2.0 + 4.0) * share
     elif fp32:
@@ -188,7 +219,8 @@ def zero3_states(setup: Setup) -> States:
     weights = (0.0 if preset.offload_param != "none" else e * share) + base
     bucket = {"buckets": float(e * shape.hidden**2)}
     if preset.offload_optimizer != "none":
-        optimizer = master = kept = step = 0.0
+        optimizer = master = step = 0.0
+        kept = e * share if setup.sums_on_gpu else 0.0
     else:
         optimizer, master, kept = (4 + moments(setup, 4)) * share, 4 * share, e * share
         step = (6 if e == 2 else 4) * min(share, SUB_GROUP)

@@ -260,7 +260,8 @@ def zero3_hpz() -> Preset:
     )
 
 
-def onebit(name: str, optimizer: str, freeze_key: str) -> Preset:
+def onebit(name: str, optimizer: str, freeze_key: str, states: int, step: int) -> Preset:
+    """`states` and `step`: bytes a parameter, as `hf_dsvllm.planner.states` counts them; N processes."""
     params: tuple[Setting, ...] = (
         Setting("optimizer.type", optimizer, "compressed communication lives in this optimizer"),
         Setting("optimizer.params.lr", "auto", "the Trainer's learning rate"),
@@ -273,7 +274,7 @@ def onebit(name: str, optimizer: str, freeze_key: str) -> Preset:
         name=name,
         summary=f"DeepSpeed's {optimizer}: gradients cross the network in one bit",
         shards="nothing (optimizer states whole on each rank)",
-        lives="GPU: 16P",
+        lives=f"GPU: {states}P + 4P/N, {step}P more in the step",
         zero_stage=0,
         deepspeed=params,
         min_processes=2,

@@ -33,9 +33,9 @@ _FACTORIES: dict[str, Callable[[], Preset]] = {
     "zero2_lowmem": catalogue.zero2_lowmem,
     "long_context": catalogue.long_context,
     "zero3_hpz": catalogue.zero3_hpz,
-    "onebit_adam": lambda: catalogue.onebit("onebit_adam", "OneBitAdam", "freeze_step"),
-    "onebit_lamb": lambda: catalogue.onebit("onebit_lamb", "OneBitLamb", "freeze_step"),
-    "zero_one_adam": lambda: catalogue.onebit("zero_one_adam", "ZeroOneAdam", "var_freeze_step"),
+    "onebit_adam": lambda: catalogue.onebit("onebit_adam", "OneBitAdam", "freeze_step", 20, 10),
+    "onebit_lamb": lambda: catalogue.onebit("onebit_lamb", "OneBitLamb", "freeze_step", 24, 16),
+    "zero_one_adam": lambda: catalogue.onebit("zero_one_adam", "ZeroOneAdam", "var_freeze_step", 24, 14),
 }
 
 
