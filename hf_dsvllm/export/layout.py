@@ -28,7 +28,8 @@ class Layout:
 
     `untied` names parameters that shared their value with another in the base and no longer do; `vocab_size` is set
     if the adapter resized the embeddings.  `config_changes` follow from both.  `produce` makes tensors on `device`,
-    where all that are under way may take `memory_bytes`, and an element that changes takes `merge_bytes` more.
+    where all that are under way may take `memory_bytes`; an element takes `input_bytes` while it is read, and one that
+    changes `merge_bytes` more.
     `applied` collects the adapter's tensors as they are merged, each with the number of tensors it went into.
     """
 
@@ -40,6 +41,7 @@ class Layout:
     device: torch.device = CPU
     memory_bytes: int | None = None
     merge_bytes: int = 0
+    input_bytes: int = 4
     expected: Mapping[str, int] = dataclasses.field(default_factory=dict)
     applied: dict[str, int] = dataclasses.field(default_factory=dict)
 
@@ -63,8 +65,8 @@ class Layout:
         return sum(planned.size_bytes for planned in self.plan)
 
     def working_bytes(self, planned: TensorPlan) -> int:
-        """Memory of `device` that one tensor takes from being read to being written: at least input and output."""
-        both = planned.elements * 4 + planned.size_bytes
+        """Memory of `device` that one tensor takes from being read to being written: input and output, and a merge."""
+        both = planned.elements * self.input_bytes + planned.size_bytes
         return both + (planned.elements * self.merge_bytes if planned.name in self.changed else 0)
 
     def check_applied(self) -> None:
@@ -122,6 +124,7 @@ def cast_layout(model_dir: Path, tensors: TensorSource, *, dtype: torch.dtype, b
         ),
         produce=cast,
         changed=tuple(outputs),
+        input_bytes=4 if isinstance(tensors, TensorFolder) else 0,  # partitions are read and cast piece by piece
     )
 
 
