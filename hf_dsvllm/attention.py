@@ -18,6 +18,8 @@ import inspect
 from typing import Any
 
 import torch
+from transformers import AttentionInterface, AttentionMaskInterface
+from transformers.masking_utils import sdpa_mask
 
 __all__ = ["NAME", "drop_masks", "use_varlen", "why_no_varlen", "why_not"]
 
@@ -45,6 +47,8 @@ def why_not(model: Any) -> str | None:
         return "not every layer attends to all earlier tokens"
     if any(getattr(config, name, None) for name in ("num_experts", "num_local_experts", "n_routed_experts")):
         return "a mixture of experts needs the padding mask for its balance loss"
+    if not getattr(config, "is_causal", True) or getattr(config, "use_bidirectional_attention", False):
+        return "it attends to later tokens as well"
     if getattr(config, "attn_logit_softcapping", None):
         return "its attention scores are capped"
     if config._attn_implementation not in ("sdpa", NAME):
@@ -91,11 +95,6 @@ def hides_ends_alone(mask: torch.Tensor) -> bool:
 
 def use_varlen(model: Any) -> bool:
     """Let `model` attend through `varlen_forward`, `sdpa` for everything that is not packed; False if it does not."""
-    from transformers import AttentionInterface, AttentionMaskInterface
-    from transformers.masking_utils import sdpa_mask
-
-    AttentionInterface.register(NAME, varlen_forward)
-    AttentionMaskInterface.register(NAME, sdpa_mask)
     before = model.config._attn_implementation
     model.set_attn_implementation(NAME)
     if model.config._attn_implementation == NAME:
@@ -116,10 +115,11 @@ def varlen_forward(
 ) -> tuple[torch.Tensor, None]:
     """Attention as transformers calls it: (1, heads, tokens, head_dim) in, (1, tokens, heads, head_dim) out.
 
-    Packed sequences have a one-element mask (`without_mask`) and `cu_seq_lens_q`, the sequences' first tokens and the
-    end; anything else goes to transformers' `sdpa`.  Raises ValueError if the boundaries got lost on the way.
+    Packed sequences have a one-element mask (`without_mask`; with a single token it is an ordinary one) and
+    `cu_seq_lens_q`, the sequences' first tokens and the end; anything else goes to transformers' `sdpa`.  Raises
+    ValueError if the boundaries got lost on the way.
     """
-    if attention_mask is None or attention_mask.numel() != 1:
+    if attention_mask is None or attention_mask.numel() != 1 or query.shape[2] == 1:
         from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
         result: tuple[torch.Tensor, None] = sdpa_attention_forward(
@@ -199,3 +199,8 @@ def one_by_one(
         for q, k, v in zip(*(part.split(lengths, dim=2) for part in (query, key, value)), strict=True)
     ]
     return torch.cat(parts, dim=2).transpose(1, 2).contiguous()
+
+
+# At import: a model that was pickled whole names this attention, and brings this module with it.
+AttentionInterface.register(NAME, varlen_forward)
+AttentionMaskInterface.register(NAME, sdpa_mask)

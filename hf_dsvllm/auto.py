@@ -27,6 +27,7 @@ from hf_dsvllm.optimizers import optimizer_of
 from hf_dsvllm.planner.cards import machine_rates
 from hf_dsvllm.planner.explain import sentences, suggestions
 from hf_dsvllm.planner.search import TIE, Candidate, Job, Plan, gib, judge, make_plan, placements
+from hf_dsvllm.planner.setup import Loss
 from hf_dsvllm.presets import Preset
 from hf_dsvllm.traps import Fix
 
@@ -129,7 +130,7 @@ def job_of(
         length=length,
         global_batch=batch,
         method=method,  # type: ignore[arg-type]
-        loss="trl" if hasattr(args, "max_length") else "plain",
+        loss=loss_of(args),
         lora_r=lora_r or int(flag(argv, "--lora_r") or 16),
         optimizer=optimizer_of(args),
         host_bytes=ram,
@@ -140,6 +141,21 @@ def job_of(
         local_processes=local,
         streams=may_sleep(args, device),
     )
+
+
+def loss_of(args: Any) -> Loss:
+    """Whether all logits are there at once: TRL's SFT goes through them in pieces, but not with label smoothing."""
+    return "trl" if hasattr(args, "max_length") and not args.label_smoothing_factor else "plain"
+
+
+def features_of(args: Any, model_args: Any) -> frozenset[str]:
+    """The features that a plan counts with, without those that `speedups` leaves out of these adapters."""
+    lacking = set()
+    if args.torch_compile or getattr(model_args, "use_dora", False):
+        lacking.add("fused_adapters")
+    if getattr(model_args, "use_dora", False):
+        lacking.add("lean_adapters")
+    return features.planned(args.ds_speed) - lacking
 
 
 def may_sleep(args: Any, device: str) -> bool:
@@ -163,11 +179,14 @@ def keep_activations(args: Any, model_args: Any, preset: Preset, device: str) ->
     wanted = features.choose(args.ds_speed)
     if was_given(args, "gradient_checkpointing") or not wanted & {"keep_activations", "split_batch"}:
         return []
+    if getattr(model_args, "use_dora", False):
+        return []  # no formula has what it keeps: over twice what LoRA does
     micro = args.per_device_train_batch_size
     try:
         model, kind = str(model_args.model_name_or_path), preset.adapter or "full"
         revision = model_args.model_revision
         job = job_of(args, read_launch(), device, model, kind, (), lora_r=model_args.lora_r, revision=revision)
+        job = dataclasses.replace(job, features=features_of(args, model_args))
         world, place = next(iter(placements(job)))
         found = judge(job, preset, world, micro, False, place)
         if found.fits and "keep_activations" in wanted:
@@ -179,8 +198,8 @@ def keep_activations(args: Any, model_args: Any, preset: Preset, device: str) ->
         asked = "split_batch" in (args.ds_speed or ())
         bf16_adapters = "bf16_adapters" in wanted or preset.adapter == "qlora"  # TRL trains those of QLoRA in bf16
         in_bf16 = preset.zero_stage in ADDED_IN_BF16 or (bf16_adapters and not preset.uses_deepspeed)
-        if job.shape.experts or (in_bf16 and not asked):
-            return []  # the balance loss of experts is one of each micro-batch
+        if job.shape.experts or args.dataloader_drop_last or (in_bf16 and not asked):
+            return []  # the balance loss of experts is one of each micro-batch; fewer rows would be dropped at the end
         smaller = [judge(job, preset, world, size, False, place) for size in range(1, micro) if micro % size == 0]
         recomputed = judge(job, preset, world, micro, True, place)
     except (DsvllmError, StopIteration):

@@ -8,9 +8,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from hf_dsvllm.auto import planned_length, trl_config
+from hf_dsvllm.auto import features_of, loss_of, planned_length, trl_config
 from hf_dsvllm.errors import DsvllmError
-from hf_dsvllm.features import planned
 from hf_dsvllm.hardware import Machine, detect
 from hf_dsvllm.launch import read_launch
 from hf_dsvllm.model_shape import load_shape
@@ -124,13 +123,13 @@ def forecast(args: Any, model_args: Any, preset: Preset | None, device: str) -> 
         accumulation=args.gradient_accumulation_steps,
         length=planned_length(args, sys.argv[1:]),
         recompute=args.gradient_checkpointing,
-        loss="trl" if hasattr(args, "max_length") else "plain",
+        loss=loss_of(args),
         lora_r=model_args.lora_r,
         lora_dropout=bool(model_args.lora_dropout),
         optimizer_bytes=state_bytes(optimizer_of(args), preset.zero_stage),
         **largest_file(str(model_args.model_name_or_path)),
         device="cuda" if device == "cuda" else "cpu",
-        features=planned(args.ds_speed),
+        features=features_of(args, model_args),
     )
     return Forecast(
         setup=setup,

@@ -62,19 +62,20 @@ PATIENCE_S = 24 * 3600.0
 PACKAGES = ("hf-dsvllm", "torch", "transformers", "accelerate", "deepspeed", "peft", "bitsandbytes", "trl")
 
 
-def prepare(args: Any, model_args: Any, *, trained: bool = True) -> Session:
+def prepare(args: Any, model_args: Any, *, trained: bool = True, constructed: bool = False) -> Session:
     """Check a run before its model is loaded, settle adapters and dtype, start vLLM; collective, call on every rank.
 
     `args` come from `with_presets(…)`; `model_args` is TRL's `ModelConfig` (or a subclass), changed in place where the
     preset asks for it, each change printed.  Raises ConfigError with every problem found.  `trained` False: another
-    model may be the one trained, and memory and disk are left to `checks.trained_problems`.
+    model may be the one trained, and memory and disk are left to `checks.trained_problems`.  `constructed`: the trainer
+    is there already and has taken its batch and recompute from the arguments.
     """
     preset = resolve_preset(args)
     device = training_device(args)
     if preset is not None:
         dtype = full_dtype(preset, device, adapters.training_dtype(args))
         fixes = adapters.apply_to_model_config(model_args, preset, device=device, full_dtype=dtype)
-        for fix in (*fixes, *keep_activations(args, model_args, preset, device)):
+        for fix in (*fixes, *([] if constructed else keep_activations(args, model_args, preset, device))):
             say(str(fix))
     session = Session(args, model_args, preset, device)
     stage = None if session.ds_config is None else zero_stage(session.ds_config)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import inspect
 from collections import Counter
 from collections.abc import Collection, Iterable, Iterator
 from typing import Any
@@ -18,6 +19,10 @@ __all__ = ["Outcome", "OutsideAutocast", "apply", "attention_order", "worth_sayi
 
 
 KNOWN_STEPS = ("transformers.trainer", "trl.trainer.sft_trainer")  # what these read of a batch was looked at
+STEPS = (
+    *("compute_loss", "training_step", "_prepare_inputs", "_prepare_input", "get_batch_samples"),
+    "_get_num_items_in_batch",
+)
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -120,6 +125,8 @@ def without_masks(trainer: Any, features: tuple[str, ...]) -> list[Outcome]:
     reason = why_not(model)
     if reason is None and spreads_sequences(trainer):
         reason = "sequences are spread over processes"
+    if reason is None and any(config.is_prompt_learning for config in peft_configs(trainer)):
+        reason = "prompt learning puts tokens before every row"
     if reason is not None:
         return [Outcome(features, reason=reason)]
     outcomes = [packed(trainer, model, name) for name in ("padding_free", "varlen") if name in features]
@@ -164,10 +171,20 @@ def why_not_end_to_end(trainer: Any) -> str | None:
         return f"{type(collator).__name__} cannot lay sequences end to end"
     if trainer.compute_loss_func is not None:
         return "compute_loss_func may read rows of a batch"
-    steps = (type(trainer).compute_loss, type(trainer).training_step)
+    steps = [inspect.unwrap(step) for name in STEPS if (step := getattr(trainer, name, None)) is not None]
     if not all(step.__module__ in KNOWN_STEPS for step in steps):
         return f"{type(trainer).__name__} has steps of its own, which may read rows of a batch"
+    if any(getattr(config, "alora_invocation_tokens", None) for config in peft_configs(trainer)):
+        return "aLoRA looks for its invocation once a row"
+    if "seq_lengths" in (getattr(trainer.train_dataset, "column_names", None) or ()):
+        return "the dataset's seq_lengths, which nothing has read so far, would divide its rows"
     return "of --neftune_noise_alpha" if trainer.args.neftune_noise_alpha else None
+
+
+def peft_configs(trainer: Any) -> tuple[Any, ...]:
+    """Of the adapters in the trainer's model."""
+    found = getattr(trainer.model, "peft_config", None)
+    return tuple(found.values()) if isinstance(found, dict) else ()
 
 
 class EndToEnd:
@@ -297,13 +314,13 @@ def shards_weights(trainer: Any) -> bool:
 
 
 def casts_its_input(module: Any) -> bool:
-    """Whether this is a layer of PEFT's with fp32 adapters, on weights that bitsandbytes did not quantise.
+    """Whether this is a LoRA layer of PEFT's with fp32 adapters, on weights that bitsandbytes did not quantise.
 
     PEFT's layers on quantised weights cast outside autocast alone (tuners/lora/bnb.py, `requires_conversion`).
     """
-    from peft.tuners.tuners_utils import BaseTunerLayer
+    from peft.tuners.lora import LoraLayer
 
-    if not isinstance(module, BaseTunerLayer) or any(kind.__module__.endswith(".bnb") for kind in type(module).__mro__):
+    if not isinstance(module, LoraLayer) or any(kind.__module__.endswith(".bnb") for kind in type(module).__mro__):
         return False
     if getattr(module, "lora_variant", None):  # DoRA takes its norm in the dtype of the input
         return False

@@ -136,7 +136,7 @@ class ForTrainers:
         run.lines["trainer"] = f"{type(trainer).__name__} at {script_line()}"
         self._check_model(trainer)
         self._check_loaded(trainer.model)
-        run.prepare()
+        run.prepare(constructed=True)
         session = run.give_out()
         dtype = getattr(trainer.model, "dtype", None)
         if dtype is not None and not session.model_args.load_in_4bit:

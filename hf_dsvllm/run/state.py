@@ -163,11 +163,11 @@ class Run:
         if how.get("trust_remote_code"):
             model_args.trust_remote_code = True  # no field of TRL's, which has it among a trainer's arguments
 
-    def prepare(self) -> None:
+    def prepare(self, *, constructed: bool = False) -> None:
         """Check the run and start vLLM, which loads while the trainer's model does; once for each trainer.
 
         Memory and disk wait for `check_trained`: this model may be a teacher, and adapters may come from the script.
-        Done anew where arguments or model turn out not to be those it was done for.
+        Done anew where arguments or model turn out not to be those it was done for.  `constructed`: by the trainer.
         """
         if not self.waiting:
             return
@@ -184,7 +184,7 @@ class Run:
         with self.at_work():
             try:
                 if self.model_args.model_name_or_path:
-                    self.session = prepare(self.args, self.model_args, trained=False)
+                    self.session = prepare(self.args, self.model_args, trained=False, constructed=constructed)
                 else:
                     self.session = Session(self.args, self.model_args, self.preset, self.device)
             except DsvllmError as error:

@@ -133,6 +133,8 @@ def test_packed_sequences_are_evaluated_without_a_mask_too(model_path: str, monk
         {"num_experts": 8},
         {"attn_logit_softcapping": 50.0},
         {"_attn_implementation": "eager"},
+        {"is_causal": False},
+        {"use_bidirectional_attention": True},
     ],
     ids=lambda changed: next(iter(changed)),
 )
@@ -244,7 +246,63 @@ def test_what_reads_rows_of_a_batch_keeps_them(model_path: str, tmp_path: Path) 
     assert "no labels" in str(reason(own, "unmasked"))
     own.accelerator = SimpleNamespace(parallelism_config=SimpleNamespace(sp_size=2, cp_size=1))
     assert "spread over processes" in str(reason(own, "unmasked"))
+    divided = sft(model_path, tmp_path)
+    divided.train_dataset = divided.train_dataset.add_column("seq_lengths", [[2, 3]] * len(divided.train_dataset))
+    assert "seq_lengths" in str(reason(divided))
+    patched = sft(model_path, tmp_path)
+    patched._prepare_inputs = lambda inputs: inputs  # of the instance, by a script
+    assert "steps of its own" in str(reason(patched))
     mine = sft(model_path, tmp_path)
     mine.__class__ = type("Mine", (type(mine),), {"compute_loss": lambda *_: None, "__module__": "mine"})
     mine.__class__.compute_loss.__module__ = "mine"
     assert "Mine has steps of its own" in str(reason(mine))
+
+
+@pytest.mark.parametrize(("kind", "why"), [("prefix", "prompt learning"), ("alora", "aLoRA looks for its invocation")])
+def test_adapters_that_count_on_whole_rows_keep_them(model_path: str, tmp_path: Path, kind: str, why: str) -> None:
+    from peft import LoraConfig, PrefixTuningConfig, get_peft_model
+
+    from hf_dsvllm.speedups import apply
+
+    trainer = sft(model_path, tmp_path)
+    config = (
+        PrefixTuningConfig(task_type="CAUSAL_LM", num_virtual_tokens=4)
+        if kind == "prefix"
+        else LoraConfig(task_type="CAUSAL_LM", r=4, target_modules=["q_proj"], alora_invocation_tokens=[5, 6])
+    )
+    trainer.model = get_peft_model(trainer.model, config)
+    assert why in str([str(each) for each in apply(trainer, {"padding_free", "varlen"})])
+
+
+def test_a_mask_of_one_token_is_no_mark_of_packed_sequences(model_path: str) -> None:
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from hf_dsvllm.attention import drop_masks, use_varlen
+
+    model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32, attn_implementation="sdpa")
+    one = {"input_ids": torch.tensor([[5]]), "attention_mask": torch.ones(1, 1, 1, 1, dtype=torch.bool)}
+    before = model(**one).logits
+    assert use_varlen(model)
+    drop_masks(model)
+    assert torch.equal(model(**one).logits, before)
+
+
+def test_a_model_that_was_pickled_whole_brings_its_attention(model_path: str, tmp_path: Path) -> None:
+    import subprocess
+    import sys
+
+    import torch
+    from transformers import AutoModelForCausalLM
+
+    from hf_dsvllm.attention import drop_masks, use_varlen
+
+    model = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.float32, attn_implementation="sdpa")
+    use_varlen(model)
+    drop_masks(model)
+    torch.save(model, tmp_path / "whole.pt")
+    script = (
+        f"import torch; print(torch.load({str(tmp_path / 'whole.pt')!r}, weights_only=False)(torch.tensor([[5, 6]])))"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr[-2000:]

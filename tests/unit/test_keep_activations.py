@@ -23,6 +23,7 @@ def keep(
     card: str = "1xH200",
     device: str = "cuda",
     preset: str = "zero2",
+    use_dora: bool = False,
     **changed: Any,
 ) -> Any:
     """`auto.keep_activations` for a full fine-tune of a 1.7B shape on a named machine, and the arguments after it."""
@@ -52,12 +53,15 @@ def keep(
         "gradient_accumulation_steps": 1,
         "max_length": 2048,
         "ds_speed": None,
+        "label_smoothing_factor": 0.0,
+        "torch_compile": False,
+        "dataloader_drop_last": False,
     }
     base |= {"gradient_checkpointing": True, "gradient_checkpointing_kwargs": None, "activation_offloading": False}
     asked = {"gen_eval_file": None, "gen_eval_lm_eval": None, "gen_eval_max_new_tokens": 256}
     asked |= {"gen_eval_weights": "disk", "optim": "adamw_torch_fused", "optim_args": None}
     args = SFTConfig(**(base | asked | changed))
-    model = SimpleNamespace(model_name_or_path="model", model_revision="main", lora_r=16)
+    model = SimpleNamespace(model_name_or_path="model", model_revision="main", lora_r=16, use_dora=use_dora)
     return args, auto.keep_activations(args, model, get_preset(preset), device)
 
 
@@ -103,6 +107,9 @@ def test_activations_are_kept_where_they_fit_and_the_reason_is_said(monkeypatch:
         {"gradient_checkpointing_kwargs": {"selective": True}},
         {"activation_offloading": True},
         {"per_device_train_batch_size": 32, "ds_speed": ["no_split_batch"]},
+        {"per_device_train_batch_size": 32, "dataloader_drop_last": True},
+        {"label_smoothing_factor": 0.1, "per_device_train_batch_size": 12, "ds_speed": ["no_split_batch"]},
+        {"preset": "lora", "use_dora": True},
     ],
     ids=lambda changed: next(iter(changed)),
 )
@@ -157,3 +164,35 @@ def test_a_batch_is_not_split_without_need_and_leave(monkeypatch: pytest.MonkeyP
     monkeypatch.setattr("sys.argv", changed.get("argv", ["t.py"]))
     args, fixes = keep(monkeypatch, **SPLIT | {name: value for name, value in changed.items() if name != "argv"})
     assert (args.per_device_train_batch_size, args.gradient_checkpointing, fixes) == (32, True, [])
+
+
+def test_label_smoothing_needs_all_logits_and_is_planned_so(monkeypatch: pytest.MonkeyPatch) -> None:
+    batch = {"per_device_train_batch_size": 12, "ds_speed": ["no_split_batch"]}
+    args, _ = keep(monkeypatch, **batch)
+    assert args.gradient_checkpointing is False  # the same batch without smoothing fits
+
+
+def test_compiled_layers_are_planned_as_pefts_own() -> None:
+    from hf_dsvllm.auto import features_of
+
+    args, model = SimpleNamespace(ds_speed=None, torch_compile=True), SimpleNamespace(use_dora=False)
+    assert "fused_adapters" not in features_of(args, model)
+    args.torch_compile = False
+    assert {"fused_adapters", "lean_adapters"} <= features_of(args, model)
+    model.use_dora = True
+    assert not {"fused_adapters", "lean_adapters"} & features_of(args, model)
+
+
+def test_a_trainer_that_is_there_keeps_the_batch_it_was_made_with(
+    model_path: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    from trl import ModelConfig, SFTConfig
+
+    from hf_dsvllm import prepare
+
+    def never(*_: Any) -> Any:
+        raise AssertionError("the arguments are written too late")
+
+    monkeypatch.setattr("hf_dsvllm.session.keep_activations", never)
+    args = enter(tmp_path, SFTConfig, ds_preset="lora")
+    prepare(args, ModelConfig(model_name_or_path=model_path), constructed=True)

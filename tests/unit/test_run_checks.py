@@ -44,7 +44,7 @@ def test_a_teacher_loaded_first_is_not_checked_as_the_model_trained(
 ) -> None:
     prepared: list[Any] = []
 
-    def prepare(args: Any, model_args: Any, *, trained: bool) -> Any:
+    def prepare(args: Any, model_args: Any, *, trained: bool, constructed: bool = False) -> Any:
         assert not trained
         prepared.append(args)
         return SimpleNamespace(args=args, model_args=model_args, preset=None, device="cpu", stop_engine=lambda: None)

@@ -62,7 +62,7 @@ def prepared(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
     """Sessions that only remember what they were made for, in order; `engine` is None once it was stopped."""
     made: list[Any] = []
 
-    def prepare(args: Any, model_args: Any, *, trained: bool) -> Any:
+    def prepare(args: Any, model_args: Any, *, trained: bool, constructed: bool = False) -> Any:
         assert not trained, "a script may load a teacher first"
         run_folder.occupy(Path(args.output_dir))
         one = SimpleNamespace(args=args, model_args=model_args, run_dir=Path(args.output_dir), engine="on", preset=None)
