@@ -21,7 +21,7 @@ import torch
 from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.masking_utils import sdpa_mask
 
-__all__ = ["NAME", "drop_masks", "use_varlen", "why_no_varlen", "why_not"]
+__all__ = ["NAME", "WithoutMasks", "drop_masks", "use_varlen", "why_no_varlen", "why_not"]
 
 NAME = "dsvllm_varlen"
 CAUSAL = (-1, 0)  # window of varlen_attn: everything before, nothing after
@@ -67,12 +67,40 @@ def why_no_varlen(on_gpu: bool) -> str | None:
     return None
 
 
-def drop_masks(model: Any) -> None:
+class WithoutMasks:
+    """Attention without masks in `model`, for which `why_not` is None; packed sequences too if it is `varlen`.
+
+    There from the beginning, taken out and put in again around what it is for: another trainer may give the same model
+    batches whose padding has labels.
+    """
+
+    def __init__(self, model: Any, *, varlen: bool) -> None:
+        self._model, self._varlen, self._before = model, varlen, model.config._attn_implementation
+        self._hook: Any = None
+        self.put_in()
+
+    def put_in(self) -> None:
+        """Safe to call twice."""
+        if self._hook is None:
+            if self._varlen:
+                use_varlen(self._model)
+            self._hook = drop_masks(self._model)
+
+    def take_out(self) -> None:
+        """Safe to call twice."""
+        if self._hook is not None:
+            self._hook.remove()
+            self._hook = None
+            if self._varlen:
+                self._model.set_attn_implementation(self._before)
+
+
+def drop_masks(model: Any) -> Any:
     """Hook the decoder so that a padding mask on the right, or a mask of packed sequences, is not built.
 
-    `model` is a causal language model for which `why_not` is None.
+    `model` is a causal language model for which `why_not` is None.  Returns the hook's handle.
     """
-    model.get_decoder().register_forward_pre_hook(without_mask, with_kwargs=True)
+    return model.get_decoder().register_forward_pre_hook(without_mask, with_kwargs=True)
 
 
 def without_mask(decoder: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> tuple[tuple[Any, ...], dict[str, Any]]:

@@ -145,7 +145,7 @@ def job_of(
 
 def loss_of(args: Any) -> Loss:
     """Whether all logits are there at once: TRL's SFT goes through them in pieces, but not with label smoothing."""
-    return "trl" if hasattr(args, "max_length") and not args.label_smoothing_factor else "plain"
+    return "trl" if hasattr(args, "max_length") and not getattr(args, "label_smoothing_factor", 0) else "plain"
 
 
 def features_of(args: Any, model_args: Any) -> frozenset[str]:

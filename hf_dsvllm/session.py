@@ -234,7 +234,7 @@ class Session:
         callbacks = trainer.callback_handler.callbacks
         callbacks.insert(0, callbacks.pop())
         trainer.add_callback(Steering(scores, trainer))
-        trainer.train = self._explaining_memory(trainer.train)
+        trainer.train = self._explaining_memory(speedups.only_while_training(trainer))
 
     def ready_engine(self, trainer: Any) -> None:
         """The evaluator of rank 0, its engine started again where an earlier training ended with it."""

@@ -4,18 +4,19 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import inspect
 from collections import Counter
-from collections.abc import Collection, Iterable, Iterator
+from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any
 
 import torch
 
 from hf_dsvllm import offload
-from hf_dsvllm.attention import drop_masks, use_varlen, why_no_varlen, why_not
+from hf_dsvllm.attention import WithoutMasks, use_varlen, why_no_varlen, why_not
 from hf_dsvllm.kernels import INSTALL, use_kernels, why_no_kernels
 
-__all__ = ["Outcome", "OutsideAutocast", "apply", "attention_order", "worth_saying"]
+__all__ = ["Outcome", "OutsideAutocast", "apply", "attention_order", "only_while_training", "worth_saying"]
 
 
 KNOWN_STEPS = ("transformers.trainer", "trl.trainer.sft_trainer")  # what these read of a batch was looked at
@@ -132,7 +133,7 @@ def without_masks(trainer: Any, features: tuple[str, ...]) -> list[Outcome]:
     outcomes = [packed(trainer, model, name) for name in ("padding_free", "varlen") if name in features]
     if "unmasked" in features and all(outcome.reason is not None for outcome in outcomes):
         if type(collator).__module__.split(".")[0] == "trl":
-            drop_masks(model)
+            trainer.without_masks = WithoutMasks(model, varlen=False)
             outcomes.append(Outcome(("unmasked",), "padding on the right needs no mask"))
         else:
             outcomes.append(Outcome(("unmasked",), reason="only TRL's own collators surely give padding no labels"))
@@ -148,15 +149,35 @@ def packed(trainer: Any, model: Any, feature: str) -> Outcome:
         reason = "they are packed already" if laid_already else why_not_end_to_end(trainer)
     elif reason is None and not laid_already:
         reason = "no sequences are packed"
+    before = model.config._attn_implementation
     if reason is None and not use_varlen(model):
         reason = f"{type(model).__name__} does not take another attention"
     if reason is not None:
         return Outcome((feature,), reason=reason)
-    drop_masks(model)
+    model.set_attn_implementation(before)
+    trainer.without_masks = WithoutMasks(model, varlen=True)
     if feature == "varlen":
         return Outcome(("varlen",), "packed sequences attend without a mask")
     trainer.get_train_dataloader = EndToEnd(trainer)
     return Outcome(("padding_free", "varlen"), "the sequences of a micro-batch are laid end to end, none is padded")
+
+
+def only_while_training(trainer: Any) -> Callable[..., Any]:
+    """`trainer.train`, after which its model has its own attention again, until it is called once more."""
+    train: Callable[..., Any] = trainer.train
+    masks: WithoutMasks | None = getattr(trainer, "without_masks", None)
+    if masks is None:
+        return train
+
+    @functools.wraps(train)
+    def training(*args: Any, **kwargs: Any) -> Any:
+        masks.put_in()
+        try:
+            return train(*args, **kwargs)
+        finally:
+            masks.take_out()
+
+    return training
 
 
 def why_not_end_to_end(trainer: Any) -> str | None:

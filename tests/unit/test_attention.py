@@ -306,3 +306,30 @@ def test_a_model_that_was_pickled_whole_brings_its_attention(model_path: str, tm
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True, timeout=120)
     assert done.returncode == 0, done.stderr[-2000:]
+
+
+@pytest.mark.parametrize("features", [{"unmasked"}, {"padding_free", "varlen"}], ids=["unmasked", "end to end"])
+def test_a_model_has_its_own_attention_again_after_training(
+    model_path: str, tmp_path: Path, features: set[str]
+) -> None:
+    from hf_dsvllm.speedups import apply, only_while_training
+
+    trainer = sft(model_path, tmp_path)
+    decoder, before = trainer.model.get_decoder(), trainer.model.config._attn_implementation
+    apply(trainer, features)
+    train = only_while_training(trainer)
+    for _ in range(2):
+        seen: list[bool] = []
+        inner = trainer.compute_loss
+
+        def watched(*args: Any, inner: Any = inner, seen: list[bool] = seen, **kwargs: Any) -> Any:
+            seen.append(bool(decoder._forward_pre_hooks))
+            return inner(*args, **kwargs)
+
+        trainer.compute_loss = watched
+        train()
+        assert seen
+        assert all(seen)
+        assert not decoder._forward_pre_hooks
+        assert trainer.model.config._attn_implementation == before
+        trainer.compute_loss = inner
