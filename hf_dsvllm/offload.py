@@ -23,8 +23,8 @@ def why_not(trainer: Any) -> str | None:
     """Why gradients are not kept on the GPU; None where they can be."""
     plugin = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
     zero = {} if plugin is None else plugin.deepspeed_config.get("zero_optimization", {})
-    if (zero.get("offload_optimizer") or {}).get("device") not in ("cpu", "nvme"):
-        return "no optimizer is offloaded"
+    if (zero.get("offload_optimizer") or {}).get("device") != "cpu":
+        return "no optimizer is offloaded to the CPU"
     if trainer.args.gradient_accumulation_steps == 1:
         return "every micro-batch is a step"
     return None

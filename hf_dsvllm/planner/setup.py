@@ -58,7 +58,7 @@ class Setup:
     @property
     def sums_on_gpu(self) -> bool:
         """Whether an offloaded optimizer's gradients wait on the GPU for the end of the step (`hf_dsvllm.offload`)."""
-        offloads = self.preset.offload_optimizer != "none"
+        offloads = self.preset.offload_optimizer == "cpu"
         return offloads and self.accumulation > 1 and "gpu_gradients" in self.features
 
     @property

@@ -14,7 +14,7 @@ from blake3 import blake3
 
 from hf_dsvllm.hardware import usable_cpus
 
-__all__ = ["ALGORITHM", "READ_BYTES", "hash_files", "hash_of", "piece_bytes"]
+__all__ = ["ALGORITHM", "hash_files", "hash_of", "piece_bytes"]
 
 ALGORITHM = "blake3"
 HASHERS = 8  # threads that hash at a time, or a quarter of the cores: writing and merging go on beside them

@@ -23,7 +23,7 @@ from blake3 import blake3
 
 from hf_dsvllm.errors import ExportError
 from hf_dsvllm.tensors.hashing import hash_files, piece_bytes
-from hf_dsvllm.tensors.pages import Pages, empty
+from hf_dsvllm.tensors.pages import PIECE_BYTES, Pages, empty
 from hf_dsvllm.tensors.staging import CPU
 
 __all__ = ["ZeroCheckpoint"]
@@ -115,7 +115,6 @@ class ZeroCheckpoint:
     def close(self) -> None:
         """Let go of the mapped files."""
         self._spans, self._parts = {}, {}
-        self._pages.close()
 
     def __enter__(self) -> ZeroCheckpoint:
         return self
@@ -312,8 +311,9 @@ def _hash_parts(file: Path, parts: Sequence[torch.Tensor], pages: Pages, threads
     digest = blake3(max_threads=threads)
     with zipfile.ZipFile(file) as archive:
         digest.update(archive.read(next(name for name in archive.namelist() if name.endswith("/data.pkl"))))
+    size = max(PIECE_BYTES, piece_bytes(threads))  # tensors are made beside it, which want the interpreter's lock too
     for part in parts:
-        for piece in pages.pieces(part.detach().reshape(-1).view(torch.uint8), piece_bytes(threads)):
+        for piece in pages.pieces(part.detach().reshape(-1).view(torch.uint8), size):
             digest.update(memoryview(piece.numpy()))
     return digest.hexdigest()
 

@@ -51,13 +51,22 @@ def test_other_memory_is_read_as_it_is(file: Path) -> None:
     assert torch.equal(whole(Pages([]), state["second"]), state["second"])
 
 
-def test_closed_files_are_read_through_their_mappings(file: Path) -> None:
+def test_no_file_is_left_open_however_many_there_are(file: Path) -> None:
+    state = torch.load(file, mmap=True, weights_only=True)
+    opened = len(os.listdir("/proc/self/fd"))
+    pages = Pages([file])
+    whole(pages, state["first"])
+    next(pages.pieces(state["first"], MIB))  # and no more of it
+    assert len(os.listdir("/proc/self/fd")) == opened
+
+
+@pytest.mark.parametrize("then", ["gone", "another"])
+def test_a_file_whose_name_another_one_has_is_read_through_its_mapping(file: Path, then: str) -> None:
     state = torch.load(file, mmap=True, weights_only=True)
     pages = Pages([file])
-    opened = len(os.listdir("/proc/self/fd"))
-    pages.close()
-    pages.close()
-    assert len(os.listdir("/proc/self/fd")) == opened - 1
+    file.unlink()
+    if then == "another":
+        torch.save({"first": torch.zeros(4 * MIB), "second": torch.zeros(4 * MIB)}, file)
     assert torch.equal(whole(pages, state["first"]), torch.arange(4 * MIB))
 
 

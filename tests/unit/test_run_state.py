@@ -66,7 +66,7 @@ def prepared(monkeypatch: pytest.MonkeyPatch) -> list[Any]:
         assert not trained, "a script may load a teacher first"
         run_folder.occupy(Path(args.output_dir))
         one = SimpleNamespace(args=args, model_args=model_args, run_dir=Path(args.output_dir), engine="on", preset=None)
-        one.device, one.stop_engine = "cpu", lambda: setattr(one, "engine", None)
+        one.device, one.constructed, one.stop_engine = "cpu", constructed, lambda: setattr(one, "engine", None)
         made.append(one)
         return one
 
@@ -116,8 +116,8 @@ def test_nothing_is_prepared_for_arguments_that_have_their_trainer(tmp_path: Pat
     assert run.session is None
     run.use(args)
     run.settle_model(model_of("LlamaForCausalLM", "m"), transformers.Trainer)
-    run.prepare()
-    assert len(prepared) == 2
+    run.prepare(constructed=True)
+    assert [one.constructed for one in prepared] == [False, True]
 
 
 def test_the_folder_of_a_trainer_stays_occupied(tmp_path: Path, prepared: list[Any]) -> None:
