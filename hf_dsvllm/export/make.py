@@ -43,6 +43,7 @@ from hf_dsvllm.files import write_json
 from hf_dsvllm.tensors.shard_file import DEFAULT_SHARD_BYTES
 from hf_dsvllm.tensors.shards import write_shards
 from hf_dsvllm.tensors.weights import SINGLE, TensorFolder, check_free_disk, torch_dtype
+from hf_dsvllm.tensors.zero_checkpoint import ZeroCheckpoint
 
 __all__ = ["REPORT", "ExportReport", "export_model"]
 
@@ -85,9 +86,11 @@ def export_model(
         job = open_job(found, target, base, stack)
         _check_format(job, format)
         hashing = stack.enter_context(ThreadPoolExecutor(1))
-        inputs: Future[dict[str, Any]] = hashing.submit(inputs_of, job, max_shard_size_bytes, format)
+        inputs: Future[dict[str, Any]] | None = None
+        if occupied(out) or not isinstance(job.tensors, ZeroCheckpoint):  # whose tensors are hashed as they are read
+            inputs = hashing.submit(inputs_of, job, max_shard_size_bytes, format)
         existing: ExportReport | None = None
-        if occupied(out):
+        if inputs is not None and occupied(out):
             existing = reusable(out, inputs.result(), overwrite)
         layout = layout_of(job) if format == "merged" else adapter_layout(_adapter(job))
         device, skipped = _where_to_compare(job, layout)
@@ -101,6 +104,7 @@ def export_model(
         with replacing(out) as folder:
             before_writing = time.monotonic()
             hashes = _write(folder, job, layout, max_shard_size_bytes, progress, format)
+            inputs = inputs or hashing.submit(inputs_of, job, max_shard_size_bytes, format)
             write_seconds = time.monotonic() - before_writing
             comparison = _verify(folder, job, layout, format, device) if skipped is None else None
             verification = None if comparison is None else comparison.verification

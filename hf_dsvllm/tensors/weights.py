@@ -114,7 +114,7 @@ class TensorSource(Protocol):
         """The elements `begin` to `end` of a flattened tensor, and nothing else read."""
 
     def hashes(self) -> dict[str, str]:
-        """File name -> BLAKE3 of it, or `name#read` -> BLAKE3 of the parts of it that are read."""
+        """File name -> BLAKE3 of it, or of the parts of it that are read."""
 
 
 @dataclasses.dataclass(frozen=True, slots=True, kw_only=True)

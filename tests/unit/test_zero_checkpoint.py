@@ -5,15 +5,17 @@ from __future__ import annotations
 import collections
 import json
 import math
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from blake3 import blake3
 from safetensors.torch import load_file, save_file
 
 from hf_dsvllm.errors import ExportError
+from hf_dsvllm.tensors.pages import Pages
 from hf_dsvllm.tensors.zero_adapter import write_adapter
 from hf_dsvllm.tensors.zero_checkpoint import ZeroCheckpoint
 
@@ -113,7 +115,7 @@ def test_hashes_are_of_what_is_read_and_not_of_moments_and_copies(tmp_path: Path
     def hashes(moment: float, copy: float, **weights: float) -> dict[str, str]:
         change(model, module={"copy": torch.full((9,), copy)}, buffer_names=["range"])
         state = torch.load(model, weights_only=False)
-        state["module"]["range"] = torch.full((3,), weights.get("buffer", 0))
+        state["module"]["range"] = torch.full((3,), weights.get("buffer", 0.0))
         state["frozen_param_fragments"]["fixed"].fill_(weights.get("frozen", 0))
         torch.save(state, model)
         state = torch.load(optimizer, weights_only=False)
@@ -124,11 +126,30 @@ def test_hashes_are_of_what_is_read_and_not_of_moments_and_copies(tmp_path: Path
             return tensors.hashes()
 
     first = hashes(1.0, 1.0)
-    assert set(first) == {f"{file.name}#read" for file in folder.iterdir()}
+    assert set(first) == {"weights", *(f"{file.name}#header" for file in folder.iterdir())}
     assert hashes(2.0, 3.0) == first
     for weights in ({"buffer": 1.0}, {"frozen": 1.0}, {"trained": 1.0}):
         changed = {name for name, digest in hashes(1.0, 1.0, **weights).items() if digest != first[name]}
-        assert changed == {f"{(optimizer if 'trained' in weights else model).name}#read"}
+        assert changed == {"weights"}
+
+
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_hashes_are_of_tensors_whether_read_before_and_by_whom(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, ranks: int
+) -> None:
+    """Tensors of several parts, larger and smaller than a rank's piece; none is read a second time for its hash."""
+    monkeypatch.setattr("hf_dsvllm.tensors.zero_checkpoint.PART", 5)
+    write_checkpoint(tmp_path, ranks=ranks)
+    with ZeroCheckpoint(tmp_path) as tensors:
+        unread = tensors.hashes()
+    with ZeroCheckpoint(tmp_path) as tensors:
+        for name, tensor in {**TRAINED, **FROZEN}.items():
+            assert torch.equal(tensors.get(name, dtype=torch.bfloat16), tensor.bfloat16())
+        monkeypatch.setattr(Pages, "pieces", lambda *_: pytest.fail("read again"))
+        assert tensors.hashes() == unread
+        for name, tensor in TRAINED.items():
+            parts = [blake3(part.numpy().tobytes()).digest() for part in tensor.reshape(-1).split(5)]
+            assert tensors._digests[name] == blake3(b"".join(parts)).hexdigest()
 
 
 @pytest.mark.parametrize("lost", [0, 1, 3])
@@ -333,12 +354,12 @@ def test_frozen_weights_that_the_adapter_does_not_have_are_not_read(
     write_checkpoint(tmp_path, trained=ADAPTER, frozen=OTHER)
     out = saved_empty(tmp_path, f"{LOW}.weight", f"{HIGH}.weight")
     read: list[int] = []
-    flat = ZeroCheckpoint.flat
+    pieces_of = Pages.pieces
 
-    def counted(self: ZeroCheckpoint, name: str, begin: int, end: int, dtype: torch.dtype | None = None) -> Any:
-        read.append(end - begin)
-        return flat(self, name, begin, end, dtype)
+    def counted(self: Pages, tensor: torch.Tensor, *size: int) -> Iterator[torch.Tensor]:
+        read.append(tensor.numel())
+        return pieces_of(self, tensor, *size)
 
-    monkeypatch.setattr(ZeroCheckpoint, "flat", counted)
+    monkeypatch.setattr(Pages, "pieces", counted)
     write_adapter(tmp_path, out)
     assert sum(read) == sum(math.prod(tensor.shape) for tensor in ADAPTER.values())
