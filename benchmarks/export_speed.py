@@ -8,7 +8,8 @@
 `write` makes a random model of a real shape and a random adapter, `merge` exports them (made if need be) with this
 package and with PEFT's merge_and_unload and save_pretrained, then compares every tensor in steps of bf16.  Of QLoRA
 there are two ways by hand: merged into the 4-bit base it was trained on, as most do it (the result is 4 bit and not
-compared), and into the base dequantised before.  `checkpoint` writes a ZeRO-3 checkpoint with Adam after one step;
+compared), and into the base dequantised before.  `checkpoint` writes a ZeRO-3 checkpoint after one step of Adam, or,
+with --no_moments, of plain SGD, whose checkpoint holds the fp32 weights alone and which fits one GPU with 8B;
 `zero` converts it with this package and with DeepSpeed's zero_to_fp32, and compares every tensor.  Each way runs in a
 process of its own; imports, the start of CUDA and the proof by logits are not counted (the proof has a row of its own).
 FOLDER decides what is measured: /dev/shm is memory, another place is its disk.
@@ -33,7 +34,6 @@ ROOT = Path(__file__).resolve().parent.parent
 SHARD = "5GB"
 NF4 = {"bnb_4bit_quant_type": "nf4", "bnb_4bit_use_double_quant": True, "bnb_4bit_compute_dtype": "bfloat16",
        "bnb_4bit_quant_storage": "uint8"}  # fmt: skip
-STEP_TOKENS = 128
 
 
 def main() -> None:
@@ -51,6 +51,7 @@ def main() -> None:
     parser.add_argument(
         "--no_compare", action="store_true", help="leave out the comparison of tensors, which reads both results"
     )
+    parser.add_argument("--no_moments", action="store_true", help="a checkpoint of plain SGD instead of Adam")
     args = parser.parse_args()
     if args.what == "child":
         print(json.dumps(WAYS[args.way](args)), flush=True)
@@ -239,10 +240,9 @@ def bf16_steps(one: Any, other: Any) -> Any:
 
 
 def write_checkpoint(args: argparse.Namespace) -> None:
-    """One step under ZeRO-3 with Adam: the checkpoint holds the moments beside the fp32 weights, as real ones do.
+    """One step by random gradients under ZeRO-3 with Adam: the moments are beside the fp32 weights, as in real ones.
 
-    More processes than GPUs share them through gloo (NCCL wants a GPU each): the same files of as many ranks, after a
-    step by random gradients.
+    More processes than GPUs share them through gloo (NCCL wants a GPU each): the same files of as many ranks.
     """
     import deepspeed
     import torch
@@ -261,21 +261,17 @@ def write_checkpoint(args: argparse.Namespace) -> None:
     settings = {
         "train_micro_batch_size_per_gpu": 1, "bf16": {"enabled": True},
         "zero_optimization": {"stage": 3}, "checkpoint": {"tag_validation": "Ignore"},
+        "zero_allow_untested_optimizer": True,
     }  # fmt: skip
     torch.manual_seed(0)
     with deepspeed.zero.Init(config_dict_or_path=settings):
         model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**config), dtype=torch.bfloat16)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
+    optimizer = (torch.optim.SGD if args.no_moments else torch.optim.AdamW)(model.parameters(), lr=1e-3)
     engine, *_ = deepspeed.initialize(model=model, optimizer=optimizer, config=settings)
-    if shared:
-        for number, part in enumerate(engine.optimizer.fp32_partitioned_groups_flat):
-            part.grad = torch.randn_like(part)
-            engine.optimizer._optimizer_step(number)
-            part.grad = None
-    else:
-        tokens = torch.randint(0, config["vocab_size"], (1, STEP_TOKENS), device=engine.device)
-        engine.backward(engine(input_ids=tokens, labels=tokens).loss)
-        engine.step()
+    for number, part in enumerate(engine.optimizer.fp32_partitioned_groups_flat):
+        part.grad = torch.randn_like(part)
+        engine.optimizer._optimizer_step(number)
+        part.grad = None
     checkpoint = args.work / f"zero-{args.shape}" / "checkpoint-1"
     engine.save_checkpoint(str(checkpoint), tag="global_step1")
     if rank == 0:

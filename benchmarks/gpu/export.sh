@@ -15,8 +15,9 @@
 # are not run again where WORK is still there, or where an earlier call's results are given (EARLIER).
 #
 # Environment: SHAPES="8b 14b" ZERO_SHAPE=8b PROCESSES=4 BUDGET_S=560 WORK=runs/export FAST=/dev/shm/export; OUT, a folder that
-# results are copied to after every part; COMPARE=--no_compare where reading both results back takes too long; SETUP, a shell
-# file to source first; VLLM_ARGS, more arguments for vLLM; LIMIT_S, seconds for each part.
+# results are copied to after every part; CHECKPOINT=--no_moments for a ZeRO checkpoint of 4 bytes a parameter;
+# COMPARE=--no_compare where reading both results back takes too long; SETUP, a shell file to source first; VLLM_ARGS, more
+# arguments for vLLM; LIMIT_S, seconds for each part.
 set -uo pipefail
 cd "$(dirname "$0")/../.."
 STEP=${1:?write, merge, disk, zero or serve}
@@ -71,7 +72,7 @@ case $STEP in
   zero)
     if [ ! -e "$RESULTS/zero-$ZERO_SHAPE.json" ]; then
       limited "$LIMIT_S" python3 -m torch.distributed.run --nproc_per_node "$PROCESSES" benchmarks/export_speed.py checkpoint \
-        --shape "$ZERO_SHAPE" --work "$FAST" || exit
+        --shape "$ZERO_SHAPE" --work "$FAST" ${CHECKPOINT:-} || exit
     fi
     CUDA_VISIBLE_DEVICES= part "zero-$ZERO_SHAPE" "$LIMIT_S" $SPEED zero --shape "$ZERO_SHAPE" --work "$FAST"
     rm -rf "$FAST/zero-$ZERO_SHAPE" ;;
