@@ -332,7 +332,7 @@ class Measurement:
         if job.kind in ("calibrate", "collectives"):
             self.rates[job.name] = ranks[0] if ranks else {"failed": tail(self.work / f"{job.name}.0.log")}
         elif job.kind == "adam":
-            self.rates["one"] |= ranks[0] if ranks else {}
+            self.rates.setdefault("one", {}).update(ranks[0] if ranks else {})
         elif job.cell is not None:
             row = {"cell": dataclasses.asdict(job.cell), "tokens": job.cell.tokens, "seconds": took, "ranks": ranks}
             row |= verdict(ranks, len(job.lanes), job.killed, self.work / f"{job.name}.0.log")
