@@ -70,6 +70,28 @@ def disk_rate(folder: Path, size: int = 8 << 30) -> float:
     return round(written / seconds / 1e9, 2)
 
 
+def use_memory(folder: Path, size: int) -> None:
+    """Have `size` bytes of the machine's memory in use, and let go of them: eight files in `folder`, deleted.
+
+    A virtual machine gives back to its host what nobody has used for seconds, and gets it again slowly: eight writers
+    fill 4 GB/s of it on the H200 hosts, 20 of memory that was just in use.  Whoever comes first would pay for it.
+    """
+    block = bytes(64 << 20)
+
+    def write(number: int) -> None:
+        with (folder / f"used-{number}").open("wb", buffering=0) as file:
+            for _ in range(-(-size // 8 // len(block))):
+                file.write(block)
+
+    threads = [threading.Thread(target=write, args=(number,)) for number in range(8)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    for number in range(8):
+        (folder / f"used-{number}").unlink()
+
+
 def sync_folder(folder: Path) -> None:
     """What an export does for its own files: they are on the disk when it says so."""
     for file in folder.iterdir():

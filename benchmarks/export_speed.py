@@ -28,7 +28,7 @@ import time
 from pathlib import Path
 from typing import Any
 
-from export_measures import disk_rate, host, sync_folder, watched
+from export_measures import disk_rate, host, sync_folder, use_memory, watched
 
 ROOT = Path(__file__).resolve().parent.parent
 SHARD = "5GB"
@@ -308,6 +308,7 @@ def zero_ours(args: argparse.Namespace) -> dict[str, Any]:
 
     export._where_to_compare = lambda *_: ("cpu", "left out of this measurement")
     warm_up()
+    use_memory(args.work, room_of(args))
     with watched() as seen:
         report = export.export_model(
             args.work / f"zero-{args.shape}" / "checkpoint-1", args.work / "out-zero-ours", progress=False
@@ -324,12 +325,19 @@ def zero_deepspeed(args: argparse.Namespace) -> dict[str, Any]:
     out = args.work / "out-zero-deepspeed"
     checkpoint = args.work / f"zero-{args.shape}" / "checkpoint-1"
     warm_up()
+    use_memory(args.work, room_of(args))
     with watched() as seen, contextlib.redirect_stdout(sys.stderr):
         convert_zero_checkpoint_to_state_dict(
             str(checkpoint), str(out), dtype=torch.bfloat16, max_shard_size=SHARD, safe_serialization=True
         )
         sync_folder(out)
     return seen
+
+
+def room_of(args: argparse.Namespace) -> int:
+    """Bytes of memory that either way takes anew: the result, and half as much to work in."""
+    files = (args.work / f"zero-{args.shape}" / "checkpoint-1").glob("global_step*/*_optim_states.pt")
+    return sum(file.stat().st_size for file in files) * 3 // 4
 
 
 def zero_equal(args: argparse.Namespace) -> dict[str, Any]:

@@ -31,7 +31,7 @@ from hf_dsvllm.planner.setup import Loss
 from hf_dsvllm.presets import Preset
 from hf_dsvllm.traps import Fix
 
-__all__ = ["AutoChoice", "choose", "is_auto", "keep_activations", "planned_length", "trl_config"]
+__all__ = ["AutoChoice", "choose", "is_auto", "keep_activations", "planned_length", "sum_gradients", "trl_config"]
 
 METHODS = ("full", "lora", "qlora", "any")
 DEFAULT_LENGTH = 1024  # TRL's SFTConfig.max_length
@@ -137,6 +137,7 @@ def job_of(
         evaluation=evaluation,
         device="cuda" if device == "cuda" else "cpu",
         features=features.planned(args.ds_speed),
+        features_that_fit=features.left_to_plan(args.ds_speed) if trl_config(args) == "SFTConfig" else frozenset(),
         processes=world,
         local_processes=local,
         streams=may_sleep(args, device),
@@ -209,6 +210,32 @@ def keep_activations(args: Any, model_args: Any, preset: Preset, device: str) ->
     if best is None or best.step.tokens_per_second < (1 + TIE) * recomputed.step.tokens_per_second:
         return []
     return split_batch(args, best, recomputed)
+
+
+def sum_gradients(args: Any, model_args: Any, preset: Preset, device: str) -> list[Fix]:
+    """The feature `gpu_gradients` for TRL's SFT with an optimizer on the CPU, where the planner has room for it.
+
+    After `keep_activations`, which may have split the batch; `model_args` as there.
+    """
+    wanted = features.left_to_plan(args.ds_speed)
+    if not (trl_config(args) == "SFTConfig" and device == "cuda" and args.max_length and wanted):
+        return []
+    if preset.offload_optimizer != "cpu" or args.gradient_accumulation_steps == 1:
+        return []
+    try:
+        model, kind = str(model_args.model_name_or_path), preset.adapter or "full"
+        revision = model_args.model_revision
+        job = job_of(args, read_launch(), device, model, kind, (), lora_r=model_args.lora_r, revision=revision)
+        job = dataclasses.replace(job, features=features_of(args, model_args))
+        world, place = next(iter(placements(job)))
+        found = judge(job, preset, world, args.per_device_train_batch_size, args.gradient_checkpointing, place)
+    except (DsvllmError, StopIteration):
+        return []
+    if not found.setup.sums_on_gpu:
+        return []
+    before, args.ds_speed = args.ds_speed, [*(args.ds_speed or ()), *wanted]
+    why = f"the planner predicts {gib(found.gpu_bytes)} with it, which fits (--ds_speed no_gpu_gradients)"
+    return [Fix("ds_speed", before, args.ds_speed, why)]
 
 
 def split_batch(args: Any, best: Candidate, recomputed: Candidate) -> list[Fix]:

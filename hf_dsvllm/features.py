@@ -95,7 +95,8 @@ FEATURES = (
     Feature(
         name="gpu_gradients",
         why="an offloaded optimizer's gradients are added up on the GPU over a step's micro-batches and cross to the "
-        "host once; takes 2 bytes of GPU a parameter over the processes; not measured yet",
+        "host once: 8,656 instead of 6,958 tokens/s (8B, 2 H200), 13,779 instead of 11,419 (4B, 1 H200); takes 2 bytes "
+        "of GPU a parameter over the processes, so by default only where the planner says that it fits",
         default=False,
         exact=True,
     ),
@@ -136,6 +137,12 @@ def planned(words: Sequence[str] | None) -> frozenset[str]:
     """The features that a plan counts with: those in force, less `fused` where liger-kernel is not installed."""
     lacking = {"fused"} if importlib.util.find_spec("liger_kernel") is None else set()
     return choose(words) - lacking
+
+
+def left_to_plan(words: Sequence[str] | None) -> frozenset[str]:
+    """What a plan takes where it fits: `gpu_gradients`, unless the words of `--ds_speed` decide about it."""
+    decided = {NONE, ALL, "gpu_gradients", WITHOUT + "gpu_gradients"} & set(words or ())
+    return frozenset() if decided else frozenset({"gpu_gradients"})
 
 
 def feature_problems(words: Sequence[str] | None) -> list[Problem]:

@@ -21,7 +21,7 @@ import torch
 from hf_dsvllm import adapters, onebit, speedups
 from hf_dsvllm._compat import keep_4bit_weights_packed, keep_out_of_uploads
 from hf_dsvllm.arguments import full_dtype, on_one_gpu, resolve_preset, training_device
-from hf_dsvllm.auto import keep_activations
+from hf_dsvllm.auto import keep_activations, sum_gradients
 from hf_dsvllm.callback import SessionCallback
 from hf_dsvllm.checks import check_before_loading, expert_problems, load_tokenizer, predict_memory
 from hf_dsvllm.console import is_main_process, say
@@ -75,7 +75,9 @@ def prepare(args: Any, model_args: Any, *, trained: bool = True, constructed: bo
     if preset is not None:
         dtype = full_dtype(preset, device, adapters.training_dtype(args))
         fixes = adapters.apply_to_model_config(model_args, preset, device=device, full_dtype=dtype)
-        for fix in (*fixes, *([] if constructed else keep_activations(args, model_args, preset, device))):
+        for settle in () if constructed else (keep_activations, sum_gradients):
+            fixes = [*fixes, *settle(args, model_args, preset, device)]
+        for fix in fixes:
             say(str(fix))
     session = Session(args, model_args, preset, device)
     stage = None if session.ds_config is None else zero_stage(session.ds_config)

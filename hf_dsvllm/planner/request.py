@@ -7,7 +7,7 @@ import difflib
 import re
 
 from hf_dsvllm.errors import ConfigError, DsvllmError, HardwareError, Problem
-from hf_dsvllm.features import planned
+from hf_dsvllm.features import left_to_plan, planned
 from hf_dsvllm.hardware import Machine, count_and_card, detect, parse_machine
 from hf_dsvllm.model_shape import ModelShape, UnknownModelError, load_shape
 from hf_dsvllm.optimizers import ADAM, STATE_BYTES
@@ -78,6 +78,7 @@ def job_of(request: Request, shape: ModelShape | None = None, traced: Traced | N
         streams=None,
         nodes=nodes,
         features=planned(None),
+        features_that_fit=left_to_plan(None) if request.loss == "trl" else frozenset(),
     )
 
 

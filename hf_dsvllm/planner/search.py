@@ -66,6 +66,7 @@ class Job:
     local_processes: int | None = None
     nodes: int = 1
     features: frozenset[str] = frozenset()
+    features_that_fit: frozenset[str] = frozenset()  # more of them, taken by candidates that have the memory
 
     @property
     def hosts(self) -> int:
@@ -269,6 +270,11 @@ def micro_batches(per_process: int) -> list[int]:
 
 def judge(job: Job, preset: Preset, world: int, micro: int, recompute: bool, place: EnginePlace) -> Candidate:
     """One candidate with everything it takes and lacks."""
+    if job.features_that_fit:
+        plain = dataclasses.replace(job, features_that_fit=frozenset())
+        more = dataclasses.replace(plain, features=job.features | job.features_that_fit)
+        found = judge(more, preset, world, micro, recompute, place)
+        return found if found.fits and found.setup.sums_on_gpu else judge(plain, preset, world, micro, recompute, place)
     setup = Setup(
         shape=job.shape,
         preset=preset,

@@ -24,6 +24,7 @@ def keep(
     device: str = "cuda",
     preset: str = "zero2",
     use_dora: bool = False,
+    sums: bool = False,
     **changed: Any,
 ) -> Any:
     """`auto.keep_activations` for a full fine-tune of a 1.7B shape on a named machine, and the arguments after it."""
@@ -62,7 +63,8 @@ def keep(
     asked |= {"gen_eval_weights": "disk", "optim": "adamw_torch_fused", "optim_args": None}
     args = SFTConfig(**(base | asked | changed))
     model = SimpleNamespace(model_name_or_path="model", model_revision="main", lora_r=16, use_dora=use_dora)
-    return args, auto.keep_activations(args, model, get_preset(preset), device)
+    settle = auto.sum_gradients if sums else auto.keep_activations
+    return args, settle(args, model, get_preset(preset), device)
 
 
 def test_recompute_that_was_asked_for_stays(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -196,3 +198,33 @@ def test_a_trainer_that_is_there_keeps_the_batch_it_was_made_with(
     monkeypatch.setattr("hf_dsvllm.session.keep_activations", never)
     args = enter(tmp_path, SFTConfig, ds_preset="lora")
     prepare(args, ModelConfig(model_name_or_path=model_path), constructed=True)
+
+
+def test_gradients_are_summed_on_the_gpu_where_that_fits_and_the_reason_is_said(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    args, (fix,) = keep(monkeypatch, sums=True, preset="zero2_offload", gradient_accumulation_steps=8)
+    assert args.ds_speed == ["gpu_gradients"]
+    assert str(fix).startswith("ds_speed: None → ['gpu_gradients'] (the planner predicts")
+    args, _ = keep(monkeypatch, sums=True, preset="zero2_offload", gradient_accumulation_steps=8, ds_speed=["no_fused"])
+    assert args.ds_speed == ["no_fused", "gpu_gradients"]
+
+
+@pytest.mark.parametrize(
+    "changed",
+    [
+        {"card": "1xA100-40GB", "max_length": 32768},
+        {"device": "cpu"},
+        {"max_length": None},
+        {"preset": "zero2"},
+        {"preset": "zero3_nvme"},
+        {"gradient_accumulation_steps": 1},
+        {"ds_speed": ["no_gpu_gradients"]},
+        {"ds_speed": ["none"]},
+        {"ds_speed": ["gpu_gradients"]},
+    ],
+)
+def test_gradients_stay_where_they_are_otherwise(monkeypatch: pytest.MonkeyPatch, changed: dict[str, Any]) -> None:
+    given = {"preset": "zero2_offload", "gradient_accumulation_steps": 8} | changed
+    args, fixes = keep(monkeypatch, sums=True, **given)
+    assert (args.ds_speed, fixes) == (changed.get("ds_speed"), [])

@@ -8,9 +8,12 @@ from pathlib import Path
 import pytest
 
 from hf_dsvllm import calibrate
+from hf_dsvllm.features import left_to_plan
+from hf_dsvllm.hardware import parse_machine
 from hf_dsvllm.planner import cards
 from hf_dsvllm.planner.explain import sentences
 from hf_dsvllm.planner.footprint import Setup
+from hf_dsvllm.planner.search import Job, judge, placements
 from hf_dsvllm.planner.speed import ADAM_BYTES, step_time
 from hf_dsvllm.presets import get_preset
 from tests.unit.test_plan_rules import plan, shape
@@ -65,3 +68,20 @@ def test_a_drive_and_the_hosts_memory_are_measured_and_kept(tmp_path: Path) -> N
     record = {"device": "cuda", "device_name": "H200", "matmul_flops": {"a": 1e14}, "copy_bytes_per_s": 1e12}
     rates = cards.from_record({**record, "nvme_bytes_per_s": rate, "host_copy_bytes_per_s": 2e11})
     assert (rates.nvme_bytes_per_s, rates.host_memory_bytes_per_s) == (rate, 2e11)
+
+
+@pytest.mark.parametrize(("card", "summed"), [("1xH200", True), ("1xA100-40GB", False)])
+def test_gradients_are_summed_on_the_gpu_by_plans_that_have_the_room_and_by_no_others(card: str, summed: bool) -> None:
+    """32B, whose gradients are 61 GiB: what fits as DeepSpeed has it fits as before, where they do not."""
+    machine = parse_machine(card)
+    job = Job(shape=shape("32b"), machine=machine, rates=RATES, length=1024, global_batch=8, host_bytes=1 << 40)
+    place = next(iter(placements(job)))[1]
+    without = judge(job, get_preset("zero3_offload"), 1, 1, True, place)
+    found = judge(
+        dataclasses.replace(job, features_that_fit=left_to_plan(None)), get_preset("zero3_offload"), 1, 1, True, place
+    )
+    assert without.fits
+    assert found.fits
+    assert found.setup.sums_on_gpu == summed
+    if not summed:
+        assert found == without
