@@ -6,9 +6,10 @@ dequantised, merged and renamed as a checkpoint has it, used, and let go.  The m
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any, TypeVar
 
 import torch
@@ -61,10 +62,26 @@ def gathered(parts: Iterable[Source], bucket_bytes: int) -> Iterator[list[Source
         if not sharded:
             yield batch
             continue
-        import deepspeed
-
-        with deepspeed.zero.GatheredParameters(list(sharded.values()), modifier_rank=None):
+        with contextlib.ExitStack() as whole:
+            _gather(whole, list(sharded.values()))
             yield batch
+
+
+def _gather(whole: contextlib.ExitStack, sharded: Sequence[Any]) -> None:
+    """Parameters of ZeRO-3 whole until `whole` ends; those on NVMe one by one, through one of DeepSpeed's few buffers.
+
+    A part that was read keeps its buffer until the parameter is let go, or, as DeepSpeed does for parameters that stay
+    whole, until it is given back; a layer has more parameters than there are buffers (0.19.8 stops there).
+    """
+    import deepspeed
+
+    on_drive = [each for each in sharded if getattr(each.ds_tensor, "final_location", None) == "nvme"]
+    for parameter in on_drive:
+        whole.enter_context(deepspeed.zero.GatheredParameters([parameter], modifier_rank=None))
+        parameter.nvme_swapper.remove_partition_and_release_buffers([parameter])
+    ids = {id(each) for each in on_drive}
+    if others := [each for each in sharded if id(each) not in ids]:
+        whole.enter_context(deepspeed.zero.GatheredParameters(others, modifier_rank=None))
 
 
 def _batches(parts: Iterable[Source], bucket_bytes: int) -> Iterator[list[Source]]:

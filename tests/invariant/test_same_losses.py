@@ -13,6 +13,8 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
+from safetensors.torch import load_file
 
 from tests.scripts.runs import Runs, train_all, write_wide_model
 
@@ -84,3 +86,37 @@ def test_offloading_to_nvme_learns_the_same(alone: Runs, tmp_path: Path) -> None
     assert list(swap.rglob("*.swp")), "nothing was written to the NVMe folder"
     config = json.loads((runs.folder("zero3_nvme") / "ds_config.json").read_text(encoding="utf-8"))
     assert config["zero_optimization"]["offload_param"]["buffer_size"] == 100_000_000, "not fitted to the model"
+
+
+@pytest.mark.slow
+@pytest.mark.usefixtures("nvme_op")
+@pytest.mark.parametrize("recompute", [False, True])
+def test_weights_that_are_read_from_nvme_learn_the_same(tmp_path: Path, recompute: bool) -> None:
+    """Four times as many weights as swap buffers: DeepSpeed keeps those that come again soon, and ends in an assertion.
+
+    In two processes: a single one on CPUs computes with the swap buffer itself, which the next weight overwrites.
+    """
+    swap = tmp_path / "nvme"
+    swap.mkdir()
+    deep = str(write_wide_model(tmp_path / "deep", layers=3))
+    given = {"gradient_checkpointing": recompute}
+    offloaded = {"preset": "zero3_nvme", "swaps": True, "args": given | {"nvme_path": str(swap)}}
+    runs = train_all(
+        tmp_path,
+        [
+            {"name": "zero3", "preset": "zero3", "model": deep, "args": given},
+            {"name": "zero3_nvme", "model": deep, **offloaded},
+        ],
+    )
+    assert list(swap.rglob("*params/**/*.swp")), "no weight went to the NVMe folder"
+    assert runs.losses("zero3_nvme") == pytest.approx(runs.losses("zero3"), abs=TOLERANCE)
+    ours, theirs = (last_weights(runs.folder(name)) for name in ("zero3_nvme", "zero3"))
+    assert ours.keys() == theirs.keys()
+    assert all(torch.allclose(ours[name], theirs[name], atol=1e-3) for name in theirs)
+
+
+def last_weights(run: Path) -> dict[str, torch.Tensor]:
+    """The tensors of a run's last snapshot, for which each layer was gathered."""
+    pointer = json.loads((run / "snapshots" / "latest.json").read_text(encoding="utf-8"))
+    files = (run / "snapshots" / pointer["path"]).glob("*.safetensors")
+    return {name: tensor for file in files for name, tensor in load_file(file).items()}

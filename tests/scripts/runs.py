@@ -64,14 +64,15 @@ def torch_load(path: Path) -> dict[str, Any]:
     return state
 
 
-def write_wide_model(path: Path) -> Path:
-    """One layer whose half matrices are 2 MiB: DeepSpeed leaves anything below 1 MiB out of NVMe swapping."""
+def write_wide_model(path: Path, layers: int = 1) -> Path:
+    """Layers whose half matrices are 2 MiB: DeepSpeed leaves anything below 1 MiB out of NVMe swapping."""
     import torch
     from transformers import LlamaConfig, LlamaForCausalLM
 
     write_tiny_model(path)
     config = LlamaConfig.from_pretrained(path)
-    config.update({"hidden_size": 1024, "intermediate_size": 1024, "num_hidden_layers": 1, "initializer_range": 0.02})
+    config.update({"hidden_size": 1024, "intermediate_size": 1024, "initializer_range": 0.02})
+    config.num_hidden_layers = layers
     torch.manual_seed(0)
     LlamaForCausalLM(config).save_pretrained(path)
     return path

@@ -10,8 +10,9 @@ what the libraries keep in process-wide state is reset between them.  SPEC is {"
 `fall_back` (lose DeepSpeed on the way), `restore` (a snapshot to load at the end), `canary` (ask the live model for
 log-probabilities after every step; see canaries.py), `trl` (its SFTTrainer, whose loss never calls the output head),
 `large` (ZeRO-3 lets next to nothing stay gathered, as where the model is larger than
-`stage3_max_live_parameters`).  ZeRO-3 runs come first: their arguments are
-refused once an unsharded model has been loaded in the process.
+`stage3_max_live_parameters`), `swaps` (every weight that can be swapped goes to NVMe: DeepSpeed keeps the first 1e9
+numbers in host memory).  ZeRO-3 runs come first: their arguments are refused once an unsharded model has been loaded in
+the process.
 
 OUT/<name>.json holds what came of it: losses by step, the live wiring, hashes of the 4-bit weights before and after,
 the error if there was one.
@@ -104,6 +105,8 @@ def train(run: dict[str, Any], model: Path, out: Path) -> dict[str, Any]:
     if run.get("large"):
         few = dict.fromkeys(("stage3_max_live_parameters", "stage3_max_reuse_distance"), 1000)
         args.hf_deepspeed_config.config["zero_optimization"].update(few)
+    if run.get("swaps"):
+        args.hf_deepspeed_config.config["zero_optimization"]["offload_param"]["max_in_cpu"] = 0
     loaded = session.load_model()
     data = rows(run.get("few", False))
     if run.get("fall_back"):
