@@ -22,8 +22,8 @@ from hf_dsvllm.adapters import vocabulary_was_resized
 from hf_dsvllm.console import is_main_process, say
 from hf_dsvllm.files import atomic_folder, write_json
 from hf_dsvllm.live.full_model import let_go, refuse_empty, write_full
+from hf_dsvllm.live.gather import gathered
 from hf_dsvllm.live.sources import plain_source
-from hf_dsvllm.live.stream import gathered
 from hf_dsvllm.ranks import from_main
 
 __all__ = ["SNAPSHOTS", "Snapshot", "adapters_act", "point_to_latest", "prune", "publish"]

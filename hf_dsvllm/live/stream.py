@@ -6,10 +6,9 @@ dequantised, merged and renamed as a checkpoint has it, used, and let go.  The m
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 import time
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, TypeVar
 
 import torch
@@ -19,13 +18,14 @@ from hf_dsvllm.engine.bodies import TransferBackend, packed_forms
 from hf_dsvllm.engine.client import EngineRefusal
 from hf_dsvllm.engine.sync import SyncResult, WeightSync
 from hf_dsvllm.errors import DsvllmError, EngineError
+from hf_dsvllm.live.gather import gathered
 from hf_dsvllm.live.sources import Source, conversions, sources, why_no_stream
 from hf_dsvllm.precision import Precision, held_in_fp32
 from hf_dsvllm.ranks import from_all, from_main, is_distributed
 from hf_dsvllm.transfer import IpcTransfer, NcclTransfer, ipc
 from hf_dsvllm.transfer.ipc import Handles, Parcel, merged_handles
 
-__all__ = ["gathered", "make_room", "meet", "send", "stream", "why_no_stream"]
+__all__ = ["make_room", "meet", "send", "stream", "why_no_stream"]
 
 T = TypeVar("T")
 BUCKET_BYTES = 1 << 30
@@ -53,51 +53,6 @@ def stream(
     precision = Precision(dtype=dtype, held=held_in_fp32(model))
     for batch in gathered(sources(model, merge_adapters=merge_adapters), bucket_bytes):
         yield _made(batch, precision, revert)
-
-
-def gathered(parts: Iterable[Source], bucket_bytes: int) -> Iterator[list[Source]]:
-    """`parts` in buckets whose parameters are whole on every rank while the consumer holds the bucket; COLLECTIVE."""
-    for batch in _batches(parts, bucket_bytes):
-        sharded = {id(p): p for part in batch for p in part.parameters if hasattr(p, "ds_id")}
-        if not sharded:
-            yield batch
-            continue
-        with contextlib.ExitStack() as whole:
-            _gather(whole, list(sharded.values()))
-            yield batch
-
-
-def _gather(whole: contextlib.ExitStack, sharded: Sequence[Any]) -> None:
-    """Parameters of ZeRO-3 whole until `whole` ends; those on NVMe one by one, through one of DeepSpeed's few buffers.
-
-    A part that was read keeps its buffer until the parameter is let go, or, as DeepSpeed does for parameters that stay
-    whole, until it is given back; a layer has more parameters than there are buffers (0.19.8 stops there).
-    """
-    import deepspeed
-
-    on_drive = [each for each in sharded if getattr(each.ds_tensor, "final_location", None) == "nvme"]
-    for parameter in on_drive:
-        whole.enter_context(deepspeed.zero.GatheredParameters([parameter], modifier_rank=None))
-        parameter.nvme_swapper.remove_partition_and_release_buffers([parameter])
-    ids = {id(each) for each in on_drive}
-    if others := [each for each in sharded if id(each) not in ids]:
-        whole.enter_context(deepspeed.zero.GatheredParameters(others, modifier_rank=None))
-
-
-def _batches(parts: Iterable[Source], bucket_bytes: int) -> Iterator[list[Source]]:
-    """Consecutive sources of one group (a decoder layer) stay together."""
-    batch: list[Source] = []
-    size = 0
-    group: str | None = None
-    for part in parts:
-        if size >= bucket_bytes and (part.group is None or part.group != group):
-            yield batch
-            batch, size = [], 0
-        batch.append(part)
-        size += part.size_bytes
-        group = part.group
-    if batch:
-        yield batch
 
 
 Reversion = Callable[[dict[str, torch.Tensor]], dict[str, torch.Tensor]]
