@@ -144,6 +144,14 @@ def job_of(
     )
 
 
+def job_of_model(args: Any, model_args: Any, preset: Preset, device: str) -> Job:
+    """The same of a model that TRL's `ModelConfig` names, with a chosen preset."""
+    model, kind = str(model_args.model_name_or_path), preset.adapter or "full"
+    revision = model_args.model_revision
+    job = job_of(args, read_launch(), device, model, kind, (), lora_r=model_args.lora_r, revision=revision)
+    return dataclasses.replace(job, features=features_of(args, model_args))
+
+
 def loss_of(args: Any) -> Loss:
     """Whether all logits are there at once: TRL's SFT goes through them in pieces, but not with label smoothing."""
     return "trl" if hasattr(args, "max_length") and not getattr(args, "label_smoothing_factor", 0) else "plain"
@@ -184,10 +192,7 @@ def keep_activations(args: Any, model_args: Any, preset: Preset, device: str) ->
         return []  # no formula has what it keeps: over twice what LoRA does
     micro = args.per_device_train_batch_size
     try:
-        model, kind = str(model_args.model_name_or_path), preset.adapter or "full"
-        revision = model_args.model_revision
-        job = job_of(args, read_launch(), device, model, kind, (), lora_r=model_args.lora_r, revision=revision)
-        job = dataclasses.replace(job, features=features_of(args, model_args))
+        job = job_of_model(args, model_args, preset, device)
         world, place = next(iter(placements(job)))
         found = judge(job, preset, world, micro, False, place)
         if found.fits and "keep_activations" in wanted:
@@ -223,10 +228,7 @@ def sum_gradients(args: Any, model_args: Any, preset: Preset, device: str) -> li
     if preset.offload_optimizer != "cpu" or args.gradient_accumulation_steps == 1:
         return []
     try:
-        model, kind = str(model_args.model_name_or_path), preset.adapter or "full"
-        revision = model_args.model_revision
-        job = job_of(args, read_launch(), device, model, kind, (), lora_r=model_args.lora_r, revision=revision)
-        job = dataclasses.replace(job, features=features_of(args, model_args))
+        job = job_of_model(args, model_args, preset, device)
         world, place = next(iter(placements(job)))
         found = judge(job, preset, world, args.per_device_train_batch_size, args.gradient_checkpointing, place)
     except (DsvllmError, StopIteration):

@@ -195,7 +195,7 @@ def running(command: list[str], **settings: object) -> Iterator[subprocess.Popen
 
 
 @pytest.fixture
-def gateway(tmp_path: Path, free_port: int) -> Iterator[httpx.Client]:
+def gateway(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[httpx.Client]:
     """A real Envoy in front of two stand-ins for vLLM; the key is KEY."""
     with contextlib.ExitStack() as stack:
         ports = []
@@ -203,6 +203,9 @@ def gateway(tmp_path: Path, free_port: int) -> Iterator[httpx.Client]:
             process = stack.enter_context(running([sys.executable, "-c", BACKEND, name]))
             assert process.stdout is not None
             ports.append(int(process.stdout.readline()))
+        free_port = request.getfixturevalue(
+            "free_port"
+        )  # once the stand-ins have theirs: one of them might be given it
         backends = [(["small", "smaller"], "127.0.0.1", ports[0]), (["large"], "127.0.0.1", ports[1])]
         config = tmp_path / "envoy.json"
         config.write_text(json.dumps(gateway_config(backends, host="127.0.0.1", port=free_port, keyed=True)))
