@@ -205,7 +205,7 @@ def gateway(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[httpx.Cl
             ports.append(int(process.stdout.readline()))
         free_port = request.getfixturevalue(
             "free_port"
-        )  # once the stand-ins have theirs: one of them might be given it
+        )  # after the stand-ins: one of them might be given it
         backends = [(["small", "smaller"], "127.0.0.1", ports[0]), (["large"], "127.0.0.1", ports[1])]
         config = tmp_path / "envoy.json"
         config.write_text(json.dumps(gateway_config(backends, host="127.0.0.1", port=free_port, keyed=True)))
