@@ -203,9 +203,7 @@ def gateway(tmp_path: Path, request: pytest.FixtureRequest) -> Iterator[httpx.Cl
             process = stack.enter_context(running([sys.executable, "-c", BACKEND, name]))
             assert process.stdout is not None
             ports.append(int(process.stdout.readline()))
-        free_port = request.getfixturevalue(
-            "free_port"
-        )  # after the stand-ins: one of them might be given it
+        free_port = request.getfixturevalue("free_port")  # after the stand-ins: one of them might be given it
         backends = [(["small", "smaller"], "127.0.0.1", ports[0]), (["large"], "127.0.0.1", ports[1])]
         config = tmp_path / "envoy.json"
         config.write_text(json.dumps(gateway_config(backends, host="127.0.0.1", port=free_port, keyed=True)))
