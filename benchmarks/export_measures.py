@@ -74,7 +74,7 @@ def use_memory(folder: Path, size: int) -> None:
     """Have `size` bytes of the machine's memory in use, and let go of them: eight files in `folder`, deleted.
 
     A virtual machine gives back to its host what nobody has used for seconds, and gets it again slowly: eight writers
-    fill 4 GB/s of it on the H200 hosts, 20 of memory that was just in use.  Whoever comes first would pay for it.
+    filled 4 GB/s on two H200 hosts (2026-11-28).  Whoever comes first would pay for it.
     """
     block = bytes(64 << 20)
 

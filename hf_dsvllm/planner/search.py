@@ -270,7 +270,7 @@ def micro_batches(per_process: int) -> list[int]:
 
 def judge(job: Job, preset: Preset, world: int, micro: int, recompute: bool, place: EnginePlace) -> Candidate:
     """One candidate with everything it takes and lacks."""
-    if job.features_that_fit:
+    if job.features_that_fit and preset.offload_optimizer == "cpu":
         plain = dataclasses.replace(job, features_that_fit=frozenset())
         more = dataclasses.replace(plain, features=job.features | job.features_that_fit)
         found = judge(more, preset, world, micro, recompute, place)

@@ -14,7 +14,7 @@ from blake3 import blake3
 
 from hf_dsvllm.hardware import usable_cpus
 
-__all__ = ["ALGORITHM", "hash_files", "hash_of", "piece_bytes"]
+__all__ = ["ALGORITHM", "hash_files", "hash_of"]
 
 ALGORITHM = "blake3"
 HASHERS = 8  # threads that hash at a time, or a quarter of the cores: writing and merging go on beside them
@@ -29,13 +29,13 @@ def hash_of(path: Path, threads: int = 1) -> str:
         size = os.fstat(file.fileno()).st_size
         threads = threads if size >= WORTH_BYTES else 1
         digest = blake3(max_threads=threads)
-        buffer = memoryview(bytearray(max(1, min(piece_bytes(threads), size))))
+        buffer = memoryview(bytearray(max(1, min(_piece_bytes(threads), size))))
         while count := file.readinto(buffer):
             digest.update(buffer[:count])
     return digest.hexdigest()
 
 
-def piece_bytes(threads: int) -> int:
+def _piece_bytes(threads: int) -> int:
     """How much is read and hashed at a time, without the interpreter's lock: enough to divide by several threads."""
     return READ_BYTES if threads == 1 else SHARE_BYTES * threads
 

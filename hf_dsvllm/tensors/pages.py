@@ -19,7 +19,7 @@ import torch
 
 from hf_dsvllm.errors import ExportError
 
-__all__ = ["PIECE_BYTES", "Pages", "empty"]
+__all__ = ["Pages", "empty"]
 
 HUGE_BYTES = 2 << 20
 # 16 threads of a process read and convert 32.1 GB/s in pieces of this size, 14.5 in pieces of 1 MiB: the interpreter's

@@ -121,8 +121,8 @@ class ZeroCheckpoint:
         """BLAKE3 of each file's header (`NAME#header`), and XXH3 of all weights by name, however they are partitioned.
 
         Those of tensors that were read already are known; others are read now.  Moments are left out, and copies of
-        the weights.  XXH3 (128 bits) takes in 38 GB/s on a core and BLAKE3 3.7, which was the longest part of a
-        conversion; it tells every change, and is no seal against who wants two checkpoints to look alike.
+        the weights.  XXH3 (128 bits) takes in 38 GB/s on a core and BLAKE3 3.7 (AMD EPYC); it tells every change, and
+        is no seal against who wants two checkpoints to look alike.
         """
         lacking = [name for name in self._spans if name not in self._digests]
         parts = [(name, *part) for name in lacking for part in self._spans[name].parts]
