@@ -120,6 +120,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, required=True, help="folder of results; kept between calls")
     parser.add_argument("--device", choices=("cuda", "cpu"), default="cuda")
     parser.add_argument("--gpus", type=int, default=1, help="runs at a time")
+    parser.add_argument("--threads", type=int, help="of each run; default: the CPUs shared out")
     parser.add_argument("--world", type=int, default=1, help="processes of one run")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--steps", type=int, default=200)
@@ -134,7 +135,7 @@ def main() -> None:
     if options.arms and not any(arm.strip().startswith("plain:") for arm in options.arms.split(";")):
         parser.error("--arms needs one of plain TRL to compare with, such as plain:z2 or plain:lora")
     options.least_s, options.grow_gib, options.again = 15.0, 0, False
-    options.threads = max(1, (os.cpu_count() or 1) // options.gpus)
+    options.threads = options.threads or max(1, (os.cpu_count() or 1) // options.gpus)
     options.out.mkdir(parents=True, exist_ok=True)
     measurement = Parity(options)
     try:

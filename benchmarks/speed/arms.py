@@ -171,7 +171,7 @@ scale 4b 4 4096 b2       | zero2 no; zero3 no
 full14 14b 4 4096 b2     | plain:z3; zero2 b1x8 no; zero3 b2x4 no
 scale8 8b 2 4096 b2      | zero2 rc; zero3 rc
 scale 4b 2 4096 b2       | zero2 no; zero3 no
-off8 8b 2 4096 b2x8      | zero2 no; zero2_offload b4x8 no +gpu_gradients; zero2_offload b4x8 no; zero3_offload_optimizer b4x8 no +gpu_gradients; plain:z3o; zero3_offload_optimizer b4x8 no +gpu_gradients zero_optimization.offload_optimizer.ratio=0.5
+off8 8b 2 4096 b2x8      | zero2 no; zero2_offload b4x8 no +gpu_gradients; zero2_offload b4x8 no; zero3_offload_optimizer b4x8 no +gpu_gradients; plain:z3o b4x8; zero3_offload_optimizer b4x8 no +gpu_gradients zero_optimization.offload_optimizer.ratio=0.5
 scale 4b 1 4096 b2       | zero2 no; zero3 no
 full4 4b 1 4096 b2       | plain:z2; zero2 b4x4 no; zero2 b2x8 no; zero2 no -all; zero2 no -all +fused
 lora8 8b 1 4096 b4       | plain:lora; lora no; lora b2x2 no; lora b2x2 no -all; lora b2x2 no -all +fused; lora b2x2 no -all +fused_adapters; lora b2x2 no -all +lean_adapters
@@ -198,10 +198,10 @@ off14 14b 4 4096 b1x8    | zero3 no; zero3_offload_optimizer no; zero2_offload b
 off4 4b 1 4096 b4x8      | zero2 no; zero2_offload no; zero2_offload no +gpu_gradients; plain:z3o b8x4
 sp8 8b 2 65536 b1 ladder | long_context rc; long_context rc s131072
 long8 8b 1 16384 b1 ladder | plain:lora s32768; lora rc s32768; plain:lora s65536; lora rc s65536; lora rc s131072; lora rc s262144; plain:lora s262144; plain:lora s131072
-longf 8b 1 16384 b1 ladder | plain:z3o s32768; zero3_offload rc s32768; plain:z3o s65536; zero3_offload rc s65536; plain:z3o s131072; zero3_offload rc s131072
-long32 32b 1 8192 b1 ladder | plain:qlora s16384; qlora rc s16384; plain:qlora s32768; qlora rc s32768; plain:qlora s65536; qlora rc s65536; qlora rc s98304
+longf 8b 1 16384 b1 ladder | plain:z3o s32768; zero3_offload rc s32768; plain:z3o s65536; zero3_offload rc s65536; plain:z3o s131072; zero3_offload rc s131072; zero3_offload rc s196608; plain:z3o s196608
+long32 32b 1 8192 b1 ladder | plain:qlora s16384; qlora rc s16384; plain:qlora s32768; qlora rc s32768; plain:qlora s65536; qlora rc s65536; qlora rc s98304; plain:qlora s98304
 sp8x4 8b 4 131072 b1 ladder | long_context rc; long_context rc s262144
-nvme 1.7b 1 4096 b2      | zero3_nvme rc
+nvme 1.7b 1 4096 b2      | zero3_nvme rc; zero3_offload rc; zero3 rc
 onebit 1.7b 2 4096 b2    | ddp no; onebit_adam no optimizer.params.freeze_step=3; onebit_lamb no optimizer.params.freeze_step=3; zero_one_adam no optimizer.params.var_freeze_step=3
 """  # noqa: E501 - a table
 GRID = FIRST + LATER.lstrip()
