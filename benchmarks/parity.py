@@ -27,7 +27,8 @@ from arms import Arm, arms  # noqa: E402
 from train_speed import SpeedMeasurement  # noqa: E402
 
 FULL = "plain:z2; zero2 no; zero2 no -all; zero3 no; none no"
-LORA = "plain:lora; lora no; lora no -all; lora no +bf16_adapters; lora_zero2 no; plain:qlora; qlora no"
+LORA = "plain:lora; lora no; lora no -all; lora no +bf16_adapters; lora_zero2 no"
+QLORA = "plain:qlora; qlora no; plain:qlora_z2; qlora no +fp32_adapters"
 MORE = (
     "zero2 no -all +fused; zero2 no -all +padding_free; lora no -all +fused_adapters; zero2 sel; zero1 no; "
     "zero2_offload no; zero3_offload_optimizer no; qlora_zero2 no"  # after the others
@@ -37,7 +38,7 @@ MORE = (
 def grid(seeds: int, world: int, length: int, micro: int, chosen: str | None = None) -> tuple[Arm, ...]:
     lines = [
         f"seed{seed} model {world} {length} b{micro} | {arm}"
-        for some in ([chosen] if chosen else [f"{FULL}; {LORA}", MORE])
+        for some in ([chosen] if chosen else [f"{FULL}; {LORA}; {QLORA}", MORE])
         for seed in range(1, seeds + 1)
         for arm in map(str.strip, some.split(";"))
         if arm
@@ -68,7 +69,10 @@ class Parity(SpeedMeasurement):
 
 
 def verdicts(results: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
-    """For each preset with its words: mean final loss, difference to plain TRL by seeds, spread of plain TRL's own."""
+    """For each preset with its words: mean final loss, difference to plain TRL by seeds, spread of plain TRL's own.
+
+    Plain TRL with the same kind of adapter, under DeepSpeed as the preset is where there is such a run.
+    """
     finals: dict[tuple[str, str, str | None], dict[str, float]] = {}
     for record in results.values():
         if record["status"] != "ok":
@@ -79,7 +83,9 @@ def verdicts(results: Mapping[str, Mapping[str, Any]]) -> list[dict[str, Any]]:
         finals.setdefault(key, {})[cell["case"]] = statistics.fmean(losses[-max(1, len(losses) // 4) :])
     rows = []
     for (kind, title, adapter), found in finals.items():
-        plain = next((f for (k, _, a), f in finals.items() if k == "plain" and a == adapter), {})
+        beside = {t: f for (k, t, a), f in finals.items() if k == "plain" and a == adapter}
+        sharded = [t for t in beside if ("z2" in t) == ("zero" in title)] if kind != "plain" else [title]
+        plain = beside[next(iter(sharded or beside))] if beside else {}
         shared = sorted(set(found) & set(plain))
         if not shared:
             continue

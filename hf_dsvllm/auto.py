@@ -202,8 +202,8 @@ def keep_activations(args: Any, model_args: Any, preset: Preset, device: str) ->
         if found.fits or "split_batch" not in wanted or was_given(args, "gradient_accumulation_steps"):
             return []
         asked = "split_batch" in (args.ds_speed or ())
-        bf16_adapters = "bf16_adapters" in wanted or preset.adapter == "qlora"  # TRL trains those of QLoRA in bf16
-        in_bf16 = preset.zero_stage in ADDED_IN_BF16 or (bf16_adapters and not preset.uses_deepspeed)
+        rounded = "fp32_adapters" not in wanted if preset.adapter == "qlora" else "bf16_adapters" in wanted
+        in_bf16 = preset.zero_stage in ADDED_IN_BF16 or (rounded and not preset.uses_deepspeed)
         if job.shape.experts or args.dataloader_drop_last or (in_bf16 and not asked):
             return []  # the balance loss of experts is one of each micro-batch; fewer rows would be dropped at the end
         smaller = [judge(job, preset, world, size, False, place) for size in range(1, micro) if micro % size == 0]

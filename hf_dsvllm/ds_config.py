@@ -13,10 +13,21 @@ from typing import Any, Literal
 
 from hf_dsvllm.presets import Preset
 
-__all__ = ["RunShape", "build", "explain", "get_key", "leaves", "set_key", "swap_buffer_elements", "zero_stage"]
+__all__ = [
+    "NVME_BUFFERS",
+    "RunShape",
+    "build",
+    "explain",
+    "get_key",
+    "leaves",
+    "set_key",
+    "swap_buffer_elements",
+    "zero_stage",
+]
 
 # Elements of the largest parameter when the model is not known: a 152k x 8192 embedding has 1.25e9.
 _NVME_BUFFER_ELEMENTS_UNKNOWN_MODEL = 1_300_000_000
+NVME_BUFFERS = 5
 
 # Why `build` sets what no preset names; those of presets stand in the catalogue.
 _WHY = {
@@ -113,14 +124,14 @@ def _add_offload(config: dict[str, Any], preset: Preset, shape: RunShape) -> Non
             if name == "offload_param":
                 elements = shape.largest_parameter or _NVME_BUFFER_ELEMENTS_UNKNOWN_MODEL
                 offload["buffer_size"] = swap_buffer_elements(elements, shape.world_size)
-                offload["buffer_count"] = 5
+                offload["buffer_count"] = NVME_BUFFERS
         config["zero_optimization"][name] = offload
 
 
 def swap_buffer_elements(largest_parameter: int, world_size: int) -> int:
     """`offload_param.buffer_size`: room for one rank's part of the largest parameter, in elements.
 
-    A part larger than the buffer is an assertion deep inside DeepSpeed's swapper; each rank allocates five buffers.
+    A part larger than the buffer is an assertion deep inside DeepSpeed's swapper; each rank allocates `NVME_BUFFERS`.
     """
     return max(100_000_000, -(-largest_parameter // world_size) + 1024)
 

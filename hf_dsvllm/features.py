@@ -88,7 +88,14 @@ FEATURES = (
     Feature(
         name="bf16_adapters",
         why="LoRA without DeepSpeed: adapters and their Adam in bf16, not fp32: 13,940 instead of 13,738 tokens/s "
-        "(8B); the only feature that changes the precision of what is trained",
+        "(8B); this and fp32_adapters change the precision of what is trained",
+        default=False,
+        exact=False,
+    ),
+    Feature(
+        name="fp32_adapters",
+        why="QLoRA without DeepSpeed: adapters and their Adam in fp32, as those of LoRA are; TRL rounds them to bf16, "
+        "and small updates with them: FIGURES",
         default=False,
         exact=False,
     ),

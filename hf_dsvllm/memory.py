@@ -238,7 +238,7 @@ def offloaded_bytes(shape: ModelShape, layout: Layout, trainable: int, adapter: 
 
     optimizer = (4 fp32 copy + 8 Adam + 4 fp32 gradients) P, and eP staging in host memory (18P for bfloat16);
     parameters = e * all of them (with QLoRA only the adapters: 4-bit weights stay on the device).
-    Buffers between NVMe and the device are not counted.
+    With the optimizer on NVMe the sum of a step's gradients, eP, stays in host memory; buffers are not counted.
     """
     e = layout.weight_bytes
     moved = trainable if adapter == "qlora" else shape.parameters
@@ -246,6 +246,7 @@ def offloaded_bytes(shape: ModelShape, layout: Layout, trainable: int, adapter: 
     if layout.offload_optimizer == "cpu":
         host += (16 + e) * trainable
     elif layout.offload_optimizer == "nvme":
+        host += e * trainable
         nvme += 16 * trainable
     if layout.offload_param == "cpu":
         host += e * moved

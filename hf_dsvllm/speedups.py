@@ -19,6 +19,7 @@ from hf_dsvllm.kernels import INSTALL, use_kernels, why_no_kernels
 __all__ = ["Outcome", "OutsideAutocast", "apply", "attention_order", "only_while_training", "worth_saying"]
 
 
+SHORT = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 KNOWN_STEPS = ("transformers.trainer", "trl.trainer.sft_trainer")  # what these read of a batch was looked at
 STEPS = (
     *("compute_loss", "training_step", "_prepare_inputs", "_prepare_input", "get_batch_samples"),
@@ -59,6 +60,8 @@ def apply(trainer: Any, features: Collection[str]) -> list[Outcome]:
     masks = tuple(name for name in ("unmasked", "varlen", "padding_free") if name in features)
     if masks:
         outcomes += without_masks(trainer, masks)
+    if "fp32_adapters" in features:
+        outcomes.append(fp32_adapters(trainer))
     if "bf16_adapters" in features:
         outcomes.append(bf16_adapters(trainer))
     elif "lean_adapters" in features:
@@ -266,30 +269,52 @@ def lean_adapters(trainer: Any) -> Outcome:
 
 
 def bf16_adapters(trainer: Any) -> Outcome:
-    """Adapters in bf16, and so their optimizer states: before the optimizer exists.
-
-    Of `modules_to_save` and DoRA's magnitudes, which are no small differences to a weight, the precision stays.
-    """
-    names = ("lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B")
-    found = [
-        parameter
-        for name, parameter in trainer.model.named_parameters()
-        if parameter.requires_grad and parameter.dtype == torch.float32 and set(names) & set(name.split("."))
-    ]
+    """Adapters in bf16, and so their optimizer states: before the optimizer exists."""
     reason = None
     if trainer.is_deepspeed_enabled:
         reason = "DeepSpeed holds adapters in the training dtype, beside their fp32 master weights"
     elif not trainer.args.bf16:
         reason = "nothing is computed in bf16"
-    elif trainer.optimizer is not None:
+    elif is_quantized(trainer):
+        reason = "those of a quantised base are in bf16 already, or in fp32 because of fp32_adapters"
+    return recast_adapters(trainer, "bf16_adapters", torch.float32, torch.bfloat16, reason)
+
+
+def fp32_adapters(trainer: Any) -> Outcome:
+    """Adapters on a quantised base in fp32, which TRL has rounded to bf16 (trl 1.16, SFTTrainer and others)."""
+    reason = None
+    if trainer.is_deepspeed_enabled:
+        reason = "DeepSpeed has fp32 master weights of adapters"
+    elif not is_quantized(trainer):
+        reason = "only on a quantised base are adapters in bf16"
+    return recast_adapters(trainer, "fp32_adapters", torch.bfloat16, torch.float32, reason)
+
+
+def is_quantized(trainer: Any) -> bool:
+    """Whether the base of the trainer's adapters is in 4 or 8 bit."""
+    return bool(getattr(plain_model(trainer), "is_quantized", False))
+
+
+def recast_adapters(trainer: Any, feature: str, before: torch.dtype, after: torch.dtype, reason: str | None) -> Outcome:
+    """LoRA's matrices from one dtype to another, before the optimizer exists.
+
+    Of `modules_to_save` and DoRA's magnitudes, which are no small differences to a weight, the precision stays.
+    """
+    names = {"lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B"}
+    found = [
+        parameter
+        for name, parameter in trainer.model.named_parameters()
+        if parameter.requires_grad and parameter.dtype == before and names & set(name.split("."))
+    ]
+    if reason is None and trainer.optimizer is not None:
         reason = "the optimizer was made before"
-    elif not found:
-        reason = "there are no fp32 adapters"
+    elif reason is None and not found:
+        reason = f"there are no {SHORT[before]} adapters"
     if reason is not None:
-        return Outcome(("bf16_adapters",), reason=reason)
+        return Outcome((feature,), reason=reason)
     for parameter in found:
-        parameter.data = parameter.data.to(torch.bfloat16)
-    return Outcome(("bf16_adapters",), f"{len(found)} adapter matrices and their optimizer states in bf16")
+        parameter.data = parameter.data.to(after)
+    return Outcome((feature,), f"{len(found)} adapter matrices and their optimizer states in {SHORT[after]}")
 
 
 def fused_adapters(trainer: Any) -> Outcome:

@@ -42,6 +42,7 @@ PLAIN: dict[str, dict[str, Any] | None] = {  # as DeepSpeed's and transformers' 
     },
 }
 CPU = {"device": "cpu", "pin_memory": True}
+PLAIN["qlora_z2"] = PLAIN["z2"]
 PLAIN["z2o"] = {**(PLAIN["z2"] or {}), "offload_optimizer": CPU}
 PLAIN["z3o"] = {**(PLAIN["z3"] or {}), "offload_optimizer": CPU, "offload_param": CPU}
 
@@ -201,7 +202,7 @@ long8 8b 1 16384 b1 ladder | plain:lora s32768; lora rc s32768; plain:lora s6553
 longf 8b 1 16384 b1 ladder | plain:z3o s32768; zero3_offload rc s32768; plain:z3o s65536; zero3_offload rc s65536; plain:z3o s131072; zero3_offload rc s131072; zero3_offload rc s196608; plain:z3o s196608
 long32 32b 1 8192 b1 ladder | plain:qlora s16384; qlora rc s16384; plain:qlora s32768; qlora rc s32768; plain:qlora s65536; qlora rc s65536; qlora rc s98304; plain:qlora s98304
 sp8x4 8b 4 131072 b1 ladder | long_context rc; long_context rc s262144
-nvme 1.7b 1 4096 b2      | zero3_nvme rc; zero3_offload rc; zero3 rc
+nvme 1.7b 1 4096 b2      | zero3_nvme rc; zero3_nvme rc zero_optimization.offload_param.buffer_size=311165952; zero3_offload rc; zero3 rc
 onebit 1.7b 2 4096 b2    | ddp no; onebit_adam no optimizer.params.freeze_step=3; onebit_lamb no optimizer.params.freeze_step=3; zero_one_adam no optimizer.params.var_freeze_step=3
 """  # noqa: E501 - a table
 GRID = FIRST + LATER.lstrip()

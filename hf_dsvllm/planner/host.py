@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 
+from hf_dsvllm.ds_config import NVME_BUFFERS, swap_buffer_elements
 from hf_dsvllm.memory import SUB_GROUP
 from hf_dsvllm.planner.footprint import Setup
 
@@ -21,6 +22,7 @@ GROUP_BYTES = int(0.36 * GIB)
 STARTED_BYTES = int(1.2 * GIB)
 STARTED_DEEPSPEED_BYTES = int(1.4 * GIB)  # the same while a recipe loads; benchmarks/results, main-job on H200s
 CPU_BYTES = int(0.75 * GIB)
+MAX_IN_CPU = 1_000_000_000  # parameters whose weights DeepSpeed keeps in host memory: its default `max_in_cpu`
 SMALL_PINNED_BYTES = int(1.28 * GIB)  # ZeRO-3's offload: small buffers beside those of the formula
 
 
@@ -113,7 +115,7 @@ def offloaded(setup: Setup) -> tuple[int, int, int]:
     rounded = power_of_two if setup.device == "cuda" else int
     if preset.offload_optimizer == "nvme":
         moved = 18 * setup.trainable if preset.offload_param == "nvme" else 16 * setup.trainable
-        return (rounded(SMALL_PINNED_BYTES), 0, moved + (e * shape.parameters if frozen else 0))
+        return (*swap_buffers(setup, share), moved + (e * shape.parameters if frozen else 0))
     if preset.zero_stage == 3:
         whole, rest = divmod(share, SUB_GROUP)
         fp32 = whole * rounded(4 * SUB_GROUP) + rounded(4 * rest)
@@ -121,6 +123,30 @@ def offloaded(setup: Setup) -> tuple[int, int, int]:
         return (2 * fp32 + copies + SMALL_PINNED_BYTES, 12 * share, 0)
     largest = e * shape.vocab * shape.hidden if setup.method == "full" else 0
     return (2 * rounded(4 * share) + rounded(e * share) + rounded(largest), 8 * share, 0)
+
+
+def swap_buffers(setup: Setup, share: int) -> tuple[int, int]:
+    """(pinned, ordinary) host bytes of one process whose optimizer states are on NVMe.
+
+    g = the largest sub-group's parameters, at most `sub_group_size` and one parameter's part; b = the largest
+    parameter's part.  Pinned: all gradients es, weights that stay in memory e min(s, 1e9), both rounded up to powers of
+    two, and locked without rounding five buffers eb for weights, one eg to write them and four 4g for the optimizer's
+    states and gradients.  Ordinary: at the start a sub-group's weights and its gradients in fp32, 8g.  stage3.py and
+    swap_tensor/ of deepspeed 0.19.8; 44.4 GiB for 1.7B on an H200 with g = 1.00e9 and b = 1.3e9, by this too.
+    """
+    e, shape = setup.numerics.weight_bytes, setup.shape
+    rounded = power_of_two if setup.device == "cuda" else int
+    largest = shape.largest_matrix // setup.world if setup.method == "full" else 0
+    group = min(share, sub_group(setup) + largest)
+    buffer = swap_buffer_elements(shape.largest_matrix, setup.world)
+    kept = rounded(e * share) + rounded(e * min(share, MAX_IN_CPU))
+    return (kept + NVME_BUFFERS * e * buffer + (e + 16) * group, 8 * group)
+
+
+def sub_group(setup: Setup) -> int:
+    """Parameters that ZeRO-3 steps at once."""
+    keys = (each.value for each in setup.preset.deepspeed if each.key == "zero_optimization.sub_group_size")
+    return next((value for value in keys if isinstance(value, int)), SUB_GROUP)
 
 
 def power_of_two(size: int) -> int:

@@ -84,7 +84,8 @@ class Setup:
                 keeps_inputs=keeps_inputs,
             )
         plain = not self.preset.uses_deepspeed
-        wide = plain and self.method == "lora" and "bf16_adapters" not in self.features
+        of_qlora = self.method == "qlora" and "fp32_adapters" in self.features
+        wide = plain and (of_qlora or (self.method == "lora" and "bf16_adapters" not in self.features))
         one_operation = adapted and "fused_adapters" in self.features and self.preset.zero_stage != 3
         return Numerics(
             method=self.method,
@@ -93,7 +94,7 @@ class Setup:
             lora_r=self.lora_r if adapted else 0,
             dropout=adapted and self.lora_dropout,
             adapter_bytes=4 if wide else 2,
-            casts=wide and not one_operation and "lean_adapters" not in self.features,
+            casts=wide and not of_qlora and not one_operation and "lean_adapters" not in self.features,
             keeps_inputs=keeps_inputs,
             fused="fused" in self.features and self.traced is None and has_kernels(self.shape),
             one_operation=one_operation,

@@ -48,6 +48,7 @@ _STAGE3 = (
 _ADAM_ON_CPU = Setting(
     "optim", "adamw_torch", "offload replaces it with DeepSpeedCPUAdam, in its AdamW mode for this one"
 )
+NVME_SUB_GROUP = 100_000_000  # as much again takes a part of the embedding, the largest parameter
 UNSHARDED = (
     "ZeRO-1 and ZeRO-2 on one GPU shard nothing: use lora or qlora, zero2_offload or zero3_offload, or more GPUs"
 )
@@ -163,7 +164,7 @@ def zero3_nvme() -> Preset:
         zero3_offload(),
         name="zero3_nvme",
         summary="ZeRO-3 with weights and optimizer states on NVMe: when the host RAM is too small as well",
-        lives="GPU: the layer in use; NVMe: 14P; host: buffers",
+        lives="GPU: the layer in use; NVMe: 18P; host: 2P over all ranks for gradients, and buffers",
         offload_optimizer="nvme",
         offload_param="nvme",
         deepspeed=(
@@ -176,6 +177,11 @@ def zero3_nvme() -> Preset:
                 "a weight is let go after each use: kept, it would keep one of the few swap buffers",
             ),
             Setting("zero_optimization.stage3_prefetch_bucket_size", 0, "what is fetched early takes a buffer too"),
+            Setting(
+                "zero_optimization.sub_group_size",
+                NVME_SUB_GROUP,
+                "parameters stepped at once: 26 bytes of host memory for each (DeepSpeed's default is 1e9)",
+            ),
             # 1 MiB blocks, 8 in flight, one thread: what DeepSpeed's own aio sweep gives for NVMe drives
             Setting("aio.block_size", 1_048_576, "1 MiB requests: large enough to reach an NVMe drive's bandwidth"),
             Setting("aio.queue_depth", 8, "eight requests in flight keep one drive busy"),

@@ -69,7 +69,7 @@ def test_offloaded_states_are_on_the_host_or_on_nvme():
     assert (zero3.host_bytes, zero3.nvme_bytes, zero3.gpu_resident_bytes) == (20 * P, 0, 0)
     assert zero3.gpu_step_peak_bytes == 2 * QWEN3_4B.largest_matrix
     nvme = memory(zero_stage=3, offload_optimizer="nvme", offload_param="nvme")
-    assert (nvme.host_bytes, nvme.nvme_bytes) == (0, 18 * P)
+    assert (nvme.host_bytes, nvme.nvme_bytes) == (2 * P, 18 * P)
 
 
 def test_lora_keeps_the_base_once_and_states_for_the_adapter_alone():

@@ -52,7 +52,7 @@ def test_adam_on_the_host_is_no_faster_than_its_memory() -> None:
 
 
 def test_a_plan_that_needs_the_drive_says_how_fast_it_is_taken_to_be() -> None:
-    found = plan("32b", "1xH100-80GB", ram_gib=128, nvme_bytes=2 * 10**12, length=1024, global_batch=8)
+    found = plan("32b", "1xH100-80GB", ram_gib=192, nvme_bytes=2 * 10**12, length=1024, global_batch=8)
     assert found.chosen is not None
     assert found.chosen.setup.preset.name == "zero3_nvme"
     assert any("3.0 GB/s (an assumption)" in sentence for sentence in sentences(found))
