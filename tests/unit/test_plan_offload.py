@@ -10,12 +10,13 @@ import pytest
 from hf_dsvllm import calibrate
 from hf_dsvllm.features import left_to_plan
 from hf_dsvllm.hardware import parse_machine
-from hf_dsvllm.planner import cards
+from hf_dsvllm.planner import cards, host
 from hf_dsvllm.planner.explain import sentences
 from hf_dsvllm.planner.footprint import Setup
 from hf_dsvllm.planner.search import Job, judge, placements
 from hf_dsvllm.planner.speed import ADAM_BYTES, step_time
 from hf_dsvllm.presets import get_preset
+from hf_dsvllm.presets.preset import Setting
 from tests.unit.test_plan_rules import plan, shape
 
 RATES = cards.rates_of("H200")
@@ -85,3 +86,27 @@ def test_gradients_are_summed_on_the_gpu_by_plans_that_have_the_room_and_by_no_o
     assert found.setup.sums_on_gpu == summed
     if not summed:
         assert found == without
+
+
+def test_swap_buffers_are_host_memory() -> None:
+    """1.7B on one H200 took 44.4 GiB with a sub-group of 1e9 (as DeepSpeed cut it, 1.00e9) and 5 x 1.3e9 x 2 bytes."""
+
+    def footprint(name: str, sub_group: int | None = None, world: int = 1) -> host.HostFootprint:
+        preset = get_preset("zero3_nvme")
+        if sub_group is not None:
+            others = tuple(each for each in preset.deepspeed if not each.key.endswith(".sub_group_size"))
+            wanted = Setting("zero_optimization.sub_group_size", sub_group, "")
+            preset = dataclasses.replace(preset, deepspeed=(*others, wanted))
+        setup = Setup(shape=shape(name), preset=preset, world=world, micro=2, length=4096, recompute=True)
+        return host.host_footprint(setup)
+
+    def of_an_unknown_model(monkeypatch: pytest.MonkeyPatch) -> host.HostFootprint:
+        monkeypatch.setattr(host, "swap_buffer_elements", lambda *_: 1_300_001_024)
+        return footprint("1.7b", 1_000_000_000 - shape("1.7b").largest_matrix)
+
+    with pytest.MonkeyPatch.context() as monkeypatch:
+        assert of_an_unknown_model(monkeypatch).train / 2**30 == pytest.approx(44.4, rel=0.01)
+    small, large = footprint("32b"), footprint("32b", 10**9)
+    assert large.train - small.train == 26 * (10**9 - 10**8)
+    assert small.pinned > 2 * shape("32b").parameters  # the sum of a step's gradients
+    assert footprint("32b", world=4).pinned < 2 * small.pinned
