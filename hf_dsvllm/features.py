@@ -109,6 +109,13 @@ FEATURES = (
         exact=True,
     ),
     Feature(
+        name="whole_layers",
+        why="ZeRO-3: a layer's weights are gathered as one unit, the next layer's while one computes; not measured on "
+        "GPUs yet (a tiny model on a CPU: 0.37 instead of 0.62 s a step)",
+        default=False,
+        exact=True,
+    ),
+    Feature(
         name="cudnn",
         why="cuDNN's attention before PyTorch's own flash kernel, which torch 2.11 does by itself on an H200: no gain "
         "there; it plans anew for every shape, so only where all sequences have one length",

@@ -6,38 +6,25 @@ import contextlib
 import dataclasses
 import functools
 import inspect
-from collections import Counter
 from collections.abc import Callable, Collection, Iterable, Iterator
 from typing import Any
 
 import torch
 
-from hf_dsvllm import offload
+from hf_dsvllm import offload, whole_layers
+from hf_dsvllm.adapter_features import bf16_adapters, fp32_adapters, fused_adapters, lean_adapters
 from hf_dsvllm.attention import WithoutMasks, use_varlen, why_no_varlen, why_not
 from hf_dsvllm.kernels import INSTALL, use_kernels, why_no_kernels
+from hf_dsvllm.outcome import Outcome, plain_model
 
-__all__ = ["Outcome", "OutsideAutocast", "apply", "attention_order", "only_while_training", "worth_saying"]
+__all__ = ["Outcome", "apply", "attention_order", "only_while_training", "worth_saying"]
 
 
-SHORT = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 KNOWN_STEPS = ("transformers.trainer", "trl.trainer.sft_trainer")  # what these read of a batch was looked at
 STEPS = (
     *("compute_loss", "training_step", "_prepare_inputs", "_prepare_input", "get_batch_samples"),
     "_get_num_items_in_batch",
 )
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Outcome:
-    """What became of `features`: `said` is what was done, or with `reason` why nothing was."""
-
-    features: tuple[str, ...]
-    said: str = ""
-    reason: str | None = None
-
-    def __str__(self) -> str:
-        names = ", ".join(self.features)
-        return f"speed: {names} left out, because {self.reason}" if self.reason else f"speed: {self.said} ({names})"
 
 
 def worth_saying(outcomes: Iterable[Outcome], asked: Collection[str]) -> list[str]:
@@ -70,6 +57,8 @@ def apply(trainer: Any, features: Collection[str]) -> list[Outcome]:
         outcomes.append(fused_adapters(trainer))
     if "gpu_gradients" in features:
         outcomes.append(gpu_gradients(trainer))
+    if "whole_layers" in features:
+        outcomes.append(gather_layers(trainer))
     if "cudnn" in features and not torch.cuda.is_available():
         outcomes.append(Outcome(("cudnn",), reason="there is no GPU"))
     return outcomes
@@ -82,11 +71,6 @@ def fused(trainer: Any) -> Outcome:
     if reason is None:
         use_kernels(model)
     return Outcome(("fused",), "norms, rotation and activation are one kernel each", reason)
-
-
-def plain_model(trainer: Any) -> Any:
-    """The trainer's model without PEFT around it."""
-    return trainer.model.get_base_model() if hasattr(trainer.model, "get_base_model") else trainer.model
 
 
 def ready_for_slices(trainer: Any) -> bool:
@@ -233,117 +217,6 @@ def spreads_sequences(trainer: Any) -> bool:
     return trainer.args.parallelism_config is not None or max(sizes) > 1
 
 
-def compiles(trainer: Any) -> bool:
-    """Whether the model will be compiled, by arguments or by accelerate's environment."""
-    state = getattr(getattr(trainer, "accelerator", None), "state", None)
-    backend = getattr(getattr(state, "dynamo_plugin", None), "backend", None)
-    return bool(trainer.args.torch_compile) or getattr(backend, "value", "NO") != "NO"
-
-
-class OutsideAutocast:
-    """False while autocast is on: PEFT's `cast_input_dtype_enabled`, read at every forward pass."""
-
-    def __init__(self, device: str) -> None:
-        self.device = device
-
-    def __bool__(self) -> bool:
-        return not torch.is_autocast_enabled(self.device)
-
-
-def lean_adapters(trainer: Any) -> Outcome:
-    """Under autocast a layer's input stays bf16: PEFT copies it to the adapter's fp32, and autocast copies it back."""
-    layers = [module for module in trainer.model.modules() if casts_its_input(module)]
-    reason = None
-    if trainer.is_deepspeed_enabled:
-        reason = "DeepSpeed holds adapters in the training dtype: there is nothing to cast"
-    elif not (trainer.args.bf16 or trainer.args.fp16):
-        reason = "nothing is computed under autocast"
-    elif not layers:
-        reason = "no layer has an fp32 adapter whose input PEFT would cast (4-bit layers never do under autocast)"
-    if reason is not None:
-        return Outcome(("lean_adapters",), reason=reason)
-    device = "cuda" if torch.cuda.is_available() and not trainer.args.use_cpu else "cpu"
-    for layer in layers:
-        layer.cast_input_dtype_enabled = OutsideAutocast(device)
-    return Outcome(("lean_adapters",), f"{len(layers)} adapted layers take their input as it is under autocast")
-
-
-def bf16_adapters(trainer: Any) -> Outcome:
-    """Adapters in bf16, and so their optimizer states: before the optimizer exists."""
-    reason = None
-    if trainer.is_deepspeed_enabled:
-        reason = "DeepSpeed holds adapters in the training dtype, beside their fp32 master weights"
-    elif not trainer.args.bf16:
-        reason = "nothing is computed in bf16"
-    elif is_quantized(trainer):
-        reason = "those of a quantised base are in bf16 already, or in fp32 because of fp32_adapters"
-    return recast_adapters(trainer, "bf16_adapters", torch.float32, torch.bfloat16, reason)
-
-
-def fp32_adapters(trainer: Any) -> Outcome:
-    """Adapters on a quantised base in fp32, which TRL has rounded to bf16 (trl 1.16, SFTTrainer and others)."""
-    reason = None
-    if trainer.is_deepspeed_enabled:
-        reason = "DeepSpeed has fp32 master weights of adapters"
-    elif not is_quantized(trainer):
-        reason = "only on a quantised base are adapters in bf16"
-    return recast_adapters(trainer, "fp32_adapters", torch.bfloat16, torch.float32, reason)
-
-
-def is_quantized(trainer: Any) -> bool:
-    """Whether the base of the trainer's adapters is in 4 or 8 bit."""
-    return bool(getattr(plain_model(trainer), "is_quantized", False))
-
-
-def recast_adapters(trainer: Any, feature: str, before: torch.dtype, after: torch.dtype, reason: str | None) -> Outcome:
-    """LoRA's matrices from one dtype to another, before the optimizer exists.
-
-    Of `modules_to_save` and DoRA's magnitudes, which are no small differences to a weight, the precision stays.
-    """
-    names = {"lora_A", "lora_B", "lora_embedding_A", "lora_embedding_B"}
-    found = [
-        parameter
-        for name, parameter in trainer.model.named_parameters()
-        if parameter.requires_grad and parameter.dtype == before and names & set(name.split("."))
-    ]
-    if reason is None and trainer.optimizer is not None:
-        reason = "the optimizer was made before"
-    elif reason is None and not found:
-        reason = f"there are no {SHORT[before]} adapters"
-    if reason is not None:
-        return Outcome((feature,), reason=reason)
-    for parameter in found:
-        parameter.data = parameter.data.to(after)
-    return Outcome((feature,), f"{len(found)} adapter matrices and their optimizer states in {SHORT[after]}")
-
-
-def fused_adapters(trainer: Any) -> Outcome:
-    """Every layer that allows it becomes one operation; the others are counted with what keeps them."""
-    from peft.tuners.lora import LoraLayer
-
-    from hf_dsvllm.low_rank import fuse, why_not_fused
-
-    layers = [module for module in trainer.model.modules() if isinstance(module, LoraLayer)]
-    reasons = [why_not_fused(layer) for layer in layers]
-    kept = Counter(found for found in reasons if found is not None)
-    reason = None
-    if not layers:
-        reason = "there are no LoRA layers"
-    elif compiles(trainer):
-        reason = "torch.compile (2.11) loses the shape of what such an operation returns"
-    elif shards_weights(trainer):
-        reason = "ZeRO-3 gathers adapters only where their own modules are called"
-    elif kept.total() == len(layers):
-        reason = f"of {' and '.join(kept)}"
-    if reason is not None:
-        return Outcome(("fused_adapters",), reason=reason)
-    for layer, found in zip(layers, reasons, strict=True):
-        if found is None:
-            fuse(layer)
-    besides = f", {kept.total()} are not because of {' and '.join(kept)}" if kept else ""
-    return Outcome(("fused_adapters",), f"{len(layers) - kept.total()} adapted layers are one operation each{besides}")
-
-
 def gpu_gradients(trainer: Any) -> Outcome:
     """The sum of a step's gradients on the GPU, where the optimizer is offloaded."""
     reason = offload.why_not(trainer)
@@ -352,25 +225,11 @@ def gpu_gradients(trainer: Any) -> Outcome:
     return Outcome(("gpu_gradients",), "gradients are added up on the GPU and cross to the host once a step", reason)
 
 
-def shards_weights(trainer: Any) -> bool:
-    """Whether ZeRO-3 has its weights, or will have them once its engine is made."""
-    plugin = getattr(getattr(trainer, "accelerator", None), "state", None)
-    stage = getattr(getattr(plugin, "deepspeed_plugin", None), "zero_stage", None)
-    return stage == 3 or any(hasattr(parameter, "ds_id") for parameter in trainer.model.parameters())
-
-
-def casts_its_input(module: Any) -> bool:
-    """Whether this is a LoRA layer of PEFT's with fp32 adapters, on weights that bitsandbytes did not quantise.
-
-    PEFT's layers on quantised weights cast outside autocast alone (tuners/lora/bnb.py, `requires_conversion`).
-    """
-    from peft.tuners.lora import LoraLayer
-
-    if not isinstance(module, LoraLayer) or any(kind.__module__.endswith(".bnb") for kind in type(module).__mro__):
-        return False
-    if getattr(module, "lora_variant", None):  # DoRA takes its norm in the dtype of the input
-        return False
-    return any(parameter.requires_grad and parameter.dtype == torch.float32 for parameter in module.parameters())
+def gather_layers(trainer: Any) -> Outcome:
+    """Under ZeRO-3, a layer's weights as one unit."""
+    reason = whole_layers.why_not(trainer)
+    said = "" if reason is not None else whole_layers.gather_whole(trainer)
+    return Outcome(("whole_layers",), said, reason)
 
 
 @contextlib.contextmanager

@@ -16,7 +16,7 @@ DEFAULTS = frozenset(feature.name for feature in FEATURES if feature.default)
 
 def test_the_features_that_are_on_by_default_are_reviewed_ones() -> None:
     assert {feature.name for feature in FEATURES if not feature.default} == {
-        "bf16_adapters", "cudnn", "fp32_adapters", "gpu_gradients",
+        "bf16_adapters", "cudnn", "fp32_adapters", "gpu_gradients", "whole_layers",
     }  # fmt: skip
     assert all(any(sign.isdigit() for sign in feature.why) for feature in FEATURES if feature.default), "measured"
 
@@ -110,7 +110,7 @@ def test_lean_adapters_compute_the_same_under_autocast(model_path: str) -> None:
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
-    from hf_dsvllm.speedups import lean_adapters
+    from hf_dsvllm.adapter_features import lean_adapters
 
     torch.manual_seed(0)
     base = AutoModelForCausalLM.from_pretrained(model_path, dtype=torch.bfloat16)
@@ -245,7 +245,7 @@ def test_dora_takes_its_norm_in_fp32(model_path: str) -> None:
     from peft import LoraConfig, get_peft_model
     from transformers import AutoModelForCausalLM
 
-    from hf_dsvllm.speedups import casts_its_input
+    from hf_dsvllm.adapter_features import casts_its_input
 
     base = AutoModelForCausalLM.from_pretrained(model_path)
     model = get_peft_model(base, LoraConfig(target_modules=["q_proj"], use_dora=True))

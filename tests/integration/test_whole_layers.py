@@ -1,0 +1,76 @@
+"""Layers gathered as one unit under ZeRO-3 train as those that DeepSpeed gathers matrix by matrix."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
+
+import pytest
+
+from hf_dsvllm import whole_layers
+from tests.conftest import ROOT, torchrun
+from tests.tiny import write_tiny_tokenizer
+
+SCRIPT = ROOT / "tests" / "scripts" / "gathered.py"
+LAYER = 64 * 64 * 2 + 64 * 32 * 2 + 3 * 64 * 128 + 2 * 64 + 2 * 16  # queries, output, keys, values, MLP, norms
+
+
+@pytest.mark.slow
+@pytest.mark.distributed
+@pytest.mark.parametrize(("preset", "recompute"), [("zero3", "no"), ("zero3_offload", "yes"), ("zero3+lora", "yes")])
+def test_layers_gathered_whole_learn_the_same(preset: str, recompute: str, tmp_path: Path) -> None:
+    words = write_tiny_tokenizer(tmp_path / "words")
+    found = {}
+    for how in ("whole", "as-it-comes"):
+        env = {"PYTHONPATH": str(ROOT), "DS_ACCELERATOR": "cpu", "OMP_NUM_THREADS": "1"}
+        args = [preset, str(tmp_path), how, recompute, str(words)]
+        done = torchrun(SCRIPT, nproc=2, args=args, timeout=300, env=env)
+        assert done.returncode == 0, done.stderr[-3000:]
+        files = [tmp_path / f"{preset}-{how}-{recompute}-{rank}.json" for rank in (0, 1)]
+        found[how] = [json.loads(file.read_text()) for file in files]
+    for whole, usual in zip(*found.values(), strict=True):
+        assert whole["leaves"] == ["Qwen3DecoderLayer"] * 3
+        assert usual["leaves"] == []
+        assert len(whole["losses"]) == 4
+        assert whole["losses"] == pytest.approx(usual["losses"], rel=1e-6)  # buckets add up in another order
+        assert whole["norms"][0] == pytest.approx(usual["norms"][0], rel=1e-6)
+        assert whole["norms"] == pytest.approx(usual["norms"], rel=2e-4)  # Adam makes little of a sign near zero a lot
+        assert whole["weights"] == pytest.approx(usual["weights"], rel=1e-4)
+        assert "3 layers are gathered whole" in whole["said"][0]
+        adapters = (4 * (64 + 64) + 4 * (128 + 64)) if "lora" in preset else 0
+        assert whole["prefetch"] == LAYER + adapters
+        assert usual["prefetch"] < whole["prefetch"]
+    assert found["whole"][0]["weights"]
+
+
+def sharded(zero: dict[str, Any], model: Any) -> Any:
+    plugin = SimpleNamespace(zero_stage=3, hf_ds_config=SimpleNamespace(config={"zero_optimization": zero}))
+    return SimpleNamespace(model=model, accelerator=SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=plugin)))
+
+
+def test_where_layers_are_not_gathered_whole_is_said() -> None:
+    import torch
+
+    class Block(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.inner = torch.nn.Linear(4, 4)
+
+    class Model(torch.nn.Module):
+        _no_split_modules = ("Block",)
+
+        def __init__(self) -> None:
+            super().__init__()
+            self.blocks = torch.nn.ModuleList(Block() for _ in range(2))
+
+    assert whole_layers.why_not(sharded({}, Model())) is None
+    assert "on NVMe" in str(whole_layers.why_not(sharded({"offload_param": {"device": "nvme"}}, Model())))
+    assert "says which modules" in str(whole_layers.why_not(sharded({"leaf_module": {"classes": ["X"]}}, Model())))
+    assert "does not name" in str(whole_layers.why_not(sharded({}, torch.nn.Linear(2, 2))))
+    nobody = SimpleNamespace(model=Model(), accelerator=SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=None)))
+    assert "for ZeRO-3" in str(whole_layers.why_not(nobody))
+    huge = Model()
+    huge.blocks[0].inner.weight.ds_numel = 2_000_000_000  # type: ignore[attr-defined]
+    assert "more than DeepSpeed gathers at once" in str(whole_layers.why_not(sharded({}, huge)))

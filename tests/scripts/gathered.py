@@ -1,0 +1,55 @@
+"""Train a tiny model under ZeRO-3, two processes: PRESET OUT whole|as-it-comes yes|no (recompute) TOKENIZER."""
+
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import torch
+from datasets import Dataset
+from peft import LoraConfig
+from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM, set_seed
+from trl import SFTConfig, SFTTrainer
+
+from hf_dsvllm import with_presets
+from hf_dsvllm.speedups import apply
+
+preset, out, how, recompute, tokens_of = sys.argv[1:]
+args: Any = with_presets(SFTConfig)(
+    output_dir=f"{out}/{preset}-{how}-{recompute}", ds_preset=preset, ds_speed=["none"], use_cpu=True, bf16=False,
+    export_to="none", report_to=[], per_device_train_batch_size=1, gradient_accumulation_steps=2, max_steps=4,
+    logging_steps=1, save_strategy="no", learning_rate=1e-2, max_length=16, max_grad_norm=0.5,
+    dataset_kwargs={"skip_prepare_dataset": True}, remove_unused_columns=False,
+    gradient_checkpointing=recompute == "yes",
+)  # fmt: skip
+set_seed(0)
+shape = Qwen3Config(
+    hidden_size=64, intermediate_size=128, num_hidden_layers=3, vocab_size=320, num_attention_heads=4,
+    num_key_value_heads=2, head_dim=16,
+)  # fmt: skip
+tokens = torch.randint(0, 128, (64, 16), generator=torch.Generator().manual_seed(0)).tolist()
+lora = LoraConfig(r=4, target_modules=["q_proj", "down_proj"]) if "lora" in preset else None
+trainer = SFTTrainer(
+    model=Qwen3ForCausalLM(shape),
+    args=args,
+    train_dataset=Dataset.from_dict({"input_ids": tokens, "labels": tokens}),
+    processing_class=AutoTokenizer.from_pretrained(tokens_of),
+    peft_config=lora,
+)
+outcomes = apply(trainer, ("whole_layers",) if how == "whole" else ())
+trainer.train()
+leaves = [type(module).__name__ for module in trainer.model.modules() if getattr(module, "_z3_leaf", False)]
+state = trainer.accelerator.get_state_dict(trainer.deepspeed)  # of rank 0 alone, but both must gather
+weights = {name: tensor.double().abs().sum().item() for name, tensor in (state or {}).items()}
+found = {
+    "losses": [row["loss"] for row in trainer.state.log_history if "loss" in row],
+    "norms": [row["grad_norm"] for row in trainer.state.log_history if "grad_norm" in row],
+    "leaves": leaves,
+    "prefetch": trainer.accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"][
+        "stage3_prefetch_bucket_size"
+    ],
+    "weights": weights,
+    "said": [str(each) for each in outcomes],
+}
+Path(out, f"{preset}-{how}-{recompute}-{os.environ['RANK']}.json").write_text(json.dumps(found), encoding="utf-8")
