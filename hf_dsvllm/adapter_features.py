@@ -9,7 +9,7 @@ import torch
 
 from hf_dsvllm.outcome import Outcome, compiles, plain_model, shards_weights
 
-__all__ = ["bf16_adapters", "casts_its_input", "fp32_adapters", "fused_adapters", "lean_adapters"]
+__all__ = ["bf16_adapters", "casts_its_input", "fp32_adapters", "fused_adapters", "keep_dtypes", "lean_adapters"]
 
 SHORT = {torch.bfloat16: "bf16", torch.float32: "fp32"}
 
@@ -49,8 +49,6 @@ def bf16_adapters(trainer: Any) -> Outcome:
         reason = "DeepSpeed holds adapters in the training dtype, beside their fp32 master weights"
     elif not trainer.args.bf16:
         reason = "nothing is computed in bf16"
-    elif is_quantized(trainer):
-        reason = "those of a quantised base are in bf16 already, or in fp32 because of fp32_adapters"
     return recast_adapters(trainer, "bf16_adapters", torch.float32, torch.bfloat16, reason)
 
 
@@ -67,6 +65,24 @@ def fp32_adapters(trainer: Any) -> Outcome:
 def is_quantized(trainer: Any) -> bool:
     """Whether the base of the trainer's adapters is in 4 or 8 bit."""
     return bool(getattr(plain_model(trainer), "is_quantized", False))
+
+
+def keep_dtypes(trainer: Any) -> None:
+    """Adapters read from a checkpoint stay in the dtype that they are trained in: `load_adapter` makes them fp32.
+
+    With DeepSpeed, whose checkpoints the Trainer reads in another way, they keep it anyway.
+    """
+    load = getattr(trainer, "_load_from_checkpoint", None)
+    if load is None:
+        return
+
+    def loaded(*args: Any, **kwargs: Any) -> None:
+        before = {name: each.dtype for name, each in trainer.model.named_parameters() if each.requires_grad}
+        load(*args, **kwargs)
+        for name, parameter in trainer.model.named_parameters():
+            parameter.data = parameter.data.to(before.get(name, parameter.dtype))
+
+    trainer._load_from_checkpoint = loaded
 
 
 def recast_adapters(trainer: Any, feature: str, before: torch.dtype, after: torch.dtype, reason: str | None) -> Outcome:

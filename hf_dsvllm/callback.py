@@ -22,6 +22,7 @@ from hf_dsvllm.evaluation.rounds import Round, Rounds
 from hf_dsvllm.evaluation.sample_tables import log_samples
 from hf_dsvllm.evaluation.steering import is_best, load_best, loaded_step, why_undecided
 from hf_dsvllm.fields import metric_key, steers
+from hf_dsvllm.live.gather import put_away
 from hf_dsvllm.live.snapshot import SNAPSHOTS, Snapshot, adapters_act, point_to_latest, prune, publish
 from hf_dsvllm.live.stream import make_room, send
 from hf_dsvllm.measure import RunMeasure
@@ -140,6 +141,7 @@ class SessionCallback(TrainerCallback):
             if metric_key(args) in scores:  # a judge may have been away
                 note_best(self.trainer, scores, step=step)
         self._training = False
+        put_away(self.trainer.model_wrapped)
         best = load_best(self.trainer.model, args, state, self.session.run_dir, loaded, self.session.ranks)
         if best is not None:
             self._published = best  # written once more, it would be removed first, and lost on a full disk
@@ -163,6 +165,7 @@ class SessionCallback(TrainerCallback):
     # -- steps -----------------------------------------------------------------------------------------------------
 
     def _publish(self, step: int) -> Snapshot:
+        put_away(self.trainer.model_wrapped)  # the Trainer's own evaluation may have come before
         self._published = publish(
             self.trainer.model,
             self.session.run_dir,
@@ -315,6 +318,7 @@ class SessionCallback(TrainerCallback):
                 raise EngineError(error)
             adapters = hasattr(self.trainer.model, "peft_config")
             dtype = self.session.snapshot_dtype
+            put_away(self.trainer.model_wrapped)
             return send(self.trainer.model, sync, step=step, dtype=dtype, merge_adapters=adapters)
         except EngineError as problem:
             say(f"step {step}: the weights go to vLLM by disk: {problem}")

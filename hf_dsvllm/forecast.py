@@ -139,7 +139,7 @@ def forecast(args: Any, model_args: Any, preset: Preset | None, device: str) -> 
         host=host_footprint(setup),
         step=step_time(setup, rates),
         optimizer=optimizer_of(args),
-        teaches=trl_config(args) in (None, "SFTConfig"),
+        teaches=trl_config(args) in (None, "SFTConfig") and "whole_layers" not in setup.features,
     )
 
 

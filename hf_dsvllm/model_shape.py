@@ -163,6 +163,11 @@ class ModelShape:
         """Parameters of the largest single matrix: the embedding, the output head or one linear."""
         return max(self.embedding_parameters, *(linear.inputs * linear.outputs for linear in self.linears))
 
+    @property
+    def largest_parameter(self) -> int:
+        """The same among all tensors: the gate and up projections of a layer's experts are one."""
+        return max(self.largest_matrix, 2 * self.experts * self.hidden * self.expert_intermediate)
+
     def lora_parameters(self, r: int, targets: str | Sequence[str] = "all-linear") -> int:
         """sum over target modules of r * (inputs + outputs).
 

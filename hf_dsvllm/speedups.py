@@ -12,7 +12,7 @@ from typing import Any
 import torch
 
 from hf_dsvllm import offload, whole_layers
-from hf_dsvllm.adapter_features import bf16_adapters, fp32_adapters, fused_adapters, lean_adapters
+from hf_dsvllm.adapter_features import bf16_adapters, fp32_adapters, fused_adapters, keep_dtypes, lean_adapters
 from hf_dsvllm.attention import WithoutMasks, use_varlen, why_no_varlen, why_not
 from hf_dsvllm.kernels import INSTALL, use_kernels, why_no_kernels
 from hf_dsvllm.outcome import Outcome, plain_model
@@ -39,6 +39,7 @@ def worth_saying(outcomes: Iterable[Outcome], asked: Collection[str]) -> list[st
 def apply(trainer: Any, features: Collection[str]) -> list[Outcome]:
     """Put the features that belong to model and collator into `trainer`, which has not trained yet."""
     outcomes = []
+    keep_dtypes(trainer)
     if trainer.args.parallelism_config is not None and ready_for_slices(trainer):
         said = "batches carry the position of each token, which Ulysses asks for"
         outcomes.append(Outcome(("sequence parallel",), said))
@@ -49,7 +50,7 @@ def apply(trainer: Any, features: Collection[str]) -> list[Outcome]:
         outcomes += without_masks(trainer, masks)
     if "fp32_adapters" in features:
         outcomes.append(fp32_adapters(trainer))
-    if "bf16_adapters" in features:
+    if "bf16_adapters" in features and all(each.reason or "fp32_adapters" not in each.features for each in outcomes):
         outcomes.append(bf16_adapters(trainer))
     elif "lean_adapters" in features:
         outcomes.append(lean_adapters(trainer))

@@ -22,6 +22,7 @@ from typing import Any
 from hf_dsvllm.console import say
 from hf_dsvllm.engine.client import EngineClient
 from hf_dsvllm.errors import EngineError
+from hf_dsvllm.live.gather import put_away
 from hf_dsvllm.tasks import EvalTask, render_prompt
 
 __all__ = [
@@ -221,7 +222,7 @@ def trainer_logprobs(model: Any, prompts: Sequence[TokenIds], *, deepspeed_engin
             logits = model(input_ids=ids, attention_mask=mask, use_cache=False).logits
             return tuple(_of_row(logits[row], ids[row], len(tokens)) for row, tokens in enumerate(prompts))
     finally:
-        _forget_forward(deepspeed_engine)
+        put_away(deepspeed_engine)
 
 
 def engine_logprobs(
@@ -325,23 +326,6 @@ def _moved(ours: LogProbs, previous: LogProbs | None) -> list[float] | None:
         return None
     moved = [old - new for rows in zip(previous, ours, strict=True) for old, new in zip(*rows, strict=True)]
     return moved if any(moved) else None
-
-
-def _forget_forward(deepspeed_engine: Any) -> None:
-    """Let ZeRO-3 put away what it fetched ahead, and the order of modules if this forward was the first it saw.
-
-    It fetches ahead in the order that it recorded, and training may take another: TRL's loss reads the output head's
-    weight without calling the head.  With an order recorded here the first backward pass of a model of more than
-    `stage3_max_live_parameters` met a released weight (8B on an H200; DeepSpeed 0.19.8).
-    """
-    optimizer = getattr(deepspeed_engine, "optimizer", None)
-    offload = getattr(optimizer, "parameter_offload", None)
-    if offload is None:
-        return
-    optimizer.empty_partition_cache()
-    coordinator = offload.get_param_coordinator()
-    if coordinator.is_record_trace():
-        coordinator._invalidate_trace()  # as TRL does after its own generation: there is no public way
 
 
 def _of_row(logits: Any, ids: Any, length: int) -> tuple[float, ...]:

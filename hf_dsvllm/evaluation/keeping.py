@@ -12,6 +12,7 @@ from hf_dsvllm.console import say
 from hf_dsvllm.evaluation.rounds import Round
 from hf_dsvllm.evaluation.steering import keep_best
 from hf_dsvllm.live.behind import Behind
+from hf_dsvllm.live.gather import put_away
 from hf_dsvllm.live.snapshot import SNAPSHOTS, Snapshot, point_to_latest, prune
 from hf_dsvllm.measure import RunMeasure
 
@@ -37,6 +38,7 @@ class Keeping:
     def begin_behind(self, done: Round) -> Snapshot | None:
         """A copy of the weights that `done` scored on its way to the disk; None where all ranks have to write them."""
         self.measure.mark("between steps")  # the next one has the copy in it
+        put_away(self.trainer.model_wrapped)
         behind = Behind.begin(
             self.trainer.model,
             self.session.run_dir,

@@ -8,7 +8,27 @@ from typing import Any
 
 from hf_dsvllm.live.sources import Source
 
-__all__ = ["gathered"]
+__all__ = ["gathered", "put_away"]
+
+
+def put_away(deepspeed_engine: Any) -> None:
+    """Let ZeRO-3 put away what a forward pass outside of training left gathered or on its way; after each of them.
+
+    It fetches ahead in the order that it recorded, and a forward pass without a backward pass leaves that on its way:
+    DeepSpeed (0.19.8) then neither gathers these weights nor lets go of them ("Cannot partition a param in flight"),
+    so that nothing could be written.  The order is forgotten as well if this forward was the first it saw: training
+    may take another, since TRL's loss reads the output head's weight without calling the head.  With an order recorded
+    here the first backward pass of a model of more than `stage3_max_live_parameters` met a released weight (8B on an
+    H200).  Other engines, and None, are left as they are.
+    """
+    optimizer = getattr(deepspeed_engine, "optimizer", None)
+    offload = getattr(optimizer, "parameter_offload", None)
+    if offload is None:
+        return
+    optimizer.empty_partition_cache()
+    coordinator = offload.get_param_coordinator()
+    if coordinator.is_record_trace():
+        coordinator._invalidate_trace()  # as TRL does after its own generation: there is no public way
 
 
 def gathered(parts: Iterable[Source], bucket_bytes: int) -> Iterator[list[Source]]:

@@ -130,17 +130,19 @@ def swap_buffers(setup: Setup, share: int) -> tuple[int, int]:
 
     g = the largest sub-group's parameters, at most `sub_group_size` and one parameter's part; b = the largest
     parameter's part.  Pinned: all gradients es, weights that stay in memory e min(s, 1e9), both rounded up to powers of
-    two, and locked without rounding five buffers eb for weights, one eg to write them and four 4g for the optimizer's
-    states and gradients.  Ordinary: at the start a sub-group's weights and its gradients in fp32, 8g.  stage3.py and
-    swap_tensor/ of deepspeed 0.19.8; 44.4 GiB for 1.7B on an H200 with g = 1.00e9 and b = 1.3e9, by this too.
+    two.  Locked without rounding: five buffers eb for weights, four 4g for the optimizer's states and gradients, and,
+    where weights go to the drive, egN to write them (DeepSpeed counts whole parameters there, not their parts).
+    Ordinary: at the start a sub-group's weights and its gradients in fp32, 8g.  stage3.py and swap_tensor/ of deepspeed
+    0.19.8; 44.4 GiB for 1.7B on an H200 with g = 1.00e9 and b = 1.3e9, by this too.
     """
     e, shape = setup.numerics.weight_bytes, setup.shape
     rounded = power_of_two if setup.device == "cuda" else int
-    largest = shape.largest_matrix // setup.world if setup.method == "full" else 0
+    largest = shape.largest_parameter // setup.world if setup.method == "full" else 0
     group = min(share, sub_group(setup) + largest)
-    buffer = swap_buffer_elements(shape.largest_matrix, setup.world)
+    buffer = swap_buffer_elements(shape.largest_parameter, setup.world)
+    written = e * group * setup.world if share > MAX_IN_CPU else 0
     kept = rounded(e * share) + rounded(e * min(share, MAX_IN_CPU))
-    return (kept + NVME_BUFFERS * e * buffer + (e + 16) * group, 8 * group)
+    return (kept + NVME_BUFFERS * e * buffer + written + 16 * group, 8 * group)
 
 
 def sub_group(setup: Setup) -> int:

@@ -210,6 +210,7 @@ def zero3_states(setup: Setup) -> States:
 
     gradients: a flat buffer of 2P/N that stays; bucket: hidden squared in bf16, one.  init: no Adam moments yet.
     step: for one sub-group of at most 1e9 elements at a time, the gradient as fp32 and flattened: 6 bytes (Z3:2686).
+    A layer that is gathered whole (`whole_layers`) keeps its gradients until its backward pass ends.
     """
     preset, world, shape = setup.preset, setup.world, setup.shape
     trainable = setup.trainable
@@ -225,6 +226,9 @@ def zero3_states(setup: Setup) -> States:
         optimizer, master, kept = (4 + moments(setup, 4)) * share, 4 * share, e * share
         step = (6 if e == 2 else 4) * min(share, SUB_GROUP)
     largest = float(e * shape.largest_matrix) if setup.method == "full" else 0.0
+    layer = 0.0
+    if setup.method == "full" and "whole_layers" in setup.features:
+        layer = sum(shape.parameters_by_kind[kind] for kind in ("attention", "mlp", "experts")) / shape.layers
     return States(
         loaded=(weights if setup.method == "full" else base) + largest,
         init={"weights": weights, "optimizer": master, "gradients": kept, "flat copy": largest},
@@ -232,7 +236,7 @@ def zero3_states(setup: Setup) -> States:
         gradients={},
         earlier={},
         buffer={},
-        at_reduction={},
+        at_reduction={"a layer's gradients": e * layer} if layer else {},
         buckets={},
         waiting={"tied gradient": largest if shape.tied else 0.0},
         tail={"large gradients": largest},

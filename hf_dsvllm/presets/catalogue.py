@@ -180,7 +180,7 @@ def zero3_nvme() -> Preset:
             Setting(
                 "zero_optimization.sub_group_size",
                 NVME_SUB_GROUP,
-                "parameters stepped at once: 26 bytes of host memory for each (DeepSpeed's default is 1e9)",
+                "parameters stepped at once: 24 bytes of host memory for each and 2 for each rank; 1e9 by default",
             ),
             # 1 MiB blocks, 8 in flight, one thread: what DeepSpeed's own aio sweep gives for NVMe drives
             Setting("aio.block_size", 1_048_576, "1 MiB requests: large enough to reach an NVMe drive's bandwidth"),

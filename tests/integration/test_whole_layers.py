@@ -19,7 +19,9 @@ LAYER = 64 * 64 * 2 + 64 * 32 * 2 + 3 * 64 * 128 + 2 * 64 + 2 * 16  # queries, o
 
 @pytest.mark.slow
 @pytest.mark.distributed
-@pytest.mark.parametrize(("preset", "recompute"), [("zero3", "no"), ("zero3_offload", "yes"), ("zero3+lora", "yes")])
+@pytest.mark.parametrize(
+    ("preset", "recompute"), [("zero3", "no"), ("zero3_offload", "yes"), ("zero3+lora", "yes"), ("zero3+lora", "no")]
+)
 def test_layers_gathered_whole_learn_the_same(preset: str, recompute: str, tmp_path: Path) -> None:
     words = write_tiny_tokenizer(tmp_path / "words")
     found = {}
@@ -63,9 +65,11 @@ def test_where_layers_are_not_gathered_whole_is_said() -> None:
 
         def __init__(self) -> None:
             super().__init__()
+            self.embedding = Block()  # named as well, but no layer of a stack
             self.blocks = torch.nn.ModuleList(Block() for _ in range(2))
 
     assert whole_layers.why_not(sharded({}, Model())) is None
+    assert len(whole_layers.layers_of(sharded({}, Model()))) == 2
     assert "on NVMe" in str(whole_layers.why_not(sharded({"offload_param": {"device": "nvme"}}, Model())))
     assert "says which modules" in str(whole_layers.why_not(sharded({"leaf_module": {"classes": ["X"]}}, Model())))
     assert "does not name" in str(whole_layers.why_not(sharded({}, torch.nn.Linear(2, 2))))
@@ -74,3 +78,7 @@ def test_where_layers_are_not_gathered_whole_is_said() -> None:
     huge = Model()
     huge.blocks[0].inner.weight.ds_numel = 2_000_000_000  # type: ignore[attr-defined]
     assert "more than DeepSpeed gathers at once" in str(whole_layers.why_not(sharded({}, huge)))
+    for shared in ("embedding", "blocks"):
+        tied = Model()
+        tied.blocks[0].inner = tied.embedding.inner if shared == "embedding" else tied.blocks[1].inner
+        assert "share weights" in str(whole_layers.why_not(sharded({}, tied)))

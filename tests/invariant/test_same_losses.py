@@ -21,6 +21,7 @@ from tests.scripts.runs import Runs, train_all, write_wide_model
 pytestmark = [pytest.mark.distributed]
 
 TOLERANCE = 1e-4
+EVALUATED = (1000, 40_000)  # parameters that stay gathered for their next use
 SHARDED = ("zero3", "zero3_hpz", "zero2", "zero1", "ddp")  # ZeRO-3 first: see train_runs.py
 ACCUMULATED = {"per_device_train_batch_size": 1, "gradient_accumulation_steps": 2}
 
@@ -37,6 +38,10 @@ def alone(tmp_path_factory: pytest.TempPathFactory) -> Runs:
 def spread(tmp_path_factory: pytest.TempPathFactory) -> Runs:
     runs = [{"name": name, "preset": name} for name in SHARDED]
     runs.append({"name": "zero2 accumulated", "preset": "zero2", "args": ACCUMULATED})
+    evaluated = {"eval_strategy": "steps", "eval_steps": 4}  # the last step, too: its weights are written after that
+    runs[1:1] = [
+        {"name": f"zero3 evaluated {few}", "preset": "zero3", "args": evaluated, "large": few} for few in EVALUATED
+    ]
     return train_all(tmp_path_factory.mktemp("spread"), runs)
 
 
@@ -45,6 +50,15 @@ def test_two_processes_learn_what_one_learns(name: str, alone: Runs, spread: Run
     assert spread[name]["world_size"] == 2
     assert len(spread.losses(name)) == 8
     assert spread.losses(name) == pytest.approx(alone.losses("none"), abs=TOLERANCE)
+
+
+@pytest.mark.parametrize("few", EVALUATED)
+def test_weights_are_written_after_the_trainers_own_evaluation(few: int, alone: Runs, spread: Runs) -> None:
+    """A forward pass without a backward pass leaves weights on their way, which cannot be gathered as they are."""
+    name = f"zero3 evaluated {few}"
+    assert spread[name].get("error") is None, spread[name].get("message")
+    assert spread.losses(name) == pytest.approx(alone.losses("none"), abs=TOLERANCE)
+    assert (spread.folder(name) / "snapshots" / "step-8" / "model.safetensors").is_file()
 
 
 def test_two_processes_with_half_of_each_sequence_learn_what_one_learns(alone: Runs, tmp_path: Path) -> None:

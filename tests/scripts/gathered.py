@@ -12,10 +12,22 @@ from peft import LoraConfig
 from transformers import AutoTokenizer, Qwen3Config, Qwen3ForCausalLM, set_seed
 from trl import SFTConfig, SFTTrainer
 
-from hf_dsvllm import with_presets
+from hf_dsvllm import arguments, with_presets
+from hf_dsvllm.ds_config import build, set_key
 from hf_dsvllm.speedups import apply
 
 preset, out, how, recompute, tokens_of = sys.argv[1:]
+
+
+def released(*given: Any) -> Any:
+    """The preset's configuration, with every weight let go of and fetched again, as those of large models are."""
+    config = build(*given)
+    set_key(config or {}, "zero_optimization.stage3_max_reuse_distance", 0)
+    set_key(config or {}, "zero_optimization.stage3_param_persistence_threshold", 0)
+    return config
+
+
+arguments.build = released  # type: ignore[attr-defined]  # this process trains once and ends
 args: Any = with_presets(SFTConfig)(
     output_dir=f"{out}/{preset}-{how}-{recompute}", ds_preset=preset, ds_speed=["none"], use_cpu=True, bf16=False,
     export_to="none", report_to=[], per_device_train_batch_size=1, gradient_accumulation_steps=2, max_steps=4,

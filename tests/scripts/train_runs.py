@@ -10,7 +10,7 @@ what the libraries keep in process-wide state is reset between them.  SPEC is {"
 `fall_back` (lose DeepSpeed on the way), `restore` (a snapshot to load at the end), `canary` (ask the live model for
 log-probabilities after every step; see canaries.py), `trl` (its SFTTrainer, whose loss never calls the output head),
 `large` (ZeRO-3 lets next to nothing stay gathered, as where the model is larger than
-`stage3_max_live_parameters`), `swaps` (every weight that can be swapped goes to NVMe: DeepSpeed keeps the first 1e9
+`stage3_max_live_parameters`; a number: so many parameters, and twice as many at a time), `swaps` (every weight that can be swapped goes to NVMe: DeepSpeed keeps the first 1e9
 numbers in host memory).  ZeRO-3 runs come first: their arguments are refused once an unsharded model has been loaded in
 the process.
 
@@ -103,7 +103,8 @@ def train(run: dict[str, Any], model: Path, out: Path) -> dict[str, Any]:
     )
     session = prepare(args, model_args)
     if run.get("large"):
-        few = dict.fromkeys(("stage3_max_live_parameters", "stage3_max_reuse_distance"), 1000)
+        reuse = 1000 if run["large"] is True else run["large"]
+        few = {"stage3_max_reuse_distance": reuse, "stage3_max_live_parameters": 1000 if reuse == 1000 else 2 * reuse}
         args.hf_deepspeed_config.config["zero_optimization"].update(few)
     if run.get("swaps"):
         args.hf_deepspeed_config.config["zero_optimization"]["offload_param"]["max_in_cpu"] = 0
@@ -115,7 +116,9 @@ def train(run: dict[str, Any], model: Path, out: Path) -> dict[str, Any]:
     if run.get("trl"):
         trainer = sft_trainer(loaded, args, data, model)
     else:
-        trainer = Trainer(model=loaded, args=args, train_dataset=data, data_collator=default_data_collator)
+        trainer = Trainer(
+            model=loaded, args=args, train_dataset=data, eval_dataset=data[:6], data_collator=default_data_collator
+        )
     session.attach(trainer)
     if "canary" in run:
         from tests.scripts.canaries import AfterEachStep

@@ -201,6 +201,9 @@ def test_adapters_in_bf16_learn_nearly_the_same_and_keep_what_is_no_adapter(mode
     assert set(states) == {torch.bfloat16}
     heads = {p.dtype for name, p in after.model.named_parameters() if "modules_to_save" in name}
     assert heads == {p.dtype for name, p in before.model.named_parameters() if "modules_to_save" in name}
+    after.model.save_pretrained(tmp_path / "checkpoint")
+    after._load_from_checkpoint(str(tmp_path / "checkpoint"))
+    assert {p.dtype for name, p in after.model.named_parameters() if "lora_A" in name} == {torch.bfloat16}, "resumed"
     (outcome,) = apply(after, {"bf16_adapters"})
     assert "left out, because the optimizer was made before" in str(outcome)
 
