@@ -49,7 +49,7 @@ def made(run_dir: Path, **session: Any) -> SessionCallback:
         num_input_tokens_seen=0,
     )  # fmt: skip
     trainer: Any = SimpleNamespace(
-        model=torch.nn.Linear(1, 1), processing_class=None, args=args, state=state, logged=[]
+        model=torch.nn.Linear(1, 1), model_wrapped=None, processing_class=None, args=args, state=state, logged=[]
     )
     defaults: dict[str, Any] = {
         "late": False, "streams": False, "evaluates": True, "canary": Canary(), "ranks": OneOfTwoRanks(),

@@ -10,9 +10,9 @@ what the libraries keep in process-wide state is reset between them.  SPEC is {"
 `fall_back` (lose DeepSpeed on the way), `restore` (a snapshot to load at the end), `canary` (ask the live model for
 log-probabilities after every step; see canaries.py), `trl` (its SFTTrainer, whose loss never calls the output head),
 `large` (ZeRO-3 lets next to nothing stay gathered, as where the model is larger than
-`stage3_max_live_parameters`; a number: so many parameters, and twice as many at a time), `swaps` (every weight that can be swapped goes to NVMe: DeepSpeed keeps the first 1e9
-numbers in host memory).  ZeRO-3 runs come first: their arguments are refused once an unsharded model has been loaded in
-the process.
+`stage3_max_live_parameters`; a number: so many parameters, and twice as many at a time), `swaps` (every weight that can
+be swapped goes to NVMe: DeepSpeed keeps the first 1e9 numbers in host memory).  ZeRO-3 runs come first: their arguments
+are refused once an unsharded model has been loaded in the process.
 
 OUT/<name>.json holds what came of it: losses by step, the live wiring, hashes of the 4-bit weights before and after,
 the error if there was one.
