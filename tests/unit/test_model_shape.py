@@ -123,6 +123,7 @@ def test_counts_equal_those_of_the_built_model(name, tmp_path):
         by_kind[kind_of(parameter_name)] += parameter.numel()
     assert shape.parameters_by_kind == by_kind
     assert shape.parameters == sum(parameter.numel() for parameter in model.parameters())
+    assert shape.largest_parameter == max(parameter.numel() for parameter in model.parameters())
 
     linears = {path: module for path, module in model.named_modules() if isinstance(module, torch.nn.Linear)}
     inner = [module for path, module in linears.items() if path != "lm_head"]
