@@ -80,7 +80,8 @@ def keep_dtypes(trainer: Any) -> None:
         before = {name: each.dtype for name, each in trainer.model.named_parameters() if each.requires_grad}
         load(*args, **kwargs)
         for name, parameter in trainer.model.named_parameters():
-            parameter.data = parameter.data.to(before.get(name, parameter.dtype))
+            if name in before and parameter.dtype != before[name]:
+                parameter.data = parameter.data.to(before[name])
 
     trainer._load_from_checkpoint = loaded
 

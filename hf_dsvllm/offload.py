@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
+from hf_dsvllm.outcome import zero_settings
+
 __all__ = ["keep_gradients", "why_not"]
 
 PIECES = "_DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition"
@@ -21,9 +23,7 @@ PIECES = "_DeepSpeedZeroOptimizer_Stage3__param_id_to_grad_partition"
 
 def why_not(trainer: Any) -> str | None:
     """Why gradients are not kept on the GPU; None where they can be."""
-    plugin = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
-    zero = {} if plugin is None else plugin.deepspeed_config.get("zero_optimization", {})
-    if (zero.get("offload_optimizer") or {}).get("device") != "cpu":
+    if (zero_settings(trainer).get("offload_optimizer") or {}).get("device") != "cpu":
         return "no optimizer is offloaded to the CPU"
     if trainer.args.gradient_accumulation_steps == 1:
         return "every micro-batch is a step"

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Any
 
-__all__ = ["Outcome", "compiles", "plain_model", "shards_weights"]
+__all__ = ["Outcome", "compiles", "plain_model", "shards_weights", "zero_settings"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -38,3 +38,10 @@ def shards_weights(trainer: Any) -> bool:
     plugin = getattr(getattr(trainer, "accelerator", None), "state", None)
     stage = getattr(getattr(plugin, "deepspeed_plugin", None), "zero_stage", None)
     return stage == 3 or any(hasattr(parameter, "ds_id") for parameter in trainer.model.parameters())
+
+
+def zero_settings(trainer: Any) -> dict[str, Any]:
+    """`zero_optimization` of the live DeepSpeed configuration; empty without DeepSpeed."""
+    plugin = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
+    found: dict[str, Any] = {} if plugin is None else plugin.deepspeed_config.get("zero_optimization", {})
+    return found

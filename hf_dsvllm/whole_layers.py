@@ -12,7 +12,7 @@ from typing import Any
 
 import torch
 
-from hf_dsvllm.outcome import plain_model, shards_weights
+from hf_dsvllm.outcome import plain_model, shards_weights, zero_settings
 
 __all__ = ["gather_whole", "why_not"]
 
@@ -53,13 +53,6 @@ def gather_whole(trainer: Any) -> str:
     if zero.get(PREFETCH) == "auto":
         zero[PREFETCH] = largest
     return f"{len(layers)} layers are gathered whole, {largest:,} parameters at a time"
-
-
-def zero_settings(trainer: Any) -> dict[str, Any]:
-    """`zero_optimization` of the live DeepSpeed configuration."""
-    plugin = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
-    found: dict[str, Any] = {} if plugin is None else plugin.hf_ds_config.config.get("zero_optimization", {})
-    return found
 
 
 def layers_of(trainer: Any) -> list[Any]:

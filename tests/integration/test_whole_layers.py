@@ -48,7 +48,7 @@ def test_layers_gathered_whole_learn_the_same(preset: str, recompute: str, tmp_p
 
 
 def sharded(zero: dict[str, Any], model: Any) -> Any:
-    plugin = SimpleNamespace(zero_stage=3, hf_ds_config=SimpleNamespace(config={"zero_optimization": zero}))
+    plugin = SimpleNamespace(zero_stage=3, deepspeed_config={"zero_optimization": zero})
     return SimpleNamespace(model=model, accelerator=SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=plugin)))
 
 

@@ -234,7 +234,11 @@ def test_adapters_of_a_quantised_base_in_fp32_learn_what_bf16_rounds_away(model_
         trainer.train()
         return trainer, (first.detach().float() - before).abs().mean().item(), lines
 
-    _, rounded, _ = trained(set())
+    usual, rounded, _ = trained(set())
+    usual.model.save_pretrained(tmp_path / "checkpoint")
+    usual._load_from_checkpoint(str(tmp_path / "checkpoint"))
+    kinds = {p.dtype for name, p in usual.model.named_parameters() if "lora_" in name}
+    assert kinds == {torch.bfloat16}, "a resumed run trains them as before"
     trainer, moved, lines = trained({"fp32_adapters", "fused_adapters"})
     assert lines[0] == "speed: 8 adapter matrices and their optimizer states in fp32 (fp32_adapters)"
     assert {p.dtype for name, p in trainer.model.named_parameters() if "lora_" in name} == {torch.float32}
