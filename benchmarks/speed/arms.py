@@ -165,15 +165,16 @@ def changed(arm: Arm, word: str) -> Arm:
 # A preset starts from the default features; `-all` first leaves them out, so that one can be measured alone.  First
 # what is to be shown: full fine-tunes, offload and scaling on 4 and 2 GPUs, then one GPU; after them other settings.
 FIRST = """
+scale8 8b 4 4096 b2      | zero3 rc +whole_layers zero_optimization.reduce_bucket_size=200000000; zero2 rc
 full8 8b 4 4096 b2       | plain:z3; zero2 b2x8 no; zero2 b3x4 no; zero3 b2x4 no; zero2 no; zero3 no
 off14 14b 4 4096 b1x8    | zero2 no; zero2_offload b3x8 no +gpu_gradients; zero2_offload b3x8 no; zero3_offload_optimizer b4x8 no +gpu_gradients; plain:z3o
-scale8 8b 4 4096 b2      | zero2 rc; zero3 rc; zero3 rc +whole_layers
 scale 4b 4 4096 b2       | zero2 no; zero3 no; zero3 no +whole_layers
-full14 14b 4 4096 b2     | plain:z3; zero2 b1x8 no; zero3 b2x4 no
-scale8 8b 2 4096 b2      | zero2 rc; zero3 rc; zero3 rc +whole_layers
-scale 4b 2 4096 b2       | zero2 no; zero3 no; zero3 no +whole_layers
+full14 14b 4 4096 b2     | zero3 b2x4 no +whole_layers zero_optimization.reduce_bucket_size=200000000; zero2 b1x8 no; plain:z3
+scale 4b 2 4096 b2       | zero2 no; zero3 no; zero3 no +whole_layers zero_optimization.reduce_bucket_size=200000000; zero3 no zero_optimization.reduce_bucket_size=200000000; zero3 no +whole_layers zero_optimization.reduce_bucket_size=200000000 zero_optimization.stage3_max_reuse_distance=1e10 zero_optimization.stage3_max_live_parameters=1e10; zero3 no +whole_layers
+scale8 8b 2 4096 b2      | zero2 rc; zero3 rc; zero3 rc +whole_layers zero_optimization.reduce_bucket_size=200000000; zero3 rc zero_optimization.reduce_bucket_size=200000000
 off8 8b 2 4096 b2x8      | zero2 no; zero2_offload b4x8 no +gpu_gradients; zero2_offload b4x8 no; zero3_offload_optimizer b4x8 no +gpu_gradients; plain:z3o b4x8; zero3_offload_optimizer b4x8 no +gpu_gradients zero_optimization.offload_optimizer.ratio=0.5
-scale 4b 1 4096 b2       | zero2 no; zero3 no; zero3 no +whole_layers
+scale 4b 1 4096 b2       | zero2 no; zero3 no; zero3 no +whole_layers zero_optimization.reduce_bucket_size=200000000
+scale8 8b 1 4096 b2      | zero3 rc +whole_layers zero_optimization.reduce_bucket_size=200000000; zero3 rc
 full4 4b 1 4096 b2       | plain:z2; zero2 b4x4 no; zero2 b2x8 no; zero2 no -all; zero2 no -all +fused
 lora8 8b 1 4096 b4       | plain:lora; lora no; lora b2x2 no; lora b2x2 no -all; lora b2x2 no -all +fused; lora b2x2 no -all +fused_adapters; lora b2x2 no -all +lean_adapters
 mix8 8b 1 4096 b8 mix    | plain:lora; lora no; lora rc -all +padding_free; lora rc -all +unmasked
@@ -194,7 +195,7 @@ lora32 32b 1 4096 b1     | lora sel; lora no s2048
 full8x2 8b 2 4096 b2     | plain:z2; plain:z3; zero2 b1x2 no -all; zero2 b1x2 no; zero2 no; zero3 no -all; zero3 no; zero3 no +whole_layers; zero3 sel; zero2 b4 sel; zero2 b1x2 no zero_optimization.reduce_bucket_size=500000000; zero3 no zero_optimization.stage3_prefetch_bucket_size=500000000
 full8 8b 4 4096 b2       | plain:z2; zero2 no -all; zero2 b2x4 no; zero2 b3 no; zero2 no zero_optimization.reduce_bucket_size=500000000; zero3 no zero_optimization.stage3_prefetch_bucket_size=500000000; zero2 b4 sel; zero2 no zero_optimization.round_robin_gradients=true; zero2 no compile
 full14 14b 4 4096 b2     | zero3 b1x2 no -all; zero3 b1x2 no; zero3 sel; zero2 b1x2 no
-off8 8b 2 4096 b2x8      | zero2_offload b4x4 no; zero2_offload b4x4 sel; plain:z2o; zero3 b1x16 no; zero3_offload_optimizer no; zero3_offload_optimizer no zero_optimization.offload_optimizer.super_offload=true; zero3_offload_optimizer no zero_optimization.offload_optimizer.ratio=0.5
+off8 8b 2 4096 b2x8      | zero2_offload b4x4 no +gpu_gradients; plain:z3o; plain:z3o b2x16; zero2_offload b4x4 no; zero2_offload b4x4 sel; plain:z2o; zero3 b1x16 no; zero3_offload_optimizer no; zero3_offload_optimizer no zero_optimization.offload_optimizer.super_offload=true; zero3_offload_optimizer no zero_optimization.offload_optimizer.ratio=0.5
 off14 14b 4 4096 b1x8    | zero3 no; zero3_offload_optimizer no; zero2_offload b4x2 sel; zero3_offload_optimizer no zero_optimization.offload_optimizer.super_offload=true
 off4 4b 1 4096 b4x8      | zero2 no; zero2_offload no; zero2_offload no +gpu_gradients; plain:z3o b8x4
 sp8 8b 2 65536 b1 ladder | long_context rc; long_context rc s131072
