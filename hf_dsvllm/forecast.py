@@ -131,6 +131,7 @@ def forecast(args: Any, model_args: Any, preset: Preset | None, device: str) -> 
         device="cuda" if device == "cuda" else "cpu",
         features=features_of(args, model_args),
     )
+    asked = "whole_layers" in (args.ds_speed or ())  # the planner does not count with them where weights are offloaded
     return Forecast(
         setup=setup,
         machine=machine,
@@ -139,7 +140,7 @@ def forecast(args: Any, model_args: Any, preset: Preset | None, device: str) -> 
         host=host_footprint(setup),
         step=step_time(setup, rates),
         optimizer=optimizer_of(args),
-        teaches=trl_config(args) in (None, "SFTConfig") and "whole_layers" not in setup.features,
+        teaches=trl_config(args) in (None, "SFTConfig") and not (asked and preset.offload_param != "none"),
     )
 
 

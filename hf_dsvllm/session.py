@@ -124,7 +124,8 @@ class Session:
     @property
     def features(self) -> frozenset[str]:
         """The speed features in force; without a preset nothing is changed."""
-        return choose(self.args.ds_speed) if self.preset is not None else frozenset()
+        preset = self.preset
+        return choose(self.args.ds_speed, offloads_weights=preset.offload_param != "none") if preset else frozenset()
 
     @property
     def late(self) -> bool:

@@ -1,8 +1,19 @@
 """Under ZeRO-3, a decoder layer's weights as one unit: gathered before the layer, let go of after it.
 
 DeepSpeed (0.19.8) has hooks around every module that holds weights, eleven in a layer of Llama's kind, forward and
-backward.  Its leaf modules (`set_z3_leaf_modules`) have theirs around the whole: 36 tiny layers on a CPU took 0.37 s a
-step instead of 0.62, 0.11 of it the model itself, with the same losses (docs/lab-notes.md).
+backward, and lets Python be no more than two gathers and two reductions ahead of the GPU (`max_ongoing_fetch_events`,
+`max_param_reduce_events`).  One matrix at a time, the GPU waits for Python.  Its leaf modules (`set_z3_leaf_modules`)
+have their hooks around the whole: 4B on two H200s took 0.686 s a step instead of 1.037, with a larger bucket of
+gradients 0.598 (benchmarks/results/2026-11-28-training-speed-scaling-2xH200.md).
+
+What stays gathered.  DeepSpeed decides by `stage3_max_reuse_distance` whether a weight is let go, and counts elements
+of the modules on the way to its next use; between ordinary modules leaves count nothing, so the embedding stayed whole
+all the time, and with it and the output head (TRL's loss holds on to it) there were more elements than
+`stage3_max_live_parameters`, and nothing was fetched ahead (8B on two H200s: 2.4e9 elements gathered).  A distance of
+one element keeps what the next module needs, which is a recomputed layer's backward pass, and nothing else; the limit
+is what stays and `LAYERS_AT_ONCE` layers.  Frozen weights of a recomputed layer it keeps for the module around that is
+in its backward pass, with transformers' models the stack of all layers: with adapters every weight of the model was
+whole on every rank at the end (partitioned_param_coordinator.py, update_recompute_parameters).
 """
 
 from __future__ import annotations
@@ -12,13 +23,12 @@ from typing import Any
 
 import torch
 
-from hf_dsvllm.outcome import plain_model, shards_weights, zero_settings
+from hf_dsvllm.features import LARGEST_LAYER, LAYERS_AT_ONCE, REDUCED_AT_ONCE
+from hf_dsvllm.outcome import compiles, plain_model, shards_weights, zero_settings
 
 __all__ = ["gather_whole", "why_not"]
 
-# DeepSpeed's default `stage3_max_live_parameters`: what may be gathered at once
-MOST_PARAMETERS = 1_000_000_000
-PREFETCH = "stage3_prefetch_bucket_size"
+LIVE, REUSE = "stage3_max_live_parameters", "stage3_max_reuse_distance"
 
 
 def why_not(trainer: Any) -> str | None:
@@ -28,13 +38,15 @@ def why_not(trainer: Any) -> str | None:
     zero = zero_settings(trainer)
     if (zero.get("offload_param") or {}).get("device") == "nvme":
         return "weights on NVMe pass through a few buffers, too few for a layer's"
+    if compiles(trainer):
+        return "compiled layers were not tried"
     if zero.get("leaf_module") or zero.get("stage3_module_granularity_threshold"):
         return "the DeepSpeed configuration says which modules are gathered whole"
     layers = layers_of(trainer)
     if not layers:
         return "the model does not name the class of its layers"
     largest = max(map(parameters_of, layers))
-    if largest > MOST_PARAMETERS:
+    if largest > LARGEST_LAYER:
         return f"a layer has {largest:,} parameters, more than DeepSpeed gathers at once"
     if shares_weights(trainer.model, layers):
         return "layers share weights, whose gradients DeepSpeed would add up in one of them alone"
@@ -49,10 +61,21 @@ def gather_whole(trainer: Any) -> str:
     for layer in layers:
         set_z3_leaf_module(layer, True)
         layer.register_forward_pre_hook(with_gradient, with_kwargs=True)
-    zero, largest = zero_settings(trainer), max(map(parameters_of, layers))
-    if zero.get(PREFETCH) == "auto":
-        zero[PREFETCH] = largest
+        layer.register_forward_hook(for_itself)
+    largest = max(map(parameters_of, layers))
+    settle(zero_settings(trainer), largest, largest_outside(trainer.model, layers), trained(trainer.model))
     return f"{len(layers)} layers are gathered whole, {largest:,} parameters at a time"
+
+
+def settle(zero: dict[str, Any], layer: int, outside: int, trained: int) -> None:
+    """DeepSpeed's settings for layers of `layer` elements beside a matrix of `outside`; a user's own are left alone."""
+    filled_in = {"stage3_prefetch_bucket_size": layer, "reduce_bucket_size": min(REDUCED_AT_ONCE, max(1, trained))}
+    for key, value in filled_in.items():
+        if zero.get(key) == "auto":
+            zero[key] = value
+    for key, value in {REUSE: 1, LIVE: outside + LAYERS_AT_ONCE * layer}.items():
+        if not {key, key.removeprefix("stage3_")} & zero.keys():
+            zero[key] = value
 
 
 def layers_of(trainer: Any) -> list[Any]:
@@ -90,6 +113,32 @@ def with_gradient(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> 
     return ((wanted, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": wanted})
 
 
+def for_itself(layer: Any, args: Any, output: Any) -> None:
+    """A recomputed layer's frozen weights are kept for its own backward pass, not for that of a module around it."""
+    del args, output
+    if torch._C._current_graph_task_id() == -1:  # no backward pass is going on; DeepSpeed asks the same
+        return
+    for parameter in layer.parameters():
+        if not parameter.requires_grad and hasattr(parameter, "ds_active_sub_modules"):
+            parameter.ds_active_sub_modules.intersection_update({layer.ds_id})
+
+
 def parameters_of(layer: Any) -> int:
     """Parameters of a layer, sharded or not."""
-    return sum(getattr(parameter, "ds_numel", parameter.numel()) for parameter in layer.parameters())
+    return sum(map(elements, layer.parameters()))
+
+
+def largest_outside(model: Any, layers: list[Any]) -> int:
+    """Elements of the largest parameter that is in no layer: the embedding, or the output head."""
+    within = {id(parameter) for layer in layers for parameter in layer.parameters()}
+    return max((elements(each) for each in model.parameters() if id(each) not in within), default=0)
+
+
+def trained(model: Any) -> int:
+    """Elements that have gradients."""
+    return sum(elements(parameter) for parameter in model.parameters() if parameter.requires_grad)
+
+
+def elements(parameter: Any) -> int:
+    """Of a parameter, sharded or not."""
+    return int(getattr(parameter, "ds_numel", parameter.numel()))

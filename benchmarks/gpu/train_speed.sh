@@ -36,7 +36,7 @@ speed() {
 
 case $STEP in
   one) speed --gpus 1 --only $ONE_GPU "$@" ;;
-  two) speed --gpus 2 --only scale8 scale off8 full8x2 sp8 $ONE_GPU "$@" ;;
+  two) speed --gpus 2 --only scale8 scale off8 lora8z3 off8z3 full8x2 sp8 $ONE_GPU "$@" ;;
   four) speed --gpus 4 --only full8 full14 off14 scale scale8 off8 full8x2 sp8x4 $ONE_GPU "$@" ;;
   long) speed --gpus 1 --cell_s 200 --only long8 long32 longf "$@" ;;
   nvme) speed --gpus 1 --cell_s 200 --only nvme "$@" ;;

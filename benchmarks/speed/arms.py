@@ -11,7 +11,7 @@ import dataclasses
 from collections.abc import Iterator, Sequence
 from typing import Any, Literal
 
-from hf_dsvllm.features import FEATURES
+from hf_dsvllm.features import FEATURES, choose
 
 __all__ = ["PLAIN", "Arm", "arms", "dry_arms", "parse"]
 
@@ -125,11 +125,17 @@ def parse(line: str) -> Iterator[Arm]:
             mix="mix" in marks,
             ladder="ladder" in marks,
             words=tuple(words),
-            features=() if kind == "plain" else tuple(f.name for f in FEATURES if f.default),
+            features=() if kind == "plain" else features_of(preset),
         )
         for word in (batch, *words):
             arm = changed(arm, word)
         yield arm
+
+
+def features_of(preset: str) -> tuple[str, ...]:
+    """The features that a run with this preset has by default, in order."""
+    chosen = choose(None, offloads_weights=preset in ("zero3_offload", "zero3_nvme"))
+    return tuple(feature.name for feature in FEATURES if feature.name in chosen)
 
 
 def changed(arm: Arm, word: str) -> Arm:
@@ -165,16 +171,16 @@ def changed(arm: Arm, word: str) -> Arm:
 # A preset starts from the default features; `-all` first leaves them out, so that one can be measured alone.  First
 # what is to be shown: full fine-tunes, offload and scaling on 4 and 2 GPUs, then one GPU; after them other settings.
 FIRST = """
-scale8 8b 4 4096 b2      | zero3 rc +whole_layers zero_optimization.reduce_bucket_size=200000000; zero2 rc
+scale8 8b 4 4096 b2      | zero3 rc; zero2 rc; zero3 rc -whole_layers
 full8 8b 4 4096 b2       | plain:z3; zero2 b2x8 no; zero2 b3x4 no; zero3 b2x4 no; zero2 no; zero3 no
-off14 14b 4 4096 b1x8    | zero2 no; zero2_offload b3x8 no +gpu_gradients; zero2_offload b3x8 no; zero3_offload_optimizer b4x8 no +gpu_gradients; plain:z3o
-scale 4b 4 4096 b2       | zero2 no; zero3 no; zero3 no +whole_layers
-full14 14b 4 4096 b2     | zero3 b2x4 no +whole_layers zero_optimization.reduce_bucket_size=200000000; zero2 b1x8 no; plain:z3
-scale 4b 2 4096 b2       | zero2 no; zero3 no; zero3 no +whole_layers zero_optimization.reduce_bucket_size=200000000; zero3 no zero_optimization.reduce_bucket_size=200000000; zero3 no +whole_layers zero_optimization.reduce_bucket_size=200000000 zero_optimization.stage3_max_reuse_distance=1e10 zero_optimization.stage3_max_live_parameters=1e10; zero3 no +whole_layers
-scale8 8b 2 4096 b2      | zero2 rc; zero3 rc; zero3 rc +whole_layers zero_optimization.reduce_bucket_size=200000000; zero3 rc zero_optimization.reduce_bucket_size=200000000
+off14 14b 4 4096 b1x8    | zero2 no; zero2_offload b2x8 no +gpu_gradients; plain:z3o b2x8; zero3_offload_optimizer b2x8 no +gpu_gradients; zero3 b2x8 no; zero2_offload b3x8 no
+scale 4b 4 4096 b2       | zero2 no; zero3 no; zero3 no -whole_layers
+full14 14b 4 4096 b2     | zero3 b2x4 no; zero2 b1x8 no; plain:z3
+scale 4b 2 4096 b2       | zero2 no; zero3 no; zero3 no -whole_layers; zero3 no zero_optimization.stage3_max_reuse_distance=1e10 zero_optimization.stage3_max_live_parameters=1e10; zero3 no zero_optimization.reduce_bucket_size=6553600
+scale8 8b 2 4096 b2      | zero2 rc; zero3 rc; zero3 rc -whole_layers; zero3 rc zero_optimization.stage3_max_reuse_distance=1e9 zero_optimization.stage3_max_live_parameters=1e9
 off8 8b 2 4096 b2x8      | zero2 no; zero2_offload b4x8 no +gpu_gradients; zero2_offload b4x8 no; zero3_offload_optimizer b4x8 no +gpu_gradients; plain:z3o b4x8; zero3_offload_optimizer b4x8 no +gpu_gradients zero_optimization.offload_optimizer.ratio=0.5
-scale 4b 1 4096 b2       | zero2 no; zero3 no; zero3 no +whole_layers zero_optimization.reduce_bucket_size=200000000
-scale8 8b 1 4096 b2      | zero3 rc +whole_layers zero_optimization.reduce_bucket_size=200000000; zero3 rc
+scale 4b 1 4096 b2       | zero2 no; zero3 no; zero3 no -whole_layers
+scale8 8b 1 4096 b2      | zero3 rc; zero3 rc -whole_layers
 full4 4b 1 4096 b2       | plain:z2; zero2 b4x4 no; zero2 b2x8 no; zero2 no -all; zero2 no -all +fused
 lora8 8b 1 4096 b4       | plain:lora; lora no; lora b2x2 no; lora b2x2 no -all; lora b2x2 no -all +fused; lora b2x2 no -all +fused_adapters; lora b2x2 no -all +lean_adapters
 mix8 8b 1 4096 b8 mix    | plain:lora; lora no; lora rc -all +padding_free; lora rc -all +unmasked
@@ -192,18 +198,20 @@ qlora8 8b 1 4096 b4      | qlora no -all
 mix4 4b 1 4096 b8 mix    | zero2 rc group -all +unmasked; zero2 rc pack; zero2 b3 no pack
 lora14 14b 1 4096 b2     | lora b1x2 no; lora b4 sel
 lora32 32b 1 4096 b1     | lora sel; lora no s2048
-full8x2 8b 2 4096 b2     | plain:z2; plain:z3; zero2 b1x2 no -all; zero2 b1x2 no; zero2 no; zero3 no -all; zero3 no; zero3 no +whole_layers; zero3 sel; zero2 b4 sel; zero2 b1x2 no zero_optimization.reduce_bucket_size=500000000; zero3 no zero_optimization.stage3_prefetch_bucket_size=500000000
+full8x2 8b 2 4096 b2     | plain:z2; plain:z3; zero2 b1x2 no -all; zero2 b1x2 no; zero2 no; zero3 no -all; zero3 no; zero3 no -whole_layers; zero3 sel; zero2 b4 sel; zero2 b1x2 no zero_optimization.reduce_bucket_size=500000000; zero3 no zero_optimization.stage3_prefetch_bucket_size=500000000
 full8 8b 4 4096 b2       | plain:z2; zero2 no -all; zero2 b2x4 no; zero2 b3 no; zero2 no zero_optimization.reduce_bucket_size=500000000; zero3 no zero_optimization.stage3_prefetch_bucket_size=500000000; zero2 b4 sel; zero2 no zero_optimization.round_robin_gradients=true; zero2 no compile
 full14 14b 4 4096 b2     | zero3 b1x2 no -all; zero3 b1x2 no; zero3 sel; zero2 b1x2 no
+lora8z3 8b 2 4096 b2     | zero3+lora rc; zero3+lora rc -whole_layers; zero3+lora no; lora_zero2 no
+off8z3 8b 2 4096 b2      | zero3_offload rc +whole_layers; zero3_offload rc; plain:z3o
 off8 8b 2 4096 b2x8      | zero2_offload b4x4 no +gpu_gradients; plain:z3o; plain:z3o b2x16; zero2_offload b4x4 no; zero2_offload b4x4 sel; plain:z2o; zero3 b1x16 no; zero3_offload_optimizer no; zero3_offload_optimizer no zero_optimization.offload_optimizer.super_offload=true; zero3_offload_optimizer no zero_optimization.offload_optimizer.ratio=0.5
 off14 14b 4 4096 b1x8    | zero3 no; zero3_offload_optimizer no; zero2_offload b4x2 sel; zero3_offload_optimizer no zero_optimization.offload_optimizer.super_offload=true
 off4 4b 1 4096 b4x8      | zero2 no; zero2_offload no; zero2_offload no +gpu_gradients; plain:z3o b8x4
 sp8 8b 2 65536 b1 ladder | long_context rc; long_context rc s131072
 long8 8b 1 16384 b1 ladder | plain:lora s32768; lora rc s32768; plain:lora s65536; lora rc s65536; lora rc s131072; lora rc s262144; plain:lora s262144; plain:lora s131072
-longf 8b 1 16384 b1 ladder | plain:z3o s32768; zero3_offload rc s32768; plain:z3o s65536; zero3_offload rc s65536; plain:z3o s131072; zero3_offload rc s131072; zero3_offload rc s196608; plain:z3o s196608
-long32 32b 1 8192 b1 ladder | plain:qlora s16384; qlora rc s16384; plain:qlora s32768; qlora rc s32768; plain:qlora s65536; qlora rc s65536; qlora rc s98304; plain:qlora s98304
+longf 8b 1 16384 b1 ladder | plain:z3o s32768; zero3_offload rc s32768; plain:z3o s65536; zero3_offload rc s65536; plain:z3o s131072; zero3_offload rc s131072; zero3_offload rc s196608; plain:z3o s196608; zero3_offload rc s262144; zero3_offload rc s262144 segments; plain:z3o s262144
+long32 32b 1 8192 b1 ladder | plain:qlora s16384; qlora rc s16384; plain:qlora s32768; qlora rc s32768; plain:qlora s65536; qlora rc s65536; qlora rc s98304; plain:qlora s98304; qlora rc s114688; plain:qlora s114688
 sp8x4 8b 4 131072 b1 ladder | long_context rc; long_context rc s262144
-nvme 1.7b 1 4096 b2      | zero3_nvme rc; zero3_nvme rc zero_optimization.offload_param.buffer_size=311165952; zero3_offload rc; zero3 rc
+nvme 1.7b 1 4096 b2      | zero3_nvme rc; zero3_nvme rc zero_optimization.offload_param.buffer_size=311165952; zero3_offload rc; zero3_offload rc +whole_layers; zero3 rc
 onebit 1.7b 2 4096 b2    | ddp no; onebit_adam no optimizer.params.freeze_step=3; onebit_lamb no optimizer.params.freeze_step=3; zero_one_adam no optimizer.params.var_freeze_step=3
 """  # noqa: E501 - a table
 GRID = FIRST + LATER.lstrip()

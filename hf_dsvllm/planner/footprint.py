@@ -12,6 +12,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
+from hf_dsvllm.features import LAYERS_AT_ONCE
 from hf_dsvllm.model_shape import ModelShape
 from hf_dsvllm.planner.activations import Traced, checkpoint_bytes, working_bytes
 from hf_dsvllm.planner.setup import Loss, Setup
@@ -123,7 +124,7 @@ def activation_parts(setup: Setup) -> Live:
         layer={"activations": (shape.layers - own) * kept, **after, **one},
         reduction={"activations": shape.layers * kept, **after},
         reduced={"activations": (shape.layers - gone - own) * kept, **after, **one},
-        last={"activations": kept, "gathered": gathered, **one},
+        last={"activations": kept, "gathered": last_gathered_bytes(setup), **one},
     )
 
 
@@ -162,11 +163,26 @@ def gathered_bytes(setup: Setup) -> float:
     """ZeRO-3: whole weights alive at once; QLoRA: the largest matrix dequantised.
 
     Weights that are used again within 1e9 elements are not released (Z3, `stage3_max_reuse_distance`), so a window of
-    up to 1e9 elements stays, and one more matrix is fetched.  One process that offloads nothing has nothing to gather.
+    up to 1e9 elements stays, and one more matrix is fetched.  Layers gathered whole: as many as `LAYERS_AT_ONCE`, the
+    output head, which TRL's loss holds on to, one more matrix, and toward the end of the backward pass the embedding
+    (`last_gathered_bytes`).  One process that offloads nothing has nothing to gather.
     """
     shape = setup.shape
     split = setup.world > 1 or setup.preset.offload_param != "none"
     if setup.preset.zero_stage == 3 and setup.method != "qlora":
-        whole = setup.numerics.weight_bytes
-        return float(whole * min(shape.parameters, MAX_REUSE + largest_inner(shape))) if split else 0.0
+        at_once = LAYERS_AT_ONCE * setup.layer_parameters + shape.embedding_parameters
+        window = (at_once if setup.whole_layers else MAX_REUSE) + largest_inner(shape)
+        return float(setup.numerics.weight_bytes * min(shape.parameters, window)) if split else 0.0
     return 2.0 * largest_inner(shape) if setup.method == "qlora" else 0.0
+
+
+def last_gathered_bytes(setup: Setup) -> float:
+    """The same in the backward pass of the first layers: untied, the embedding was fetched ahead; frozen weights of
+    recomputed layers that are not gathered whole are all there still (`hf_dsvllm.whole_layers`).
+    """
+    gathered, shape, e = gathered_bytes(setup), setup.shape, setup.numerics.weight_bytes
+    if setup.preset.zero_stage != 3 or setup.method == "qlora" or not gathered:
+        return gathered
+    if setup.whole_layers:
+        return gathered + (0 if shape.tied else e * shape.embedding_parameters)
+    return float(e * shape.parameters) if setup.method == "lora" and setup.recompute else gathered

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 from typing import Literal
 
-from hf_dsvllm.features import FUSED_ACTIVATIONS, FUSED_TYPES
+from hf_dsvllm.features import FUSED_ACTIVATIONS, FUSED_TYPES, LARGEST_LAYER
 from hf_dsvllm.model_shape import ModelShape
 from hf_dsvllm.planner.activations import Method, Numerics, Traced, frozen_input_bytes, layer_bytes
 from hf_dsvllm.presets import Preset
@@ -60,6 +60,19 @@ class Setup:
         """Whether an offloaded optimizer's gradients wait on the GPU for the end of the step (`hf_dsvllm.offload`)."""
         offloads = self.preset.offload_optimizer == "cpu"
         return offloads and self.accumulation > 1 and "gpu_gradients" in self.features
+
+    @property
+    def whole_layers(self) -> bool:
+        """Whether ZeRO-3 gathers a decoder layer as one unit (`hf_dsvllm.whole_layers`)."""
+        preset = self.preset
+        can = preset.zero_stage == 3 and preset.offload_param == "none" and self.layer_parameters <= LARGEST_LAYER
+        return can and "whole_layers" in self.features
+
+    @property
+    def layer_parameters(self) -> int:
+        """Of one decoder layer without its norms, the mean where they differ."""
+        kinds = self.shape.parameters_by_kind
+        return (kinds["attention"] + kinds["mlp"] + kinds["experts"]) // max(1, self.shape.layers)
 
     @property
     def method(self) -> Method:

@@ -151,6 +151,7 @@ def python_seconds(setup: Setup, rates: Rates, overheads: Overheads) -> tuple[fl
     ZeRO-3 hooks every module (parameter_offload.py, _register_deepspeed_module): those of a layer, and for each adapter
     PEFT's wrapper, dropout, A and B.  Matrices are larger than the prefetch bucket of 0.9 hidden squared, so that each
     is gathered by itself, while adapters' are coalesced; one process that offloads nothing has nothing to gather.
+    A layer that is gathered whole is one module, gathered at once and reduced by the bucket.
     """
     layers, modules = setup.shape.layers, len_modules(setup.shape)
     forward, backward = layers * overheads.forward_launches, layers * overheads.backward_launches
@@ -163,12 +164,15 @@ def python_seconds(setup: Setup, rates: Rates, overheads: Overheads) -> tuple[fl
     hooked = layers * (LAYER_MODULES + (2 if setup.shape.qk_norm else 0)) + modules
     if setup.method != "full":
         hooked += modules * ADAPTER_MODULES
+    units = modules
+    if setup.whole_layers:
+        hooked = units = layers
     split = setup.world > 1 or setup.preset.offload_param != "none"
-    gathers = modules * overheads.gather_s if split else 0.0
+    gathers = units * overheads.gather_s if split else 0.0
     forward += hooked * overheads.hook_forward_s + gathers
     backward += hooked * overheads.hook_backward_s + gathers
     if setup.method == "full":
-        backward += modules * overheads.reduce_s
+        backward += units * overheads.reduce_s
     return forward, backward
 
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
+from hf_dsvllm.features import REDUCED_AT_ONCE
 from hf_dsvllm.memory import NF4_BYTES, SUB_GROUP
 from hf_dsvllm.planner.setup import Setup
 from hf_dsvllm.presets import Preset
@@ -208,7 +209,8 @@ def bucket_elements(preset: Preset) -> int:
 def zero3_states(setup: Setup) -> States:
     """ZeRO-3: everything in shards.
 
-    gradients: a flat buffer of 2P/N that stays; bucket: hidden squared in bf16, one.  init: no Adam moments yet.
+    gradients: a flat buffer of 2P/N that stays; bucket: hidden squared in bf16, one, with `whole_layers` its own size.
+    init: no Adam moments yet.
     step: for one sub-group of at most 1e9 elements at a time, the gradient as fp32 and flattened: 6 bytes (Z3:2686).
     A layer that is gathered whole (`whole_layers`) keeps its gradients until its backward pass ends.
     """
@@ -218,7 +220,7 @@ def zero3_states(setup: Setup) -> States:
     e = setup.numerics.weight_bytes
     base = frozen(setup)
     weights = (0.0 if preset.offload_param != "none" else e * share) + base
-    bucket = {"buckets": float(e * shape.hidden**2)}
+    bucket = {"buckets": float(e * (min(REDUCED_AT_ONCE, trainable) if setup.whole_layers else shape.hidden**2))}
     if preset.offload_optimizer != "none":
         optimizer = master = step = 0.0
         kept = e * share if setup.sums_on_gpu else 0.0
@@ -226,9 +228,7 @@ def zero3_states(setup: Setup) -> States:
         optimizer, master, kept = (4 + moments(setup, 4)) * share, 4 * share, e * share
         step = (6 if e == 2 else 4) * min(share, SUB_GROUP)
     largest = float(e * shape.largest_matrix) if setup.method == "full" else 0.0
-    layer = 0.0
-    if setup.method == "full" and "whole_layers" in setup.features:
-        layer = sum(shape.parameters_by_kind[kind] for kind in ("attention", "mlp", "experts")) / shape.layers
+    layer = float(e * setup.layer_parameters) if setup.method == "full" and setup.whole_layers else 0.0
     return States(
         loaded=(weights if setup.method == "full" else base) + largest,
         init={"weights": weights, "optimizer": master, "gradients": kept, "flat copy": largest},
@@ -236,9 +236,9 @@ def zero3_states(setup: Setup) -> States:
         gradients={},
         earlier={},
         buffer={},
-        at_reduction={"a layer's gradients": e * layer} if layer else {},
+        at_reduction={"a layer's gradients": layer},
         buckets={},
-        waiting={"tied gradient": largest if shape.tied else 0.0},
+        waiting={"tied gradient": largest if shape.tied else 0.0, "a layer's gradients": layer},
         tail={"large gradients": largest},
         step={"optimizer step": step},
     )

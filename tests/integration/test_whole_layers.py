@@ -10,6 +10,7 @@ from typing import Any
 import pytest
 
 from hf_dsvllm import whole_layers
+from hf_dsvllm.features import LAYERS_AT_ONCE, REDUCED_AT_ONCE
 from tests.conftest import ROOT, torchrun
 from tests.tiny import write_tiny_tokenizer
 
@@ -20,7 +21,14 @@ LAYER = 64 * 64 * 2 + 64 * 32 * 2 + 3 * 64 * 128 + 2 * 64 + 2 * 16  # queries, o
 @pytest.mark.slow
 @pytest.mark.distributed
 @pytest.mark.parametrize(
-    ("preset", "recompute"), [("zero3", "no"), ("zero3_offload", "yes"), ("zero3+lora", "yes"), ("zero3+lora", "no")]
+    ("preset", "recompute"),
+    [
+        ("zero3", "no"),
+        ("zero3", "reentrant"),
+        ("zero3_offload", "yes"),
+        ("zero3+lora", "yes"),
+        ("zero3+lora", "no"),
+    ],
 )
 def test_layers_gathered_whole_learn_the_same(preset: str, recompute: str, tmp_path: Path) -> None:
     words = write_tiny_tokenizer(tmp_path / "words")
@@ -33,23 +41,51 @@ def test_layers_gathered_whole_learn_the_same(preset: str, recompute: str, tmp_p
         files = [tmp_path / f"{preset}-{how}-{recompute}-{rank}.json" for rank in (0, 1)]
         found[how] = [json.loads(file.read_text()) for file in files]
     for whole, usual in zip(*found.values(), strict=True):
-        assert whole["leaves"] == ["Qwen3DecoderLayer"] * 3
+        assert whole["leaves"] == ["Qwen3DecoderLayer"] * 6
         assert usual["leaves"] == []
         assert len(whole["losses"]) == 4
         assert whole["losses"] == pytest.approx(usual["losses"], rel=1e-6)  # buckets add up in another order
         assert whole["norms"][0] == pytest.approx(usual["norms"][0], rel=1e-6)
         assert whole["norms"] == pytest.approx(usual["norms"], rel=2e-4)  # Adam makes little of a sign near zero a lot
         assert whole["weights"] == pytest.approx(usual["weights"], rel=1e-4)
-        assert "3 layers are gathered whole" in whole["said"][0]
+        assert "6 layers are gathered whole" in whole["said"][0]
         adapters = (4 * (64 + 64) + 4 * (128 + 64)) if "lora" in preset else 0
         assert whole["prefetch"] == LAYER + adapters
         assert usual["prefetch"] < whole["prefetch"]
+        for index in range(5):  # the next layer is on its way, and no more than some; the embedding was let go
+            there = whole["gathered"][f"layer {index}"]
+            assert {str(index), str(index + 1)} <= set(there), whole["gathered"]
+            assert not any("embed_tokens" in each for each in there), whole["gathered"]
+        for there in whole["gathered"].values():
+            assert sum(each.isdigit() for each in there) <= LAYERS_AT_ONCE + 1, whole["gathered"]
     assert found["whole"][0]["weights"]
+
+
+def test_only_settings_that_nobody_made_are_made() -> None:
+    auto = {"stage3_prefetch_bucket_size": "auto", "reduce_bucket_size": "auto"}
+    whole_layers.settle(auto, layer=100, outside=400, trained=5_000)
+    assert auto == {
+        "stage3_prefetch_bucket_size": 100,
+        "reduce_bucket_size": 5_000,
+        "stage3_max_reuse_distance": 1,
+        "stage3_max_live_parameters": 400 + LAYERS_AT_ONCE * 100,
+    }
+    large: dict[str, Any] = {"reduce_bucket_size": "auto"}
+    whole_layers.settle(large, layer=100, outside=400, trained=10**12)
+    assert large["reduce_bucket_size"] == REDUCED_AT_ONCE
+    own = {"stage3_prefetch_bucket_size": 7, "reduce_bucket_size": 8, "max_reuse_distance": 9}
+    own["stage3_max_live_parameters"] = 10
+    before = dict(own)
+    whole_layers.settle(own, layer=100, outside=400, trained=5_000)
+    assert own == before
 
 
 def sharded(zero: dict[str, Any], model: Any) -> Any:
     plugin = SimpleNamespace(zero_stage=3, deepspeed_config={"zero_optimization": zero})
-    return SimpleNamespace(model=model, accelerator=SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=plugin)))
+    args = SimpleNamespace(torch_compile=False)
+    return SimpleNamespace(
+        model=model, args=args, accelerator=SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=plugin))
+    )
 
 
 def test_where_layers_are_not_gathered_whole_is_said() -> None:

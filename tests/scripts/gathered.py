@@ -1,4 +1,7 @@
-"""Train a tiny model under ZeRO-3, two processes: PRESET OUT whole|as-it-comes yes|no (recompute) TOKENIZER."""
+"""Train a tiny model under ZeRO-3, two processes: PRESET OUT whole|as-it-comes no|yes|reentrant TOKENIZER.
+
+The fourth word is how activations are recomputed.
+"""
 
 import json
 import os
@@ -22,7 +25,8 @@ preset, out, how, recompute, tokens_of = sys.argv[1:]
 def released(*given: Any) -> Any:
     """The preset's configuration, with every weight let go of and fetched again, as those of large models are."""
     config = build(*given)
-    set_key(config or {}, "zero_optimization.stage3_max_reuse_distance", 0)
+    if how != "whole":
+        set_key(config or {}, "zero_optimization.stage3_max_reuse_distance", 0)
     set_key(config or {}, "zero_optimization.stage3_param_persistence_threshold", 0)
     return config
 
@@ -33,11 +37,12 @@ args: Any = with_presets(SFTConfig)(
     export_to="none", report_to=[], per_device_train_batch_size=1, gradient_accumulation_steps=2, max_steps=4,
     logging_steps=1, save_strategy="no", learning_rate=1e-2, max_length=16, max_grad_norm=0.5,
     dataset_kwargs={"skip_prepare_dataset": True}, remove_unused_columns=False,
-    gradient_checkpointing=recompute == "yes",
+    gradient_checkpointing=recompute != "no",
+    gradient_checkpointing_kwargs={"use_reentrant": recompute == "reentrant"} if recompute != "no" else None,
 )  # fmt: skip
 set_seed(0)
 shape = Qwen3Config(
-    hidden_size=64, intermediate_size=128, num_hidden_layers=3, vocab_size=320, num_attention_heads=4,
+    hidden_size=64, intermediate_size=128, num_hidden_layers=6, vocab_size=320, num_attention_heads=4,
     num_key_value_heads=2, head_dim=16,
 )  # fmt: skip
 tokens = torch.randint(0, 128, (64, 16), generator=torch.Generator().manual_seed(0)).tolist()
@@ -50,6 +55,18 @@ trainer = SFTTrainer(
     peft_config=lora,
 )
 outcomes = apply(trainer, ("whole_layers",) if how == "whole" else ())
+gathered: dict[str, list[str]] = {}
+
+
+def note(index: int) -> None:
+    """What is whole on this rank, or on its way, where a layer is computed, or computed again; of the last step."""
+    place = f"{'layer' if torch._C._current_graph_task_id() == -1 else 'again'} {index}"
+    there = (n for n, p in trainer.model.named_parameters() if p.ds_status.name in ("AVAILABLE", "INFLIGHT"))
+    gathered[place] = sorted({name.partition(".layers.")[2].split(".")[0] or name for name in there})
+
+
+for index, layer in enumerate(trainer.model.get_submodule("base_model.model.model" if lora else "model").layers):
+    layer.self_attn.register_forward_pre_hook(lambda *_, index=index: note(index))
 trainer.train()
 leaves = [type(module).__name__ for module in trainer.model.modules() if getattr(module, "_z3_leaf", False)]
 state = trainer.accelerator.get_state_dict(trainer.deepspeed)  # of rank 0 alone, but both must gather
@@ -58,6 +75,7 @@ found = {
     "losses": [row["loss"] for row in trainer.state.log_history if "loss" in row],
     "norms": [row["grad_norm"] for row in trainer.state.log_history if "grad_norm" in row],
     "leaves": leaves,
+    "gathered": gathered,
     "prefetch": trainer.accelerator.state.deepspeed_plugin.deepspeed_config["zero_optimization"][
         "stage3_prefetch_bucket_size"
     ],

@@ -16,7 +16,7 @@ DEFAULTS = frozenset(feature.name for feature in FEATURES if feature.default)
 
 def test_the_features_that_are_on_by_default_are_reviewed_ones() -> None:
     assert {feature.name for feature in FEATURES if not feature.default} == {
-        "bf16_adapters", "cudnn", "fp32_adapters", "gpu_gradients", "whole_layers",
+        "bf16_adapters", "cudnn", "fp32_adapters", "gpu_gradients",
     }  # fmt: skip
     assert all(any(sign.isdigit() for sign in feature.why) for feature in FEATURES if feature.default), "measured"
 

@@ -54,7 +54,7 @@ def test_every_arm_has_a_name_of_its_own_and_a_plain_run_beside_it(speed: Any) -
     every = speed.arms.arms()
     assert len({arm.name for arm in every}) == len(every)
     with_plain = {arm.case for arm in every if arm.kind == "plain"}
-    own = {"scale", "scale8", "sp8", "sp8x4", "nvme", "onebit"}  # compared with themselves
+    own = {"scale", "scale8", "lora8z3", "sp8", "sp8x4", "nvme", "onebit"}  # compared with themselves
     assert {arm.case for arm in every} - with_plain == own
     assert all(not arm.features for arm in every if arm.kind == "plain")
 
