@@ -136,7 +136,7 @@ def job_of(
         host_bytes=ram,
         evaluation=evaluation,
         device="cuda" if device == "cuda" else "cpu",
-        features=features.planned(args.ds_speed),
+        features=features_of(args, None),
         features_that_fit=features.left_to_plan(args.ds_speed) if trl_config(args) == "SFTConfig" else frozenset(),
         processes=world,
         local_processes=local,
@@ -158,12 +158,12 @@ def loss_of(args: Any) -> Loss:
 
 
 def features_of(args: Any, model_args: Any) -> frozenset[str]:
-    """The features that a plan counts with, without those that `speedups` leaves out of these adapters."""
+    """The features that a plan counts with, without those that `speedups` leaves out here."""
     lacking = set()
-    if args.torch_compile or getattr(model_args, "use_dora", False):
-        lacking.add("fused_adapters")
+    if getattr(args, "torch_compile", False):
+        lacking |= {"fused_adapters", "whole_layers"}
     if getattr(model_args, "use_dora", False):
-        lacking.add("lean_adapters")
+        lacking |= {"fused_adapters", "lean_adapters"}
     return features.planned(args.ds_speed) - lacking
 
 

@@ -146,15 +146,12 @@ FUSED_TYPES = frozenset(("llama", "mistral", "qwen2", "qwen3", "smollm3"))
 FUSED_ACTIVATIONS = ("silu", "swish")  # two names of one function
 
 
-def choose(words: Sequence[str] | None, *, offloads_weights: bool = False) -> frozenset[str]:
+def choose(words: Sequence[str] | None) -> frozenset[str]:
     """The features in force: the defaults, changed by the words of `--ds_speed` from left to right.
 
-    `NAME` adds one, `no_NAME` leaves one out, `all` and `none` start from everything and from nothing.  A preset that
-    keeps weights in host memory starts without `whole_layers`.
+    `NAME` adds one, `no_NAME` leaves one out, `all` and `none` start from everything and from nothing.
     """
     chosen = {feature.name for feature in FEATURES if feature.default}
-    if offloads_weights:
-        chosen.discard("whole_layers")
     for word in words or ():
         if word in (ALL, NONE):
             chosen = set(NAMES) if word == ALL else set()

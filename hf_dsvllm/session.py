@@ -124,8 +124,7 @@ class Session:
     @property
     def features(self) -> frozenset[str]:
         """The speed features in force; without a preset nothing is changed."""
-        preset = self.preset
-        return choose(self.args.ds_speed, offloads_weights=preset.offload_param != "none") if preset else frozenset()
+        return choose(self.args.ds_speed) if self.preset is not None else frozenset()
 
     @property
     def late(self) -> bool:

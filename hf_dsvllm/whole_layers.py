@@ -18,16 +18,19 @@ whole on every rank at the end (partitioned_param_coordinator.py, update_recompu
 
 from __future__ import annotations
 
+import inspect
 from collections import Counter
 from typing import Any
 
 import torch
 
+from hf_dsvllm.errors import WiringError
 from hf_dsvllm.features import LARGEST_LAYER, LAYERS_AT_ONCE, REDUCED_AT_ONCE
 from hf_dsvllm.outcome import compiles, plain_model, shards_weights, zero_settings
 
 __all__ = ["gather_whole", "why_not"]
 
+KNOWN = ("transformers", "trl")  # whose steps call the trained model once before each backward pass
 LIVE, REUSE = "stage3_max_live_parameters", "stage3_max_reuse_distance"
 
 
@@ -36,10 +39,16 @@ def why_not(trainer: Any) -> str | None:
     if not shards_weights(trainer):
         return "no weights are sharded: it is for ZeRO-3"
     zero = zero_settings(trainer)
-    if (zero.get("offload_param") or {}).get("device") == "nvme":
+    place = (zero.get("offload_param") or {}).get("device", "none")
+    if place == "nvme":
         return "weights on NVMe pass through a few buffers, too few for a layer's"
+    if place != "none" and not {"all", "whole_layers"} & set(getattr(trainer.args, "ds_speed", None) or ()):
+        return "weights lie in host memory, where it was not measured: --ds_speed whole_layers takes them whole"
     if compiles(trainer):
         return "compiled layers were not tried"
+    steps = [getattr(type(trainer), name, None) for name in ("compute_loss", "training_step")]
+    if not all(inspect.unwrap(step).__module__.split(".")[0] in KNOWN for step in steps if step):
+        return f"{type(trainer).__name__} has steps of its own: two forward passes before a backward pass would fail"
     if zero.get("leaf_module") or zero.get("stage3_module_granularity_threshold"):
         return "the DeepSpeed configuration says which modules are gathered whole"
     layers = layers_of(trainer)
@@ -99,28 +108,52 @@ def shares_weights(model: Any, layers: list[Any]) -> bool:
 
 
 def with_gradient(layer: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
-    """A layer's input with a gradient, where its weights have one: a leaf's reduction waits for its input's.
+    """A positional input with a gradient, where a layer's weights have one: a leaf's reduction waits for its input's.
 
-    Without it (adapters behind a frozen embedding, no recompute) torch calls that reduction before the layer's
-    backward pass.
+    Without it (adapters behind a frozen embedding, no recompute; layers called by keyword alone) torch calls that
+    reduction before the layer's backward pass: it looks at positional inputs.
     """
-    if not torch.is_grad_enabled() or not any(parameter.requires_grad for parameter in layer.parameters()):
+    if not learns(layer) or any(isinstance(each, torch.Tensor) and each.requires_grad for each in args):
         return None
-    given = args[0] if args else kwargs.get("hidden_states")
-    if not isinstance(given, torch.Tensor) or not given.is_floating_point() or given.requires_grad:
-        return None
-    wanted = given.detach().requires_grad_()
-    return ((wanted, *args[1:]), kwargs) if args else (args, {**kwargs, "hidden_states": wanted})
+    index = next((index for index, each in enumerate(args) if continuous(each)), None)
+    if index is not None:
+        return (*args[:index], args[index].detach().requires_grad_(), *args[index + 1 :]), kwargs
+    first = next(iter(inspect.signature(layer.forward).parameters), "")
+    name = first if first in kwargs else next((name for name, each in kwargs.items() if continuous(each)), "")
+    if args or not continuous(kwargs.get(name)):
+        raise refusal(layer, "takes no input that a gradient could pass")
+    given = kwargs[name]  # under an older name of the first argument, which transformers takes as well
+    given = given if given.requires_grad else given.detach().requires_grad_()
+    return (given,), {key: value for key, value in kwargs.items() if key != name}
 
 
 def for_itself(layer: Any, args: Any, output: Any) -> None:
     """A recomputed layer's frozen weights are kept for its own backward pass, not for that of a module around it."""
-    del args, output
+    del args
+    if learns(layer) and not isinstance(output, (torch.Tensor, tuple)):  # torch would only warn, and no hook be called
+        raise refusal(layer, f"returns a {type(output).__name__}, neither a tensor nor a tuple")
     if torch._C._current_graph_task_id() == -1:  # no backward pass is going on; DeepSpeed asks the same
         return
     for parameter in layer.parameters():
         if not parameter.requires_grad and hasattr(parameter, "ds_active_sub_modules"):
             parameter.ds_active_sub_modules.intersection_update({layer.ds_id})
+
+
+def learns(layer: Any) -> bool:
+    """Whether this call of a layer is for a backward pass that trains something of it."""
+    return torch.is_grad_enabled() and any(parameter.requires_grad for parameter in layer.parameters())
+
+
+def continuous(given: Any) -> bool:
+    """Whether an input may have a gradient."""
+    return isinstance(given, torch.Tensor) and given.is_floating_point()
+
+
+def refusal(layer: Any, why: str) -> WiringError:
+    """What stops a layer that cannot be taken whole, before it would learn something wrong."""
+    return WiringError(
+        f"{type(layer).__name__} {why}: gathered whole, its gradients would be lost. Fix: --ds_speed no_whole_layers"
+    )
 
 
 def parameters_of(layer: Any) -> int:

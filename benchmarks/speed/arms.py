@@ -134,8 +134,8 @@ def parse(line: str) -> Iterator[Arm]:
 
 def features_of(preset: str) -> tuple[str, ...]:
     """The features that a run with this preset has by default, in order."""
-    chosen = choose(None, offloads_weights=preset in ("zero3_offload", "zero3_nvme"))
-    return tuple(feature.name for feature in FEATURES if feature.name in chosen)
+    named_alone = {"whole_layers"} if preset in ("zero3_offload", "zero3_nvme") else set()
+    return tuple(feature.name for feature in FEATURES if feature.name in choose(None) - named_alone)
 
 
 def changed(arm: Arm, word: str) -> Arm:

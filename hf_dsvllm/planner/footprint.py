@@ -184,5 +184,5 @@ def last_gathered_bytes(setup: Setup) -> float:
     if setup.preset.zero_stage != 3 or setup.method == "qlora" or not gathered:
         return gathered
     if setup.whole_layers:
-        return gathered + (0 if shape.tied else e * shape.embedding_parameters)
+        return min(float(e * shape.parameters), gathered + (0 if shape.tied else e * shape.embedding_parameters))
     return float(e * shape.parameters) if setup.method == "lora" and setup.recompute else gathered

@@ -125,7 +125,7 @@ def zero3() -> Preset:
         name="zero3",
         summary="weights, gradients and optimizer states sharded",
         shards="weights, gradients, optimizer states",
-        lives="GPU: 16P/N + one layer gathered at a time",
+        lives="GPU: 16P/N + the output head and up to three layers gathered",
         zero_stage=3,
         deepspeed=_STAGE3,
         constraints=("arguments must exist before the model is loaded", "no device_map"),

@@ -8,8 +8,10 @@ from types import SimpleNamespace
 from typing import Any
 
 import pytest
+import torch
 
 from hf_dsvllm import whole_layers
+from hf_dsvllm.errors import WiringError
 from hf_dsvllm.features import LAYERS_AT_ONCE, REDUCED_AT_ONCE
 from tests.conftest import ROOT, torchrun
 from tests.tiny import write_tiny_tokenizer
@@ -82,15 +84,20 @@ def test_only_settings_that_nobody_made_are_made() -> None:
 
 def sharded(zero: dict[str, Any], model: Any) -> Any:
     plugin = SimpleNamespace(zero_stage=3, deepspeed_config={"zero_optimization": zero})
-    args = SimpleNamespace(torch_compile=False)
+    args = SimpleNamespace(torch_compile=False, ds_speed=None)
     return SimpleNamespace(
         model=model, args=args, accelerator=SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=plugin))
     )
 
 
-def test_where_layers_are_not_gathered_whole_is_said() -> None:
-    import torch
+class Pairwise(SimpleNamespace):
+    """A trainer whose loss asks the model twice."""
 
+    def compute_loss(self, model: Any, inputs: Any) -> Any:
+        return model(inputs) + model(inputs)
+
+
+def test_where_layers_are_not_gathered_whole_is_said() -> None:
     class Block(torch.nn.Module):
         def __init__(self) -> None:
             super().__init__()
@@ -107,6 +114,14 @@ def test_where_layers_are_not_gathered_whole_is_said() -> None:
     assert whole_layers.why_not(sharded({}, Model())) is None
     assert len(whole_layers.layers_of(sharded({}, Model()))) == 2
     assert "on NVMe" in str(whole_layers.why_not(sharded({"offload_param": {"device": "nvme"}}, Model())))
+    in_host_memory = sharded({"offload_param": {"device": "cpu"}}, Model())
+    assert "lie in host memory" in str(whole_layers.why_not(in_host_memory))
+    in_host_memory.args.ds_speed = ["whole_layers"]
+    assert whole_layers.why_not(in_host_memory) is None
+    compiled = sharded({}, Model())
+    compiled.args.torch_compile = True
+    assert "compiled" in str(whole_layers.why_not(compiled))
+    assert "steps of its own" in str(whole_layers.why_not(Pairwise(**vars(sharded({}, Model())))))
     assert "says which modules" in str(whole_layers.why_not(sharded({"leaf_module": {"classes": ["X"]}}, Model())))
     assert "does not name" in str(whole_layers.why_not(sharded({}, torch.nn.Linear(2, 2))))
     nobody = SimpleNamespace(model=Model(), accelerator=SimpleNamespace(state=SimpleNamespace(deepspeed_plugin=None)))
@@ -118,3 +133,52 @@ def test_where_layers_are_not_gathered_whole_is_said() -> None:
         tied = Model()
         tied.blocks[0].inner = tied.embedding.inner if shared == "embedding" else tied.blocks[1].inner
         assert "share weights" in str(whole_layers.why_not(sharded({}, tied)))
+
+
+class Layer(torch.nn.Module):
+    """A layer whose forward returns what it is told to."""
+
+    def __init__(self, returns: Any = None) -> None:
+        super().__init__()
+        self.inner, self.returns = torch.nn.Linear(4, 4), returns
+
+    def forward(self, hidden_states: Any, scale: Any = None) -> Any:
+        del scale
+        return self.inner(hidden_states) if self.returns is None else self.returns
+
+
+def hooked(layer: Layer) -> Layer:
+    layer.register_forward_pre_hook(whole_layers.with_gradient, with_kwargs=True)
+    layer.register_forward_hook(whole_layers.for_itself)
+    return layer
+
+
+@pytest.mark.parametrize("given", ["hidden_states", "hidden_state", "args"])
+@pytest.mark.parametrize("learns", [True, False])
+def test_a_layers_input_has_a_gradient_and_a_place(given: str, learns: bool) -> None:
+    """torch's backward hooks, by which DeepSpeed reduces a leaf's gradients, look at positional inputs."""
+    layer, seen = hooked(Layer()), []
+    layer.register_forward_pre_hook(lambda _, args, kwargs: seen.append((args, kwargs)), with_kwargs=True)
+    layer.requires_grad_(learns)
+    tokens = torch.ones(2, 4)
+    args, kwargs = ((tokens,), {}) if given == "args" else ((), {given: tokens})
+    if given == "hidden_state" and not learns:
+        return  # an older name, which transformers' own decorator takes and this layer does not
+    layer(*args, **kwargs, scale=1)
+    (args, kwargs) = seen[0]
+    if learns:
+        assert args[0].requires_grad
+        assert torch.equal(args[0], tokens)
+        assert kwargs == {"scale": 1}
+    else:
+        assert not any(each.requires_grad for each in (*args, *kwargs.values()) if isinstance(each, torch.Tensor))
+    with torch.no_grad():
+        layer(tokens)
+    assert not any(each.requires_grad for each in seen[1][0])
+
+
+def test_a_layer_that_would_learn_nothing_is_refused() -> None:
+    with pytest.raises(WiringError, match=r"no input that a gradient could pass.*--ds_speed no_whole_layers"):
+        hooked(Layer())(hidden_states=torch.ones(2, 4, dtype=torch.int64))
+    with pytest.raises(WiringError, match=r"returns a dict.*--ds_speed no_whole_layers"):
+        hooked(Layer({"hidden_states": torch.ones(2, 4)}))(torch.ones(2, 4))

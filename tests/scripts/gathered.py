@@ -33,7 +33,8 @@ def released(*given: Any) -> Any:
 
 arguments.build = released  # type: ignore[attr-defined]  # this process trains once and ends
 args: Any = with_presets(SFTConfig)(
-    output_dir=f"{out}/{preset}-{how}-{recompute}", ds_preset=preset, ds_speed=["none"], use_cpu=True, bf16=False,
+    output_dir=f"{out}/{preset}-{how}-{recompute}", ds_preset=preset, use_cpu=True, bf16=False,
+    ds_speed=["none", "whole_layers"] if how == "whole" else ["none"],
     export_to="none", report_to=[], per_device_train_batch_size=1, gradient_accumulation_steps=2, max_steps=4,
     logging_steps=1, save_strategy="no", learning_rate=1e-2, max_length=16, max_grad_norm=0.5,
     dataset_kwargs={"skip_prepare_dataset": True}, remove_unused_columns=False,

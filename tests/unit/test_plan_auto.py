@@ -270,3 +270,8 @@ def test_other_errors_of_training_stay_what_they_are() -> None:
 
     with pytest.raises(RuntimeError, match="something else"):
         Session._explaining_memory(session, train)()  # type: ignore[arg-type]
+
+
+def test_a_compiled_run_is_planned_without_what_it_goes_without() -> None:
+    assert "whole_layers" in auto.features_of(arguments(), None)
+    assert not {"whole_layers", "fused_adapters"} & auto.features_of(arguments(torch_compile=True), None)
