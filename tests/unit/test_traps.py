@@ -68,6 +68,9 @@ TRAPS: dict[str, tuple[dict[str, Any], dict[str, Any], str, str]] = {
     ),
     "Adafactor offloaded": (zero(offload_optimizer=OFFLOAD), {"optim": "adafactor"}, "optim=adafactor", "adamw_torch"),
     "SGD offloaded": (zero(3, offload_optimizer=OFFLOAD), {"optim": "sgd"}, "optim=sgd would", "without optimizer off"),
+    "an optimizer split between GPU and host": (
+        zero(3, offload_optimizer={**OFFLOAD, "ratio": 0.5}), {}, "that no schedule changes", "remove ratio"
+    ),
     "optimizer block and --optim": (
         sound(optimizer={"type": "Lion"}), {"optim": "adafactor"}, "optim=adafactor would be ignored", "remove the opt"
     ),
