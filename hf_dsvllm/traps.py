@@ -217,8 +217,9 @@ def _optimizer_block(request: Request) -> Iterator[Problem]:
 
 
 def _split_optimizer(request: Request) -> Iterator[Problem]:
-    """Twin-Flow's share on the GPU has an AdamW of its own, made once (stage3.py, backup_optimizer): its first group keeps
-    the learning rate of that moment, and checkpoints hold none of its moments.  Seen in a run (docs/lab-notes.md).
+    """Twin-Flow's share on the GPU has an AdamW of its own, made once (stage3.py, backup_optimizer).
+
+    Its first group keeps the learning rate of that moment, and checkpoints hold none of its moments: docs/lab-notes.md.
     """
     config = request.config or {}
     offloaded = get_key(config, "zero_optimization.offload_optimizer.device", "none") != "none"
