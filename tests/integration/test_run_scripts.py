@@ -215,7 +215,7 @@ def test_the_line_at_the_start_names_the_doors_and_their_lines(outcomes: Mapping
 @pytest.mark.parametrize("stage", [2, 3])
 def test_losses_are_those_of_a_hand_written_deepspeed_file(stage: int, outcomes: Mapping[str, Outcome]) -> None:
     plain, preset = outcomes[f"clm-plain{stage}"].trained(), outcomes[f"clm-zero{stage}"]
-    assert preset.losses() == pytest.approx(plain.losses(), abs=1e-6)
+    assert preset.losses() == pytest.approx(plain.losses(), rel=1e-6)  # whole layers add up in another order
     assert outcomes[f"module-zero{stage}"].losses() == preset.losses()
     assert outcomes[f"sft-zero{stage}"].printed_losses() == outcomes[f"sft-plain{stage}"].trained().printed_losses()
 
