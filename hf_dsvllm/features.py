@@ -21,6 +21,7 @@ __all__ = [
     "LAYERS_AT_ONCE",
     "REDUCED_AT_ONCE",
     "Feature",
+    "asks_for",
     "choose",
     "feature_problems",
     "planned",
@@ -162,6 +163,11 @@ def choose(words: Sequence[str] | None) -> frozenset[str]:
     if "padding_free" in chosen:
         chosen.add("varlen")
     return frozenset(chosen)
+
+
+def asks_for(words: Sequence[str] | None, feature: str) -> bool:
+    """Whether the words of `--ds_speed` ask for a feature by its name, or for all."""
+    return bool({ALL, feature} & set(words or ()))
 
 
 def planned(words: Sequence[str] | None) -> frozenset[str]:

@@ -10,10 +10,12 @@ from typing import Any
 
 from hf_dsvllm.auto import features_of, loss_of, planned_length, trl_config
 from hf_dsvllm.errors import DsvllmError
+from hf_dsvllm.features import asks_for
 from hf_dsvllm.hardware import Machine, detect
 from hf_dsvllm.launch import read_launch
 from hf_dsvllm.model_shape import load_shape
 from hf_dsvllm.optimizers import ADAM, optimizer_of, state_bytes
+from hf_dsvllm.outcome import has_known_steps
 from hf_dsvllm.planner.allocator import cannot_give_back, held_bytes
 from hf_dsvllm.planner.cards import Rates, learn, machine_rates
 from hf_dsvllm.planner.footprint import Footprint, Setup, between_steps, gpu_footprint
@@ -131,7 +133,7 @@ def forecast(args: Any, model_args: Any, preset: Preset | None, device: str) -> 
         device="cuda" if device == "cuda" else "cpu",
         features=features_of(args, model_args),
     )
-    asked = "whole_layers" in (args.ds_speed or ())  # the planner does not count with them where weights are offloaded
+    asked = asks_for(args.ds_speed, "whole_layers")  # the planner does not count with them where weights are offloaded
     return Forecast(
         setup=setup,
         machine=machine,
@@ -153,8 +155,7 @@ def as_trained(found: Forecast | None, trainer: Any, wiring: Wiring) -> Forecast
         return None
     method = "full" if not wiring.adapter_modules else "qlora" if wiring.four_bit_modules else "lora"
     whole = method != "full" or wiring.trainable_parameters >= FULL * found.setup.shape.parameters
-    steps = (type(trainer).compute_loss, type(trainer).training_step)
-    known = all(step.__module__.split(".")[0] in ("transformers", "trl") for step in steps)
+    known = has_known_steps(trainer)
     return dataclasses.replace(found, teaches=found.teaches and whole and known and method == found.setup.method)
 
 

@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from typing import Any
 
-__all__ = ["Outcome", "compiles", "plain_model", "shards_weights", "zero_settings"]
+__all__ = ["Outcome", "compiles", "has_known_steps", "plain_model", "shards_weights", "zero_settings"]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -31,6 +32,12 @@ def compiles(trainer: Any) -> bool:
     state = getattr(getattr(trainer, "accelerator", None), "state", None)
     backend = getattr(getattr(state, "dynamo_plugin", None), "backend", None)
     return bool(trainer.args.torch_compile) or getattr(backend, "value", "NO") != "NO"
+
+
+def has_known_steps(trainer: Any) -> bool:
+    """Whether the loss and a step are transformers' or TRL's, which call the trained model once a backward pass."""
+    steps = (getattr(type(trainer), name, None) for name in ("compute_loss", "training_step"))
+    return all(inspect.unwrap(step).__module__.split(".")[0] in ("transformers", "trl") for step in steps if step)
 
 
 def shards_weights(trainer: Any) -> bool:

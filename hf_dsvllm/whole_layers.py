@@ -25,12 +25,11 @@ from typing import Any
 import torch
 
 from hf_dsvllm.errors import WiringError
-from hf_dsvllm.features import LARGEST_LAYER, LAYERS_AT_ONCE, REDUCED_AT_ONCE
-from hf_dsvllm.outcome import compiles, plain_model, shards_weights, zero_settings
+from hf_dsvllm.features import LARGEST_LAYER, LAYERS_AT_ONCE, REDUCED_AT_ONCE, asks_for
+from hf_dsvllm.outcome import compiles, has_known_steps, plain_model, shards_weights, zero_settings
 
 __all__ = ["gather_whole", "why_not"]
 
-KNOWN = ("transformers", "trl")  # whose steps call the trained model once before each backward pass
 LIVE, REUSE = "stage3_max_live_parameters", "stage3_max_reuse_distance"
 
 
@@ -42,12 +41,11 @@ def why_not(trainer: Any) -> str | None:
     place = (zero.get("offload_param") or {}).get("device", "none")
     if place == "nvme":
         return "weights on NVMe pass through a few buffers, too few for a layer's"
-    if place != "none" and not {"all", "whole_layers"} & set(getattr(trainer.args, "ds_speed", None) or ()):
+    if place != "none" and not asks_for(getattr(trainer.args, "ds_speed", None), "whole_layers"):
         return "weights lie in host memory, where it was not measured: --ds_speed whole_layers takes them whole"
     if compiles(trainer):
         return "compiled layers were not tried"
-    steps = [getattr(type(trainer), name, None) for name in ("compute_loss", "training_step")]
-    if not all(inspect.unwrap(step).__module__.split(".")[0] in KNOWN for step in steps if step):
+    if not has_known_steps(trainer):
         return f"{type(trainer).__name__} has steps of its own: two forward passes before a backward pass would fail"
     if zero.get("leaf_module") or zero.get("stage3_module_granularity_threshold"):
         return "the DeepSpeed configuration says which modules are gathered whole"
@@ -72,7 +70,7 @@ def gather_whole(trainer: Any) -> str:
         layer.register_forward_pre_hook(with_gradient, with_kwargs=True)
         layer.register_forward_hook(for_itself)
     largest = max(map(parameters_of, layers))
-    settle(zero_settings(trainer), largest, largest_outside(trainer.model, layers), trained(trainer.model))
+    settle(zero_settings(trainer), largest, largest_outside(trainer.model, layers), elements_trained(trainer.model))
     return f"{len(layers)} layers are gathered whole, {largest:,} parameters at a time"
 
 
@@ -167,7 +165,7 @@ def largest_outside(model: Any, layers: list[Any]) -> int:
     return max((elements(each) for each in model.parameters() if id(each) not in within), default=0)
 
 
-def trained(model: Any) -> int:
+def elements_trained(model: Any) -> int:
     """Elements that have gradients."""
     return sum(elements(parameter) for parameter in model.parameters() if parameter.requires_grad)
 

@@ -63,7 +63,7 @@ class Setup:
 
     @property
     def whole_layers(self) -> bool:
-        """Whether ZeRO-3 gathers a decoder layer as one unit (`hf_dsvllm.whole_layers`)."""
+        """Whether ZeRO-3 gathers a decoder layer as one unit (`hf_dsvllm.whole_layers`); never from the host."""
         preset = self.preset
         can = preset.zero_stage == 3 and preset.offload_param == "none" and self.layer_parameters <= LARGEST_LAYER
         return can and "whole_layers" in self.features
