@@ -121,6 +121,13 @@ FEATURES = (
         exact=True,
     ),
     Feature(
+        name="overlap_offload",
+        why="an offloaded optimizer's gradients leave the GPU behind the backward pass, and its step takes the weights "
+        "piece by piece, each on its way back while Adam works on the next",
+        default=True,
+        exact=True,
+    ),
+    Feature(
         name="whole_layers",
         why="ZeRO-3: a layer's weights are gathered as one unit, the next layers' while one computes, and gradients "
         "reduced in fewer and larger pieces: 13,475 instead of 8,125 tokens/s (4B full, 2 H200), 6,707 instead of "

@@ -8,7 +8,7 @@ Both places take a sum that lies on the GPU as well: only where it lies is chang
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import torch
@@ -67,7 +67,23 @@ def _early_stages(optimizer: Any, device: torch.device) -> None:
         return
     parameters = (parameter for group in optimizer.bit16_groups for parameter in group)
     by_id = {optimizer.get_param_id(parameter): parameter for parameter in parameters}
+    if not isinstance(optimizer.accumulated_grads_in_cpu, _Sums):
+        optimizer.async_accumulate_grad_in_cpu_via_gpu = _without_waiting(optimizer)
     optimizer.accumulated_grads_in_cpu = _Sums(by_id, device)
+
+
+def _without_waiting(optimizer: Any) -> Callable[[Any], None]:
+    """DeepSpeed's way of adding a gradient to its sum, which waits for the copies of the one before: there are none."""
+    add = optimizer.async_accumulate_grad_in_cpu_via_gpu
+
+    def accumulate(parameter: Any) -> None:
+        optimizer._wait_for_offload_copies = lambda: None
+        try:
+            add(parameter)
+        finally:
+            del optimizer._wait_for_offload_copies
+
+    return accumulate
 
 
 def _third_stage(optimizer: Any, device: torch.device) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from hf_dsvllm import offload, whole_layers
+from hf_dsvllm import offload, overlap_offload, whole_layers
 from hf_dsvllm.adapter_features import bf16_adapters, fp32_adapters, fused_adapters, keep_dtypes, lean_adapters
 from hf_dsvllm.attention import WithoutMasks, use_varlen, why_no_varlen, why_not
 from hf_dsvllm.kernels import INSTALL, use_kernels, why_no_kernels
@@ -58,6 +58,8 @@ def apply(trainer: Any, features: Collection[str]) -> list[Outcome]:
         outcomes.append(fused_adapters(trainer))
     if "gpu_gradients" in features:
         outcomes.append(gpu_gradients(trainer))
+    if "overlap_offload" in features:
+        outcomes.append(overlap_copies(trainer))
     if "whole_layers" in features:
         outcomes.append(gather_layers(trainer))
     if "cudnn" in features and not torch.cuda.is_available():
@@ -224,6 +226,15 @@ def gpu_gradients(trainer: Any) -> Outcome:
     if reason is None:
         offload.keep_gradients(trainer)
     return Outcome(("gpu_gradients",), "gradients are added up on the GPU and cross to the host once a step", reason)
+
+
+def overlap_copies(trainer: Any) -> Outcome:
+    """What an offloaded optimizer sends and fetches, behind the backward pass and behind its own step."""
+    reason = overlap_offload.why_not(trainer)
+    if reason is None:
+        overlap_offload.overlap(trainer)
+    said = "gradients leave the GPU behind the backward pass, weights come back while Adam works on the next"
+    return Outcome(("overlap_offload",), said, reason)
 
 
 def gather_layers(trainer: Any) -> Outcome:

@@ -173,12 +173,12 @@ def changed(arm: Arm, word: str) -> Arm:
 FIRST = """
 scale8 8b 4 4096 b2      | zero3 rc; zero2 rc; zero3 rc -whole_layers
 full8 8b 4 4096 b2       | plain:z3; zero2 b2x8 no; zero2 b3x4 no; zero3 b2x4 no; zero2 no; zero3 no
-off14 14b 4 4096 b1x8    | zero2 no; zero2_offload b2x8 no +gpu_gradients; plain:z3o b2x8; zero3_offload_optimizer b2x8 no +gpu_gradients; zero3 b2x8 no; zero2_offload b3x8 no
+off14 14b 4 4096 b2x4    | zero2_offload no +gpu_gradients; zero3 no; plain:z3o; zero2_offload b2x8 no +gpu_gradients; plain:z3o b2x8; zero3 b2x8 no; zero2_offload no +gpu_gradients -overlap_offload; zero3_offload_optimizer no +gpu_gradients; zero2_offload b3x8 no +gpu_gradients
 scale 4b 4 4096 b2       | zero2 no; zero3 no; zero3 no -whole_layers
 full14 14b 4 4096 b2     | zero3 b2x4 no; zero2 b1x8 no; plain:z3
 scale 4b 2 4096 b2       | zero2 no; zero3 no; zero3 no -whole_layers; zero3 no zero_optimization.stage3_max_reuse_distance=1e10 zero_optimization.stage3_max_live_parameters=1e10; zero3 no zero_optimization.reduce_bucket_size=6553600
 scale8 8b 2 4096 b2      | zero2 rc; zero3 rc; zero3 rc -whole_layers; zero3 rc zero_optimization.stage3_max_reuse_distance=1e9 zero_optimization.stage3_max_live_parameters=1e9
-off8 8b 2 4096 b2x8      | zero2 no; zero2_offload b4x8 no +gpu_gradients; zero2_offload b4x8 no; zero3_offload_optimizer b4x8 no +gpu_gradients; plain:z3o b4x8
+off8 8b 2 4096 b2x8      | zero2_offload b4x4 no +gpu_gradients; zero2_offload b4x4 no +gpu_gradients -overlap_offload; zero3_offload_optimizer b4x4 no +gpu_gradients; zero2 no; zero2_offload b4x8 no +gpu_gradients; zero2_offload b4x8 no; zero3_offload_optimizer b4x8 no +gpu_gradients; plain:z3o b4x8
 scale 4b 1 4096 b2       | zero2 no; zero3 no; zero3 no -whole_layers
 scale8 8b 1 4096 b2      | zero3 rc; zero3 rc -whole_layers
 full4 4b 1 4096 b2       | plain:z2; zero2 b4x4 no; zero2 b2x8 no; zero2 no -all; zero2 no -all +fused
@@ -203,8 +203,8 @@ full8 8b 4 4096 b2       | plain:z2; zero2 no -all; zero2 b2x4 no; zero2 b3 no; 
 full14 14b 4 4096 b2     | zero3 b1x2 no -all; zero3 b1x2 no; zero3 sel; zero2 b1x2 no
 lora8z3 8b 2 4096 b2     | zero3+lora rc; zero3+lora rc -whole_layers; zero3+lora no; lora_zero2 no
 off8z3 8b 2 4096 b2      | zero3_offload rc +whole_layers; zero3_offload rc; plain:z3o
-off8 8b 2 4096 b2x8      | zero2_offload b4x4 no +gpu_gradients; plain:z3o; plain:z3o b2x16; zero2_offload b4x4 no; zero2_offload b4x4 sel; plain:z2o; zero3 b1x16 no; zero3_offload_optimizer no; zero3_offload_optimizer no zero_optimization.offload_optimizer.super_offload=true
-off14 14b 4 4096 b1x8    | zero3 no; zero3_offload_optimizer no; zero2_offload b4x2 sel; zero3_offload_optimizer no zero_optimization.offload_optimizer.super_offload=true
+off8 8b 2 4096 b2x8      | zero3_offload_optimizer b4x4 no +gpu_gradients -overlap_offload; plain:z3o; plain:z3o b2x16; zero2_offload b4x4 no; zero2_offload b4x4 sel; plain:z2o; zero3 b1x16 no; zero3_offload_optimizer no; zero3_offload_optimizer no zero_optimization.offload_optimizer.super_offload=true
+off14 14b 4 4096 b2x4    | zero3_offload_optimizer b1x8 no +gpu_gradients; plain:z3o b1x8; zero2_offload b4x2 sel +gpu_gradients
 off4 4b 1 4096 b4x8      | zero2 no; zero2_offload no; zero2_offload no +gpu_gradients; plain:z3o b8x4
 sp8 8b 2 65536 b1 ladder | long_context rc; long_context rc s131072
 long8 8b 1 16384 b1 ladder | plain:lora s32768; lora rc s32768; plain:lora s65536; lora rc s65536; lora rc s131072; lora rc s262144; plain:lora s262144; plain:lora s131072

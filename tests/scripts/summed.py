@@ -1,4 +1,4 @@
-"""Train a tiny model under an offloading preset, two processes: PRESET OUT kept|as-it-comes."""
+"""Train a tiny model under an offloading preset, two processes: PRESET OUT kept|overlapped|both|as-it-comes."""
 
 import json
 import os
@@ -6,11 +6,12 @@ import sys
 from pathlib import Path
 from typing import Any
 
+import deepspeed
 import torch
 from datasets import Dataset
 from transformers import Qwen3Config, Qwen3ForCausalLM, Trainer, TrainingArguments, set_seed
 
-from hf_dsvllm import offload, with_presets
+from hf_dsvllm import offload, overlap_offload, with_presets
 from hf_dsvllm.speedups import apply
 
 preset, out, how = sys.argv[1:]
@@ -28,7 +29,10 @@ tokens = torch.randint(0, 128, (64, 16), generator=torch.Generator().manual_seed
 trainer = Trainer(
     model=Qwen3ForCausalLM(shape), args=args, train_dataset=Dataset.from_dict({"input_ids": tokens, "labels": tokens})
 )
-outcomes = apply(trainer, ("gpu_gradients",) if how == "kept" else ())
+overlap_offload.PIECE, overlap_offload.SLOT = 1 << 12, 1 << 10  # several of them in a model as small as this
+FEATURES = {"kept": ("gpu_gradients",), "overlapped": ("overlap_offload",), "as-it-comes": ()}
+features = FEATURES["kept"] + FEATURES["overlapped"] if how == "both" else FEATURES[how]
+outcomes = apply(trainer, features)
 trainer.train()
 optimizer = trainer.deepspeed.optimizer
 if trainer.deepspeed.zero_optimization_stage() == 3:
@@ -38,11 +42,20 @@ if trainer.deepspeed.zero_optimization_stage() == 3:
     used = bool(optimizer.grad_partitions_flat_buffer.any()) and whole
 else:
     sums = optimizer.accumulated_grads_in_cpu
-    used = len(sums) > 0 and isinstance(sums, offload._Sums) == (how == "kept")
+    used = len(sums) > 0 and isinstance(sums, offload._Sums) == ("gpu_gradients" in features)
+weights = []
+for parameter in trainer.model.parameters():
+    with deepspeed.zero.GatheredParameters([parameter]):
+        weights.append(parameter.detach().double().abs().sum().item())
+adam = optimizer.optimizer.ds_opt_adam
+overlaps = isinstance(adam, overlap_offload._InPieces)
 found = {
     "losses": [row["loss"] for row in trainer.state.log_history if "loss" in row],
     "norms": [row["grad_norm"] for row in trainer.state.log_history if "grad_norm" in row],
     "used": used,
+    "overlaps": overlaps,
+    "clipped": overlaps and adam.factor is not None,
+    "weights": weights,
     "said": [str(each) for each in outcomes],
 }
 Path(out, f"{preset}-{how}-{os.environ['RANK']}.json").write_text(json.dumps(found), encoding="utf-8")
