@@ -19,7 +19,10 @@ __all__ = [
     "FUSED_TYPES",
     "LARGEST_LAYER",
     "LAYERS_AT_ONCE",
+    "PIECE",
     "REDUCED_AT_ONCE",
+    "SLOT",
+    "SLOTS",
     "Feature",
     "asks_for",
     "choose",
@@ -123,7 +126,8 @@ FEATURES = (
     Feature(
         name="overlap_offload",
         why="an offloaded optimizer's gradients leave the GPU behind the backward pass, and its step takes the weights "
-        "piece by piece, each on its way back while Adam works on the next",
+        "piece by piece, each on its way back while Adam works on the next: 8,158 instead of 7,217 tokens/s (8B, 2 "
+        "H200, 131,072 tokens a step), 0.5 GiB more",
         default=True,
         exact=True,
     ),
@@ -149,6 +153,9 @@ ALL, NONE, WITHOUT = "all", "none", "no_"
 # (4B on two H200s: 0.598 s a step with it, 0.686 with hidden_size squared; as much as ZeRO-2's bucket of the presets)
 LAYERS_AT_ONCE, REDUCED_AT_ONCE = 3, 200_000_000
 LARGEST_LAYER = 1_000_000_000  # elements: DeepSpeed's default `stage3_max_live_parameters`
+# Of `overlap_offload`, in elements of fp32: buffers on the GPU through which gradients leave it, and the weights that
+# Adam steps at a time (two H200s, 8B: 1.93 s a step for 2.42 in one piece; with 2^20, 14B on four took longer)
+SLOTS, SLOT, PIECE = 8, 1 << 24, 1 << 23
 # Whose kernels liger-kernel 0.8 has, and whose layers the planner's formulas describe; measured on Qwen3
 FUSED_TYPES = frozenset(("llama", "mistral", "qwen2", "qwen3", "smollm3"))
 FUSED_ACTIVATIONS = ("silu", "swish")  # two names of one function

@@ -6,7 +6,15 @@ import dataclasses
 import inspect
 from typing import Any
 
-__all__ = ["Outcome", "compiles", "has_known_steps", "plain_model", "shards_weights", "zero_settings"]
+__all__ = [
+    "Outcome",
+    "compiles",
+    "deepspeed_settings",
+    "has_known_steps",
+    "plain_model",
+    "shards_weights",
+    "zero_settings",
+]
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -47,8 +55,15 @@ def shards_weights(trainer: Any) -> bool:
     return stage == 3 or any(hasattr(parameter, "ds_id") for parameter in trainer.model.parameters())
 
 
+def deepspeed_settings(trainer: Any) -> dict[str, Any]:
+    """The live DeepSpeed configuration; empty without DeepSpeed."""
+    state = getattr(getattr(trainer, "accelerator", None), "state", None)
+    plugin = getattr(state, "deepspeed_plugin", None)
+    found: dict[str, Any] = {} if plugin is None else plugin.deepspeed_config
+    return found
+
+
 def zero_settings(trainer: Any) -> dict[str, Any]:
     """`zero_optimization` of the live DeepSpeed configuration; empty without DeepSpeed."""
-    plugin = getattr(trainer.accelerator.state, "deepspeed_plugin", None)
-    found: dict[str, Any] = {} if plugin is None else plugin.deepspeed_config.get("zero_optimization", {})
+    found: dict[str, Any] = deepspeed_settings(trainer).get("zero_optimization", {})
     return found

@@ -18,13 +18,10 @@ from typing import Any
 import torch
 from transformers import TrainerCallback
 
+from hf_dsvllm.features import PIECE, SLOT, SLOTS
 from hf_dsvllm.outcome import zero_settings
 
 __all__ = ["overlap", "why_not"]
-
-PIECE = 1 << 20  # weights that Adam takes at a time: of 2^18 to 2^25 the fastest on a host of two H200s (lab notes)
-SLOT = 1 << 24  # elements of one buffer on the GPU through which gradients leave it, in fp32
-SLOTS = 8  # of them: 0.5 GiB
 
 
 def why_not(trainer: Any) -> str | None:
@@ -54,17 +51,19 @@ class _Overlap(TrainerCallback):
         adam = getattr(zero, "optimizer", None)
         if type(adam) is not DeepSpeedCPUAdam or isinstance(adam.ds_opt_adam, _InPieces):
             return
-        pieces = adam.ds_opt_adam = _InPieces(adam.ds_opt_adam, device)
-        place = _third_stage if engine.zero_optimization_stage() == 3 else _early_stages
-        place(zero, pieces, _ToHost(device))
+        third = engine.zero_optimization_stage() == 3
+        flat = zero.fp32_partitioned_groups_flat if third else zero.single_partition_of_fp32_groups
+        share = sum(each.numel() for each in flat)
+        pieces = adam.ds_opt_adam = _InPieces(adam.ds_opt_adam, device, min(PIECE, share))
+        (_third_stage if third else _early_stages)(zero, pieces, _ToHost(device, min(SLOT, share)))
 
 
 class _InPieces:
     """DeepSpeed's compiled Adam, called piece by piece: clipped before, sent after."""
 
-    def __init__(self, compiled: Any, device: torch.device) -> None:
-        self._compiled = compiled
-        self._staging = torch.empty(PIECE if device.type == "cuda" else 0, dtype=torch.float32, device=device)
+    def __init__(self, compiled: Any, device: torch.device, piece: int) -> None:
+        self._compiled, self._piece = compiled, piece
+        self._staging = torch.empty(piece if device.type == "cuda" else 0, dtype=torch.float32, device=device)
         self.factor: torch.Tensor | None = None
         self.destination: torch.Tensor | None = None
 
@@ -74,8 +73,8 @@ class _InPieces:
     def adam_update(self, *settings: Any) -> None:
         """`DeepSpeedCPUAdam.step`'s call: (…, weights, gradients, first moments, second moments), flat, fp32."""
         settings, arrays = settings[:-4], settings[-4:]
-        for start in range(0, arrays[0].numel(), PIECE):
-            count = min(PIECE, arrays[0].numel() - start)
+        for start in range(0, arrays[0].numel(), self._piece):
+            count = min(self._piece, arrays[0].numel() - start)
             weights, gradients, *moments = (array.narrow(0, start, count) for array in arrays)
             if self.factor is not None:
                 gradients.mul_(self.factor)
@@ -97,9 +96,9 @@ class _InPieces:
 class _ToHost:
     """Gradients on their way to host memory, on a stream of their own, through a ring of buffers."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, size: int) -> None:
         self.stream = torch.cuda.Stream(device) if device.type == "cuda" else None
-        self._device = device
+        self._device, self._size = device, size
         self._slots: list[torch.Tensor] = []
         self._left: list[torch.cuda.Event | None] = [None] * SLOTS
         self._next = 0
@@ -109,7 +108,7 @@ class _ToHost:
         if self.stream is None or gradient.device.type != "cuda":
             destination.copy_(gradient)
             return
-        for source, target in zip(gradient.split(SLOT), destination.split(SLOT), strict=True):
+        for source, target in zip(gradient.split(self._size), destination.split(self._size), strict=True):
             self._send(source, target)
 
     def _send(self, source: torch.Tensor, target: torch.Tensor) -> None:
@@ -117,7 +116,7 @@ class _ToHost:
         here, index = torch.cuda.current_stream(self._device), self._next
         self._next = (index + 1) % SLOTS
         if len(self._slots) <= index:
-            self._slots.append(torch.empty(SLOT, dtype=torch.float32, device=self._device))
+            self._slots.append(torch.empty(self._size, dtype=torch.float32, device=self._device))
         slot = self._slots[index].view(target.dtype).narrow(0, 0, source.numel())
         left = self._left[index]
         if left is not None:
@@ -186,8 +185,9 @@ def replace_buffers(buffers: list[torch.Tensor]) -> None:
     for index, buffer in enumerate(buffers):
         get_accelerator().unpin_memory(buffer)
         buffers[index] = torch.empty(0).as_subclass(_Sent)
-    if torch.cuda.is_available() and hasattr(torch.accelerator, "empty_host_cache"):
-        torch.accelerator.empty_host_cache()
+    give_back = getattr(torch._C, "_host_emptyCache", None)  # torch.accelerator.empty_host_cache from torch 2.13 on
+    if give_back is not None and torch.cuda.is_available():
+        give_back()
 
 
 def _third_stage(zero: Any, pieces: _InPieces, to_host: _ToHost) -> None:

@@ -11,7 +11,7 @@ from typing import Any
 
 import torch
 
-from hf_dsvllm import offload, overlap_offload, whole_layers
+from hf_dsvllm import offload, overlap_offload, rounding, whole_layers
 from hf_dsvllm.adapter_features import bf16_adapters, fp32_adapters, fused_adapters, keep_dtypes, lean_adapters
 from hf_dsvllm.attention import WithoutMasks, use_varlen, why_no_varlen, why_not
 from hf_dsvllm.kernels import INSTALL, use_kernels, why_no_kernels
@@ -43,6 +43,9 @@ def apply(trainer: Any, features: Collection[str]) -> list[Outcome]:
     if trainer.args.parallelism_config is not None and ready_for_slices(trainer):
         said = "batches carry the position of each token, which Ulysses asks for"
         outcomes.append(Outcome(("sequence parallel",), said))
+    if rounding.attach(trainer):
+        said = "bf16 master weights are rounded at random, so that small updates are not lost"
+        outcomes.append(Outcome(("bf16 master weights",), said))
     if "fused" in features:
         outcomes.append(fused(trainer))
     masks = tuple(name for name in ("unmasked", "varlen", "padding_free") if name in features)

@@ -19,6 +19,7 @@ def train(arm: Arm, task: dict[str, Any], gauge: Any, steps: list[dict[str, floa
     import transformers
     from datasets import load_dataset
     from transformers import AutoModelForCausalLM, AutoTokenizer
+    from transformers.integrations import is_deepspeed_zero3_enabled
     from trl import ModelConfig, SFTTrainer, get_peft_config, get_quantization_config
 
     from hf_dsvllm import adapters
@@ -43,7 +44,9 @@ def train(arm: Arm, task: dict[str, Any], gauge: Any, steps: list[dict[str, floa
         adapters.apply_to_model_config(config, preset, device=gauge.device, full_dtype=config.dtype)
     gauge.begin("load")
     quantization = get_quantization_config(config)
-    placed = {"quantization_config": quantization, "device_map": {"": args.device}} if quantization else {}
+    placed = {"quantization_config": quantization} if quantization else {}
+    if quantization and not is_deepspeed_zero3_enabled():
+        placed["device_map"] = {"": args.device}
     model = AutoModelForCausalLM.from_pretrained(
         path, dtype=getattr(torch, config.dtype), attn_implementation="sdpa", **placed
     )

@@ -62,6 +62,11 @@ class Setup:
         return offloads and self.accumulation > 1 and "gpu_gradients" in self.features
 
     @property
+    def overlaps_offload(self) -> bool:
+        """Whether an offloaded optimizer's copies go on behind other work (`hf_dsvllm.overlap_offload`)."""
+        return self.preset.offload_optimizer == "cpu" and "overlap_offload" in self.features
+
+    @property
     def whole_layers(self) -> bool:
         """Whether ZeRO-3 gathers a decoder layer as one unit (`hf_dsvllm.whole_layers`); never from the host."""
         preset = self.preset

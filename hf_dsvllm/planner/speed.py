@@ -312,14 +312,20 @@ def offloaded_seconds(setup: Setup, rates: Rates, share: float) -> float:
     With accumulation each micro-batch fetches what is there, adds on the GPU and sends it back, 6P
     (stage_1_and_2.py, async_accumulate_grad_in_cpu_via_gpu), but with the feature `gpu_gradients`.  Adam moves 28 bytes
     a parameter (4 arrays in, 3 out); the processes of a host share its memory:
-    seconds = max(share / rate, 28 * local * share / host memory).
+    seconds = max(share / rate, 28 * local * share / host memory).  With `overlap_offload` weights return as fp32 behind
+    Adam, and gradients leave behind the backward pass of the last micro-batch.
     """
     gradients = 2 if setup.accumulation == 1 or setup.sums_on_gpu else 6 * setup.accumulation
-    moved = (2 + gradients) * share / rates.host_bytes_per_s
+    weights = 2
+    if setup.overlaps_offload:
+        weights, gradients = 0, 0 if gradients == 2 else gradients
+    moved = (weights + gradients) * share / rates.host_bytes_per_s
     if setup.preset.offload_param != "none":
         moved += 2 * 3 * setup.accumulation * setup.shape.parameters / setup.world / rates.host_bytes_per_s
     local = min(setup.world, NODE_GPUS)
     adam = max(share / rates.adam_parameters_per_s, ADAM_BYTES * local * share / rates.host_memory_bytes_per_s)
+    if setup.overlaps_offload:
+        adam = max(adam, 4 * share / rates.host_bytes_per_s)
     return adam + moved
 
 

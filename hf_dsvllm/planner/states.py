@@ -8,7 +8,7 @@ from __future__ import annotations
 import dataclasses
 from collections.abc import Mapping
 
-from hf_dsvllm.features import REDUCED_AT_ONCE
+from hf_dsvllm.features import PIECE, REDUCED_AT_ONCE, SLOT, SLOTS
 from hf_dsvllm.memory import NF4_BYTES, SUB_GROUP
 from hf_dsvllm.planner.setup import Setup
 from hf_dsvllm.presets import Preset
@@ -163,7 +163,7 @@ def zero12_states(setup: Setup) -> States:
     stepped = (master + moments(setup, master)) * share
     resident = {"weights": weights, "optimizer": 0.0 if offload else stepped}
     if offload:
-        resident["offload buffer"] = float(e * largest)
+        resident["offload buffer"] = float(e * largest) + passing(setup, share)
         kept, step = (e * share if setup.sums_on_gpu else 0.0), 0.0
     elif preset.zero_stage == 1:
         kept, step = e * share, (2.0 + 4.0) * share
@@ -188,6 +188,12 @@ def zero12_states(setup: Setup) -> States:
         tail={"large gradients": added + tied},
         step={"optimizer step": max(step, norm)},
     )
+
+
+def passing(setup: Setup, share: float) -> float:
+    """With `overlap_offload`: gradients on their way to the host, and weights on theirs back, in fp32."""
+    on_gpu = setup.overlaps_offload and setup.device == "cuda"
+    return 4.0 * (SLOTS * min(SLOT, share) + min(PIECE, share)) if on_gpu else 0.0
 
 
 def has(preset: Preset, key: str, value: object) -> bool:
@@ -227,12 +233,13 @@ def zero3_states(setup: Setup) -> States:
     else:
         optimizer, master, kept = (4 + moments(setup, 4)) * share, 4 * share, e * share
         step = (6 if e == 2 else 4) * min(share, SUB_GROUP)
+    buffer = {"offload buffer": passing(setup, share)} if setup.overlaps_offload else {}
     largest = float(e * shape.largest_matrix) if setup.method == "full" else 0.0
     layer = float(e * setup.layer_parameters) if setup.method == "full" and setup.whole_layers else 0.0
     return States(
         loaded=(weights if setup.method == "full" else base) + largest,
         init={"weights": weights, "optimizer": master, "gradients": kept, "flat copy": largest},
-        resident={"weights": weights, "optimizer": optimizer, "gradients": kept, **bucket},
+        resident={"weights": weights, "optimizer": optimizer, "gradients": kept, **bucket, **buffer},
         gradients={},
         earlier={},
         buffer={},

@@ -355,7 +355,7 @@ def test_a_4_bit_base_computes_as_it_trains(trains: bool, monkeypatch: pytest.Mo
 
 
 def test_zero3_that_will_shard_later_is_known_by_its_stage() -> None:
-    state = SimpleNamespace(deepspeed_plugin=SimpleNamespace(zero_stage=3))
+    state = SimpleNamespace(deepspeed_plugin=SimpleNamespace(zero_stage=3, deepspeed_config={}))
     trainer = SimpleNamespace(model=adapted(), args=arguments(), accelerator=SimpleNamespace(state=state))
     (outcome,) = apply(trainer, {"fused_adapters"})
     assert outcome.reason == "ZeRO-3 gathers adapters only where their own modules are called"

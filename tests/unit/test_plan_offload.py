@@ -8,11 +8,11 @@ from pathlib import Path
 import pytest
 
 from hf_dsvllm import calibrate
-from hf_dsvllm.features import left_to_plan
+from hf_dsvllm.features import PIECE, SLOT, SLOTS, left_to_plan
 from hf_dsvllm.hardware import parse_machine
 from hf_dsvllm.planner import cards, host
 from hf_dsvllm.planner.explain import sentences
-from hf_dsvllm.planner.footprint import Setup
+from hf_dsvllm.planner.footprint import Setup, gpu_footprint
 from hf_dsvllm.planner.search import Job, judge, placements
 from hf_dsvllm.planner.speed import ADAM_BYTES, step_time
 from hf_dsvllm.presets import get_preset
@@ -50,6 +50,28 @@ def test_adam_on_the_host_is_no_faster_than_its_memory() -> None:
     assert times[8] > floor
     narrow = dataclasses.replace(RATES, host_memory_bytes_per_s=RATES.host_memory_bytes_per_s / 4)
     assert optimizer("zero2_offload", 8, narrow) - times[8] == pytest.approx(3 * floor)
+
+
+def test_copies_that_overlap_take_no_time_but_adam_waits_for_the_link() -> None:
+    overlapped = frozenset({"overlap_offload"})
+    parameters = shape("8b").parameters
+    saved = optimizer("zero2_offload", 2) - optimizer("zero2_offload", 2, features=overlapped)
+    assert saved == pytest.approx((2 + 2) * parameters / 2 / RATES.host_bytes_per_s)
+    fast = dataclasses.replace(RATES, adam_parameters_per_s=1e12, host_memory_bytes_per_s=1e15)
+    slow = dataclasses.replace(fast, host_bytes_per_s=fast.host_bytes_per_s / 2)
+    longer = optimizer("zero2_offload", 1, slow, features=overlapped)
+    more = longer - optimizer("zero2_offload", 1, fast, features=overlapped)
+    assert more == pytest.approx(4 * parameters / RATES.host_bytes_per_s)
+    several = optimizer("zero2_offload", 2, accumulation=4)
+    assert several - optimizer("zero2_offload", 2, accumulation=4, features=overlapped) < saved
+
+
+@pytest.mark.parametrize("preset", ["zero2_offload", "zero3_offload_optimizer", "zero3_offload", "zero2"])
+def test_gradients_on_their_way_to_the_host_take_half_a_gib_of_the_gpu(preset: str) -> None:
+    plain = Setup(shape=shape("8b"), preset=get_preset(preset), world=2, micro=1, length=1024, recompute=True)
+    overlapped = dataclasses.replace(plain, features=frozenset({"overlap_offload"}))
+    more = gpu_footprint(overlapped).peak - gpu_footprint(plain).peak
+    assert more == (0 if preset == "zero2" else 4 * (SLOTS * SLOT + PIECE))
 
 
 def test_a_plan_that_needs_the_drive_says_how_fast_it_is_taken_to_be() -> None:

@@ -82,7 +82,7 @@ def test_what_the_issue_asks_for_comes_first(speed: Any) -> None:
     for case in ("off8", "off14"):  # offload and the same tokens without it
         arms = [arm for arm in first if arm.case == case]
         assert min(arm.tokens for arm in arms) == 131_072
-        assert {"zero2", "zero2_offload", "z3o"} <= {arm.preset for arm in arms}
+        assert {"zero2" if case == "off8" else "zero3", "zero2_offload", "z3o"} <= {arm.preset for arm in arms}
 
 
 def test_what_offloads_has_time_to_fill_host_memory(speed: Any) -> None:
