@@ -6,9 +6,10 @@ import re
 from collections.abc import Mapping
 from typing import Any
 
-__all__ = ["ADAM", "STATE_BYTES", "optimizer_of", "state_bytes"]
+__all__ = ["ADAM", "ROUNDED", "STATE_BYTES", "optimizer_of", "state_bytes"]
 
 ADAM = "adamw_torch_fused"  # the Trainer's own default
+ROUNDED = frozenset((ADAM, "adamw_torch"))  # that learn on bf16 master weights (hf_dsvllm.rounding)
 # Bytes of state for each parameter that is stepped in fp32: moments of 4 bytes, or of 1 in 8 bit; Adafactor's rows and
 # columns, and bitsandbytes' scale of each 256 elements, are next to nothing.  Names: transformers' OptimizerNames.
 STATE_BYTES: Mapping[str, float] = {

@@ -179,15 +179,12 @@ def _early_stages(zero: Any, pieces: _InPieces, to_host: _ToHost) -> None:
 
 
 def replace_buffers(buffers: list[torch.Tensor]) -> None:
-    """The host's bf16 copies of the weights are not needed: 2 bytes of page-locked memory a parameter of this rank."""
+    """The host's bf16 copies of the weights are not needed."""
     from deepspeed.accelerator import get_accelerator
 
     for index, buffer in enumerate(buffers):
         get_accelerator().unpin_memory(buffer)
         buffers[index] = torch.empty(0).as_subclass(_Sent)
-    give_back = getattr(torch._C, "_host_emptyCache", None)  # torch.accelerator.empty_host_cache from torch 2.13 on
-    if give_back is not None and torch.cuda.is_available():
-        give_back()
 
 
 def _third_stage(zero: Any, pieces: _InPieces, to_host: _ToHost) -> None:

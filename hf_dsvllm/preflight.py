@@ -25,6 +25,7 @@ from hf_dsvllm.fields import asks_for_answers, metric_key, steers
 from hf_dsvllm.files import read_json_or_problem
 from hf_dsvllm.forwarder import listen
 from hf_dsvllm.launch import Launch
+from hf_dsvllm.optimizers import ROUNDED, optimizer_of
 from hf_dsvllm.placement import choose_place, place_problems, visible_gpus
 from hf_dsvllm.presets import Preset
 from hf_dsvllm.presets.select import deepspeed_has_onebit
@@ -110,6 +111,14 @@ def preset_problems(
                 f"preset zero2_lowmem and {kind}: TRL gives DeepSpeed the frozen second model with ZeRO switched off, "
                 "without which bf16 master weights do not exist",
                 "--ds_preset zero2, or lora_zero2, which needs no second model",
+            )
+        )
+    if preset.name == "zero2_lowmem" and optimizer_of(args) not in ROUNDED:
+        problems.append(
+            Problem(
+                f"preset zero2_lowmem and --optim {optimizer_of(args)}: in bf16 small updates are rounded away, and what "
+                "rounds them at random instead is AdamW alone",
+                "drop --optim, or --ds_preset zero2",
             )
         )
     problems += _package_problems(preset)

@@ -62,7 +62,7 @@ class _Step:
     def _generator(self, device: torch.device, done: int, place: int) -> torch.Generator:
         """Its own numbers for each step, process and group: a resumed run draws those of the uninterrupted one."""
         generator = self._generators.setdefault(device, torch.Generator(device))
-        generator.manual_seed((self._seed * 1_000_003 + done) * 4096 + self._rank * 16 + place)
+        generator.manual_seed(hash((self._seed, done, self._rank, place)) & 0x7FFF_FFFF_FFFF_FFFF)
         return generator
 
 

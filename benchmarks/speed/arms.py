@@ -87,7 +87,8 @@ class Arm:
     @property
     def tokens(self) -> int:
         """Tokens of all GPUs in one optimizer step, padding included where there is some; at most."""
-        return self.world * self.micro * self.accumulation * self.length
+        replicas = 1 if self.preset == "long_context" else self.world
+        return replicas * self.micro * self.accumulation * self.length
 
     @property
     def offloads(self) -> bool:
@@ -98,8 +99,13 @@ class Arm:
         return max(wanted, OFFLOAD_S) if self.offloads else wanted
 
     def steps(self, wanted: int) -> int:
-        """Steps to run: one tells whether a length fits, and long steps need no more than two after the warm-up."""
-        return 1 if self.ladder else min(wanted, 4) if self.accumulation >= 8 else wanted
+        """Steps to run: long ones need no more than two after the warm-up.
+
+        One tells whether a length fits, or the second, if Adam's moments, made in the first, are then on the GPU.
+        """
+        if self.ladder:
+            return 1 if self.adapter or self.offloads else 2
+        return min(wanted, 4) if self.accumulation >= 8 else wanted
 
     @property
     def rung(self) -> tuple[str, str, str, tuple[str, ...]]:
@@ -210,7 +216,7 @@ sp8 8b 2 65536 b1 ladder | long_context rc; long_context rc s131072
 long8 8b 1 16384 b1 ladder | plain:lora s32768; lora rc s32768; plain:lora s65536; lora rc s65536; lora rc s131072; lora rc s262144; plain:lora s262144; plain:lora s131072
 longf 8b 1 16384 b1 ladder | plain:z3o s32768; zero3_offload rc s32768; plain:z3o s65536; zero3_offload rc s65536; plain:z3o s131072; zero3_offload rc s131072; zero3_offload rc s196608; plain:z3o s196608; zero3_offload rc s262144; zero3_offload rc s262144 segments; plain:z3o s262144
 long32 32b 1 8192 b1 ladder | plain:qlora s16384; qlora rc s16384; plain:qlora s32768; qlora rc s32768; plain:qlora s65536; qlora rc s65536; qlora rc s98304; plain:qlora s98304; qlora rc s114688; plain:qlora s114688
-sp8x4 8b 4 131072 b1 ladder | long_context rc; long_context rc s262144
+sp8x4 8b 4 131072 b1 ladder | long_context rc s524288; long_context rc; long_context rc s262144; long_context rc s786432
 nvme 1.7b 1 4096 b2      | zero3_nvme rc; zero3_nvme rc zero_optimization.offload_param.buffer_size=311165952; zero3_offload rc; zero3_offload rc +whole_layers; zero3 rc
 onebit 1.7b 2 4096 b2    | ddp no; onebit_adam no optimizer.params.freeze_step=3; onebit_lamb no optimizer.params.freeze_step=3; zero_one_adam no optimizer.params.var_freeze_step=3
 """  # noqa: E501 - a table

@@ -103,12 +103,16 @@ def step_time(setup: Setup, rates: Rates, overheads: Overheads = OVERHEADS) -> S
 
 
 def gpu_seconds(setup: Setup, rates: Rates, overheads: Overheads) -> tuple[float, float]:
-    """Forward and backward of all decoder layers on the GPU: products, attention, and the memory traffic between."""
+    """Forward and backward of all decoder layers on the GPU: products, attention, and the memory traffic between.
+
+    Processes that share sequences (Ulysses) have all tokens of their share of the heads in attention.
+    """
     shape, tokens = setup.shape, setup.tokens
     inner = [linear for linear in shape.linears if linear.kind != "lm_head"]
     products = sum(product_seconds(linear, tokens, rates, overheads) for linear in inner)
     products += 2 * tokens * active_expert_weights(shape) / rates.product_flops
-    attention = 2 * setup.micro * shape.heads * shape.head_dim * setup.length**2 * shape.layers
+    heads = shape.heads / (setup.world if setup.preset.sequence_parallel else 1)
+    attention = 2 * setup.micro * heads * shape.head_dim * setup.length**2 * shape.layers
     moved = (between_bytes(shape, setup.numerics) * shape.layers + adapter_traffic(setup)) * tokens
     between = overheads.traffic * moved / rates.memory_bytes_per_s
     dequantise = 2.6 * shape.linear_parameters / rates.memory_bytes_per_s if setup.method == "qlora" else 0.0

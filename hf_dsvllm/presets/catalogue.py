@@ -221,7 +221,7 @@ def zero2_lowmem() -> Preset:
     return dataclasses.replace(
         zero2(),
         name="zero2_lowmem",
-        summary="ZeRO-2 with master weights, gradients and Adam states in bf16",
+        summary="ZeRO-2 with master weights, gradients and Adam states in bf16, rounded at random",
         lives="GPU: 2P weights + 8P/N",
         deepspeed=(
             _OVERLAP,
@@ -231,7 +231,7 @@ def zero2_lowmem() -> Preset:
             Setting("bf16.bf16_optimizer_states", True, "half the bytes of Adam's two moments"),
         ),
         arguments=(Setting("bf16", True, "bf16 master weights exist only in DeepSpeed's bf16 mode"),),
-        constraints=(UNSHARDED, "no published result on quality: compare a short run against zero2 first"),
+        constraints=(UNSHARDED, "AdamW alone, whose updates are rounded to bf16 at random"),
         experimental=True,
     )
 
