@@ -116,8 +116,8 @@ def preset_problems(
     if preset.name == "zero2_lowmem" and optimizer_of(args) not in ROUNDED:
         problems.append(
             Problem(
-                f"preset zero2_lowmem and --optim {optimizer_of(args)}: in bf16 small updates are rounded away, and what "
-                "rounds them at random instead is AdamW alone",
+                f"preset zero2_lowmem and --optim {optimizer_of(args)}: bf16 rounds small updates away, and only "
+                "AdamW's are rounded at random instead",
                 "drop --optim, or --ds_preset zero2",
             )
         )
