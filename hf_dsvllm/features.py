@@ -126,7 +126,7 @@ FEATURES = (
     Feature(
         name="overlap_offload",
         why="an offloaded optimizer's gradients leave the GPU behind the backward pass, and its step takes the weights "
-        "piece by piece, each on its way back while Adam works on the next: 8,158 instead of 7,217 tokens/s (8B, 2 "
+        "piece by piece, each on its way back while Adam works on the next: 8,116 instead of 7,224 tokens/s (8B, 2 "
         "H200, 131,072 tokens a step), 0.5 GiB more",
         default=True,
         exact=True,

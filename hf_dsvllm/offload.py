@@ -73,11 +73,19 @@ def _early_stages(optimizer: Any, device: torch.device) -> None:
 
 
 def _without_waiting(optimizer: Any) -> Callable[[Any], None]:
-    """DeepSpeed's way of adding a gradient to its sum, which waits for the copies of the one before: there are none."""
+    """DeepSpeed's way of adding a gradient to its sum, where the host waits for copies of those before: streams do."""
+    from deepspeed.accelerator import get_accelerator
+
     add = optimizer.async_accumulate_grad_in_cpu_via_gpu
 
+    def order() -> None:
+        here = get_accelerator().current_stream()
+        for stream, event in optimizer._pending_offload_events.items():
+            if stream != here:
+                here.wait_event(event)
+
     def accumulate(parameter: Any) -> None:
-        optimizer._wait_for_offload_copies = lambda: None
+        optimizer._wait_for_offload_copies = order
         try:
             add(parameter)
         finally:

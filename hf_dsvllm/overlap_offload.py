@@ -11,6 +11,7 @@ same elements.
 
 from __future__ import annotations
 
+import logging
 import types
 from collections.abc import Callable
 from typing import Any
@@ -23,6 +24,8 @@ from hf_dsvllm.outcome import zero_settings
 
 __all__ = ["overlap", "why_not"]
 
+logger = logging.getLogger(__name__)
+
 
 def why_not(trainer: Any) -> str | None:
     """Why copies do not overlap; None where they can."""
@@ -31,6 +34,9 @@ def why_not(trainer: Any) -> str | None:
         return "no optimizer is offloaded to the CPU"
     if offloaded.get("super_offload") or zero_settings(trainer).get("zenflow"):
         return "SuperOffload and ZenFlow have steps of their own"
+    ratio = offloaded.get("ratio")
+    if ratio is not None and ratio < 1:
+        return "a part of the optimizer is on the GPU (offload_optimizer.ratio)"
     return None
 
 
@@ -49,7 +55,10 @@ class _Overlap(TrainerCallback):
         engine = self.trainer.deepspeed
         zero, device = engine.optimizer, torch.device(engine.device)
         adam = getattr(zero, "optimizer", None)
-        if type(adam) is not DeepSpeedCPUAdam or isinstance(adam.ds_opt_adam, _InPieces):
+        if type(adam) is not DeepSpeedCPUAdam:
+            logger.warning("overlap_offload is left out: %s is not DeepSpeedCPUAdam", type(adam).__name__)
+            return
+        if isinstance(adam.ds_opt_adam, _InPieces):
             return
         third = engine.zero_optimization_stage() == 3
         flat = zero.fp32_partitioned_groups_flat if third else zero.single_partition_of_fp32_groups
@@ -59,7 +68,10 @@ class _Overlap(TrainerCallback):
 
 
 class _InPieces:
-    """DeepSpeed's compiled Adam, called piece by piece: clipped before, sent after."""
+    """DeepSpeed's compiled Adam, called piece by piece: clipped before, sent after.
+
+    Pieces are multiples of 128 elements, which the compiled loop takes at a time: what is left over is so at the end.
+    """
 
     def __init__(self, compiled: Any, device: torch.device, piece: int) -> None:
         self._compiled, self._piece = compiled, piece
@@ -80,13 +92,19 @@ class _InPieces:
                 gradients.mul_(self.factor)
             self._compiled.adam_update(*settings, weights, gradients, *moments)
             if self.destination is not None:
-                self.send(weights, self.destination.narrow(0, start, weights.numel()))
+                self.send(weights, self.destination.narrow(0, start, count))
 
     def send(self, weights: torch.Tensor, destination: torch.Tensor) -> None:
         """To where the model has them, rounded to its dtype there."""
-        if destination.device.type == "cuda":
+        if destination.device.type == "cuda" and destination.dtype != weights.dtype:
             weights = self._staging.narrow(0, 0, weights.numel()).copy_(weights, non_blocking=True)
-        destination.copy_(weights)
+        destination.copy_(weights, non_blocking=True)
+
+    def sent(self) -> None:
+        """Wait until the last weights are there: ZeRO-3 gathers on a stream that waits for nothing else."""
+        if self.destination is not None and self.destination.device.type == "cuda":
+            torch.cuda.current_stream(self.destination.device).synchronize()
+        self.destination = None
 
     def clip(self, factor: torch.Tensor) -> None:
         """By what the gradients of the next call are to be multiplied."""
@@ -153,24 +171,25 @@ def _early_stages(zero: Any, pieces: _InPieces, to_host: _ToHost) -> None:
     def has_overflow(*args: Any, **kwargs: Any) -> bool:
         """A norm in fp64 is finite where all elements are: what was asked of each gradient is asked once."""
         norms = list(zero.norm_for_param_grads.values())
-        zero.local_overflow = bool(norms) and not bool(torch.stack(norms).isfinite().all())
+        zero.local_overflow = zero.local_overflow or (bool(norms) and not bool(torch.stack(norms).isfinite().all()))
         return bool(check(*args, **kwargs))
 
     def clip_later(groups: Any, norm: torch.Tensor | None) -> None:
+        to_host.wait()
         pieces.clip(_factor(lambda probe: clip([probe], norm)))
 
     def step_and_send(group: int) -> None:
         rank = torch.distributed.get_rank(group=zero.real_dp_process_group[group])
         pieces.destination = zero.parallel_partitioned_bit16_groups[group][rank].data
         step(group)
+        pieces.destination = None
 
     def epilogue_then_wait() -> None:
         epilogue()
         to_host.wait()
 
-    replace_buffers(zero.param_buffer_of_bit16_for_cpu_offload_groups)
+    _replace_buffers(zero.param_buffer_of_bit16_for_cpu_offload_groups)
     zero.async_inplace_copy_grad_to_fp32_buffer_from_gpu = send_gradient
-    zero.update_offload_overflow_tracker = lambda gradient: None
     zero.update_offload_overflow_tracker_for_param_grad = lambda parameter: None
     zero.has_overflow = has_overflow
     zero.unscale_and_clip_grads = clip_later
@@ -178,7 +197,7 @@ def _early_stages(zero: Any, pieces: _InPieces, to_host: _ToHost) -> None:
     zero.independent_gradient_partition_epilogue = epilogue_then_wait
 
 
-def replace_buffers(buffers: list[torch.Tensor]) -> None:
+def _replace_buffers(buffers: list[torch.Tensor]) -> None:
     """The host's bf16 copies of the weights are not needed."""
     from deepspeed.accelerator import get_accelerator
 
@@ -188,24 +207,22 @@ def replace_buffers(buffers: list[torch.Tensor]) -> None:
 
 
 def _third_stage(zero: Any, pieces: _InPieces, to_host: _ToHost) -> None:
-    step, offload, put_back, epilogue = (
+    step, put_back, epilogue = (
         zero._optimizer_step,
-        zero._offload_grad_partition_at_boundary,
         zero._reassign_or_swap_out_partitioned_parameters,
         zero.independent_gradient_partition_epilogue,
     )
     clip = type(zero).unscale_and_clip_grads
 
-    def send_gradient(parameter: Any, gradient: torch.Tensor, *swapped: Any) -> None:
+    def send_gradient(parameter: Any, gradient: torch.Tensor, *of_nvme: Any) -> None:
         key = zero.get_param_id(parameter)
         group, start, _ = zero.grad_position[key]
-        if zero._swappable_optimizer_subgroup(group):
-            offload(parameter, gradient, *swapped)
-            return
         zero.norm_for_param_grads[key] = zero._constant_buffered_norm2(gradient)
         to_host.send(gradient, zero.fp32_partitioned_groups_flat[group].grad.narrow(0, start, gradient.numel()))
 
     def clip_later(group: int, norm: torch.Tensor) -> None:
+        to_host.wait()
+
         def of(probe: torch.Tensor) -> None:
             flat = {group: types.SimpleNamespace(grad=probe)}
             stand_in = types.SimpleNamespace(
@@ -224,6 +241,7 @@ def _third_stage(zero: Any, pieces: _InPieces, to_host: _ToHost) -> None:
         if pieces.destination is None:
             put_back(group)
         else:
+            pieces.sent()
             zero._unflatten_partitioned_parameters(group)
 
     def epilogue_then_wait() -> None:
