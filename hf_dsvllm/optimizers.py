@@ -28,7 +28,8 @@ MOMENTUM = re.compile(r"momentum\s*=\s*0*\.?0*[1-9]")
 
 def optimizer_of(args: Any) -> str:
     """The name of `args.optim`, of an enumeration or a string; SGD with momentum is "sgd momentum"."""
-    name = str(getattr(args.optim, "value", args.optim))
+    optim = getattr(args, "optim", ADAM)  # a dry run knows what the command line says alone
+    name = str(getattr(optim, "value", optim))
     return "sgd momentum" if name == "sgd" and MOMENTUM.search(str(args.optim_args or "")) else name
 
 
