@@ -154,7 +154,7 @@ ALL, NONE, WITHOUT = "all", "none", "no_"
 LAYERS_AT_ONCE, REDUCED_AT_ONCE = 3, 200_000_000
 LARGEST_LAYER = 1_000_000_000  # elements: DeepSpeed's default `stage3_max_live_parameters`
 # Of `overlap_offload`, in elements of fp32: buffers on the GPU through which gradients leave it, and the weights that
-# Adam steps at a time (two H200s, 8B: 1.93 s a step for 2.42 in one piece; with 2^20, 14B on four took longer)
+# Adam steps at a time (two H200s, 8B: 1.93 s a step for 2.42 in one piece)
 SLOTS, SLOT, PIECE = 8, 1 << 24, 1 << 23
 # Whose kernels liger-kernel 0.8 has, and whose layers the planner's formulas describe; measured on Qwen3
 FUSED_TYPES = frozenset(("llama", "mistral", "qwen2", "qwen3", "smollm3"))

@@ -11,6 +11,7 @@ master weights reach 0.62.  Rounded up with the probability of what is rounded o
 
 from __future__ import annotations
 
+import logging
 from typing import Any
 
 import torch
@@ -20,6 +21,8 @@ from transformers import TrainerCallback
 from hf_dsvllm.outcome import deepspeed_settings
 
 __all__ = ["attach", "round_stochastically", "step"]
+
+logger = logging.getLogger(__name__)
 
 PIECE = 1 << 23  # elements stepped at a time: 0.2 GB of fp32 copies
 STATES = ("exp_avg", "exp_avg_sq")
@@ -41,7 +44,9 @@ class _Rounding(TrainerCallback):
 
     def on_train_begin(self, args: Any, state: Any, control: Any, **kwargs: Any) -> None:
         optimizer = self.trainer.deepspeed.basic_optimizer
-        if type(optimizer) is torch.optim.AdamW and not isinstance(optimizer.step, _Step):
+        if type(optimizer) is not torch.optim.AdamW:
+            logger.warning("%s on bf16 master weights: small updates are rounded away", type(optimizer).__name__)
+        elif not isinstance(optimizer.step, _Step):
             optimizer.step = _Step(optimizer, args.seed, args.process_index)
 
 

@@ -44,7 +44,7 @@ def apply(trainer: Any, features: Collection[str]) -> list[Outcome]:
         said = "batches carry the position of each token, which Ulysses asks for"
         outcomes.append(Outcome(("sequence parallel",), said))
     if rounding.attach(trainer):
-        said = "bf16 master weights are rounded at random, so that small updates are not lost"
+        said = "AdamW rounds bf16 master weights at random, so that small updates are not lost"
         outcomes.append(Outcome(("bf16 master weights",), said))
     if "fused" in features:
         outcomes.append(fused(trainer))

@@ -319,11 +319,9 @@ def offloaded_seconds(setup: Setup, rates: Rates, share: float) -> float:
     seconds = max(share / rate, 28 * local * share / host memory).  With `overlap_offload` weights return as fp32 behind
     Adam, and gradients leave behind the backward pass of the last micro-batch.
     """
-    gradients = 2 if setup.accumulation == 1 or setup.sums_on_gpu else 6 * setup.accumulation
-    weights = 2
-    if setup.overlaps_offload:
-        weights, gradients = 0, 0 if gradients == 2 else gradients
-    moved = (weights + gradients) * share / rates.host_bytes_per_s
+    once = 0 if setup.overlaps_offload else 2
+    gradients = once if setup.accumulation == 1 or setup.sums_on_gpu else 6 * setup.accumulation
+    moved = (once + gradients) * share / rates.host_bytes_per_s
     if setup.preset.offload_param != "none":
         moved += 2 * 3 * setup.accumulation * setup.shape.parameters / setup.world / rates.host_bytes_per_s
     local = min(setup.world, NODE_GPUS)

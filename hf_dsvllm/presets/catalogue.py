@@ -221,7 +221,7 @@ def zero2_lowmem() -> Preset:
     return dataclasses.replace(
         zero2(),
         name="zero2_lowmem",
-        summary="ZeRO-2 with master weights, gradients and Adam states in bf16, rounded at random",
+        summary="ZeRO-2 with master weights, gradients and Adam states in bf16; what is stepped is rounded at random",
         lives="GPU: 2P weights + 8P/N",
         deepspeed=(
             _OVERLAP,
